@@ -1,0 +1,48 @@
+"""One folder per framework, with the same three files in each.
+
+- `transport.py`: the ring of this framework, a `keras_ring.transport.Transport`.
+- `kernel.py`: `KERNEL`, attention over one visiting chunk, and the control
+  flow it is written in.
+- `runtime.py`: `World`, `current()`, `custom_gradient()` and `install()`: how
+  the framework carries a strategy through Keras. Private names of Keras and
+  of the framework appear in this file and in `kernel.py` only.
+
+Nothing is imported before `load()` is called, and only the backend that
+Keras runs on is.
+"""
+
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+import keras
+
+
+class Backend(NamedTuple):
+    """The three modules of one framework."""
+
+    name: str
+    transport: ModuleType
+    kernel: ModuleType
+    runtime: ModuleType
+
+
+def load() -> Backend:
+    """The backend package of the framework that Keras runs on.
+
+    Raises:
+        NotImplementedError: if Keras runs on a backend without a ring.
+    """
+    match keras.backend.backend():
+        case "jax" | "tensorflow" | "torch" as name:
+            modules = [
+                importlib.import_module(f"keras_ring.backends.{name}.{part}")
+                for part in ("transport", "kernel", "runtime")
+            ]
+            return Backend(name, *modules)
+        case other:
+            raise NotImplementedError(
+                "keras_ring runs on the Keras backends 'jax', 'tensorflow' "
+                f"and 'torch'. Received: backend={other!r}. Set the "
+                "environment variable KERAS_BACKEND before Keras is imported."
+            )

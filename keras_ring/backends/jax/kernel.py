@@ -1,0 +1,76 @@
+"""Attention over one visiting chunk on JAX."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from keras_ring import blockwise, numerics
+from keras_ring.blockwise import Block, Primitives
+from keras_ring.numerics import Partial
+
+
+class Kernel(Primitives):
+    """The blockwise kernel in `lax` loops; a store is an array of tiles."""
+
+    name = "blockwise (XLA)"
+
+    def block_forward(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
+    ) -> Partial:
+        return blockwise.block_forward(self, query, key, value, block)
+
+    def block_backward(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        out: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+        grad_out: jax.Array,
+        block: Block,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        del out  # Already in delta.
+        return blockwise.block_backward(
+            self, query, key, value, lse, delta, grad_out, block
+        )
+
+    def loop(self, count: int, body: Callable, carry: Any) -> Any:
+        if count == 1:
+            return body(0, carry)
+        return lax.fori_loop(0, count, body, carry)
+
+    def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
+        if isinstance(predicate, bool):
+            return yes() if predicate else no()
+        return lax.cond(predicate, yes, no)
+
+    def store(self, tensor: jax.Array) -> jax.Array:
+        return tensor
+
+    def read(self, store: jax.Array, index: Any) -> jax.Array:
+        return lax.dynamic_index_in_dim(store, index, keepdims=False)
+
+    def write(self, store: jax.Array, index: Any, tile: jax.Array) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(store, tile, index, 0)
+
+    def stacked(self, store: jax.Array) -> jax.Array:
+        return store
+
+    def product(
+        self, equation: str, left: jax.Array, right: jax.Array
+    ) -> jax.Array:
+        dtype = numerics.accumulation_dtype(left.dtype)
+        return jnp.einsum(
+            equation,
+            left.astype(dtype),
+            right.astype(dtype),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=dtype,
+        )
+
+
+KERNEL = Kernel()

@@ -1,0 +1,192 @@
+"""How JAX carries a strategy: one mesh, global arrays, one program.
+
+A layer sees the global sequence; the compiler keeps `1 / sequence_size` of
+it on each device because data and constraints say so. Only the ring itself
+is written per device, in `jax.shard_map` with the sequence axis manual.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from keras import tree
+
+from keras_ring import placement, world
+from keras_ring.backends.jax.transport import RingTransport
+from keras_ring.strategy import DistributedStrategy
+from keras_ring.world import LOCAL
+
+AXES = ("batch", "seq", "model")
+
+
+class Distribution(keras.distribution.ModelParallel):
+    """The Keras distribution that a `World` sets: data split over batch and
+    sequence, variables whole on every device."""
+
+    def __init__(self, ring_world: "World"):
+        strategy = ring_world.strategy
+        mesh = keras.distribution.DeviceMesh(
+            shape=(
+                ring_world.data_size,
+                ring_world.sequence_size,
+                strategy.model_parallel,
+            ),
+            axis_names=AXES,
+            devices=np.array(ring_world.devices),
+        )
+        super().__init__(
+            layout_map=keras.distribution.LayoutMap(mesh),
+            batch_dim_name="batch",
+            auto_shard_dataset=False,
+        )
+        self.ring_world = ring_world
+
+    def get_data_layout(self, data_shape: Any) -> Any:
+        spec = self.ring_world.partition_spec(tuple(data_shape))
+        axes = list(spec) + [None] * (len(data_shape) - len(spec))
+        return keras.distribution.TensorLayout(axes, self.device_mesh)
+
+
+class World(world.World):
+    """A strategy on JAX devices."""
+
+    layers_see_shards = False
+
+    def __init__(self, strategy: DistributedStrategy):
+        names = strategy.devices or tuple(
+            f"{d.platform}:{d.id}" for d in jax.devices()
+        )
+        self.strategy = strategy
+        self.data_size, self.sequence_size = strategy.mesh_shape(len(names))
+        self.devices = names[: self.data_size * self.sequence_size]
+        self.distribution = Distribution(self)
+        self.mesh = self.distribution.device_mesh.backend_mesh
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        previous = keras.distribution.distribution()
+        if previous is self.distribution:
+            yield
+            return
+        if previous is not None:
+            raise ValueError(
+                "Only one distribution can be active at a time. Received: a "
+                f"scope inside the scope of {previous!r}. Leave that scope, "
+                "or call keras.distribution.set_distribution(None), first."
+            )
+        keras.distribution.set_distribution(self.distribution)
+        try:
+            yield
+        finally:
+            keras.distribution.set_distribution(None)
+
+    def inside(self) -> bool:
+        return False
+
+    def ring(self) -> RingTransport:
+        return RingTransport("seq", self.sequence_size)
+
+    def per_shard(
+        self, function: Callable[..., Any], tensors: list[jax.Array]
+    ) -> Any:
+        if self.sequence_size == 1 or _building_symbolically(tensors):
+            return function(LOCAL, *tensors)
+        for tensor in tensors:
+            placement.check_divisible(
+                tensor.shape[1], self.sequence_size, "the tensor"
+            )
+        sharded = PartitionSpec(None, "seq")
+        return jax.shard_map(
+            lambda *shards: function(self.ring(), *shards),
+            mesh=self.mesh,
+            in_specs=sharded,
+            out_specs=sharded,
+            axis_names={"seq"},
+            check_vma=False,
+        )(*tensors)
+
+    def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
+        placed = [
+            jax.device_put(
+                t, NamedSharding(self.mesh, self._run_spec(np.ndim(t)))
+            )
+            for t in tensors
+        ]
+
+        def constrained(*arguments: jax.Array) -> Any:
+            return tree.map_structure(
+                lambda t: jax.lax.with_sharding_constraint(
+                    t, NamedSharding(self.mesh, self._run_spec(t.ndim))
+                ),
+                function(*arguments),
+            )
+
+        with self.scope():
+            return jax.jit(constrained)(*placed)
+
+    def prepare(self, model: Any) -> None:
+        del model
+
+    def partition_spec(self, shape: tuple[int, ...]) -> PartitionSpec:
+        """How one array of a batch is split: batch, then sequence."""
+        axes: list[str | None] = []
+        sizes = (("batch", self.data_size), ("seq", self.sequence_size))
+        for (name, size), length in zip(sizes, shape, strict=False):
+            axes.append(name if length and length % size == 0 else None)
+        return PartitionSpec(*axes)
+
+    @staticmethod
+    def _run_spec(rank: int) -> PartitionSpec:
+        return PartitionSpec(*("batch", "seq")[: min(rank, 2)])
+
+
+def _building_symbolically(tensors: list[jax.Array]) -> bool:
+    """Whether Keras is only inferring shapes, with made-up lengths."""
+    if any(isinstance(t, keras.KerasTensor) for t in tensors):
+        return True
+    try:
+        from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+    except ImportError:
+        return False
+    return bool(in_symbolic_scope())
+
+
+def current() -> World | None:
+    """The world whose scope is active, or None."""
+    distribution = keras.distribution.distribution()
+    if isinstance(distribution, Distribution):
+        return distribution.ring_world
+    return None
+
+
+def custom_gradient(
+    forward: Callable[..., tuple[Any, Any]], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function with its own gradient, natively.
+
+    Args:
+        forward: `tensors -> (outputs, residuals)`.
+        backward: `(residuals, *output_gradients) -> input gradients`, None
+            for an input that has no gradient.
+    """
+
+    @jax.custom_vjp
+    def function(*tensors: jax.Array) -> Any:
+        return forward(*tensors)[0]
+
+    def pull_back(residuals: Any, grads: Any) -> Any:
+        # Without the barrier the compiler merges the backward's hops with
+        # the forward's and keeps every visiting chunk alive in between.
+        residuals = jax.lax.optimization_barrier(residuals)
+        return tuple(backward(residuals, *grads))
+
+    function.defvjp(forward, pull_back)
+    return function
+
+
+def install() -> None:
+    """Teach Keras' trainer about the strategy; see `World.prepare`."""

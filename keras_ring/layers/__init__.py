@@ -1,0 +1,1 @@
+"""Keras layers that know about the ring."""

@@ -1,0 +1,79 @@
+"""What a runtime must do: carry a strategy through one framework.
+
+A `World` is a `DistributedStrategy` made real: the devices it got, the ring
+that this device belongs to, and the way in which Keras' trainer feeds it.
+Each backend has one in `backends/<name>/runtime.py`.
+
+Two ways to see a sequence exist. On JAX a layer sees the global sequence
+and the compiler splits it; on TensorFlow and PyTorch a layer that runs
+inside a step sees its own shard. `layers_see_shards` says which, and
+`inside()` whether the running code is in such a step. Outside a step (a
+model called by hand, symbolic building) every backend computes on what it
+is given, whole, on one device.
+"""
+
+import abc
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from keras_ring.transport import LocalTransport, Transport
+
+if TYPE_CHECKING:
+    from keras_ring.strategy import DistributedStrategy
+
+Tensor = Any
+
+
+class World(abc.ABC):
+    """One framework's form of a strategy.
+
+    Attributes:
+        strategy: what the user asked for.
+        devices: names of all devices, in mesh order: the data axis is the
+            slow one, the sequence axis the fast one.
+        data_size: number of data-parallel groups.
+        sequence_size: members of a ring.
+    """
+
+    layers_see_shards: ClassVar[bool]
+
+    strategy: "DistributedStrategy"
+    devices: tuple[str, ...]
+    data_size: int
+    sequence_size: int
+
+    @abc.abstractmethod
+    def scope(self) -> contextlib.AbstractContextManager[None]:
+        """Make this world the current one while models are built and used."""
+
+    @abc.abstractmethod
+    def inside(self) -> bool:
+        """Whether the code that runs now sees one shard of the sequence."""
+
+    @abc.abstractmethod
+    def ring(self) -> Transport:
+        """The ring of this device; only where `inside()` is true."""
+
+    @abc.abstractmethod
+    def per_shard(
+        self, function: Callable[..., Any], tensors: list[Tensor]
+    ) -> Any:
+        """`function(transport, *shards)` on every member of the ring.
+
+        `tensors` are as a layer sees them, with the sequence on axis 1, and
+        so are the results. Where the code is not in a step, `function` gets
+        a ring of one and the whole tensors.
+        """
+
+    @abc.abstractmethod
+    def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
+        """`function` of global tensors; see `DistributedStrategy.run`."""
+
+    @abc.abstractmethod
+    def prepare(self, model: Any) -> None:
+        """Called each time fit, evaluate, predict or a *_on_batch method of
+        a model starts, inside the scope and after the guard has passed."""
+
+
+LOCAL = LocalTransport()

@@ -1,0 +1,43 @@
+"""Simulated devices for the backend that Keras runs on.
+
+`KERAS_BACKEND=jax python -m pytest tests` runs the shared tests and those of
+that backend on real collectives: 8 simulated CPU devices on JAX, 4 logical
+CPU devices on TensorFlow, real gloo processes on PyTorch.
+"""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+BACKEND = os.environ["KERAS_BACKEND"]
+if BACKEND == "jax":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_force_host_platform_device_count=8"
+    )
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import pytest  # noqa: E402
+
+from tests import worlds  # noqa: E402
+
+collect_ignore_glob = [
+    f"test_{other}_*.py"
+    for other in ("jax", "tensorflow", "torch")
+    if other != BACKEND
+]
+
+
+def pytest_configure(config):
+    del config
+    worlds.simulate_devices()
+
+
+@pytest.fixture(scope="session")
+def on_devices():
+    """`on_devices(count, function, *arguments)`: run a function where
+    `count` devices are, on every process that drives them, and return its
+    result (that of the first process)."""
+    pool = worlds.Worlds()
+    yield pool.call
+    pool.close()

@@ -1,0 +1,35 @@
+"""Where tests find devices, on each backend.
+
+On JAX and TensorFlow one process drives all devices and a function is
+simply called. On PyTorch a pool of real processes per world size is started
+once, each runs the function, and the first failure is raised here.
+"""
+
+import keras
+
+# Devices that a test may ask for.
+DEVICES = {"jax": 8, "tensorflow": 4, "torch": 4}[keras.backend.backend()]
+
+
+def simulate_devices() -> None:
+    """Split this machine's CPU into the devices of the tests."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * DEVICES,
+        )
+
+
+class Worlds:
+    """Runs functions where the devices are."""
+
+    def call(self, count, function, *arguments):
+        """Run `function(*arguments)` in a world of `count` devices."""
+        if count > DEVICES:
+            raise ValueError(f"no {count} devices, only {DEVICES}")
+        return function(*arguments)
+
+    def close(self):
+        """End the processes of the pool, if there are any."""
