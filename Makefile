@@ -1,0 +1,96 @@
+# `make help` lists what there is. Environments are made on first use and
+# kept in .venv-*; they are made again when the project's requirements change.
+
+BACKEND ?=
+DEMO_BACKEND := $(or $(BACKEND),jax)
+TEST_BACKENDS := $(or $(BACKEND),jax tensorflow torch)
+KNOWN := jax tensorflow torch
+
+DEMO := .venv-demo-$(DEMO_BACKEND)
+TEST := .venv-test
+CODE := keras_ring tests examples
+
+# The first Python on the path that every backend has releases for, or else
+# a newer one. Set PYTHON to choose another.
+PYTHON ?= $(shell \
+  for try in '3.11 3.13' '3.11 3.99'; do set -- $$try; \
+    for python in python3 python3.13 python3.12 python3.11; do \
+      $$python -c "import sys; f = lambda v: tuple(map(int, v.split('.'))); \
+        sys.exit(not f('$$1') <= sys.version_info[:2] <= f('$$2'))" \
+        2>/dev/null && { echo $$python; exit; }; \
+    done; \
+  done)
+
+.PHONY: help demo test lint format clean
+
+help: ## List the commands
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
+	  | awk -F'\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@echo "demo and test take BACKEND=jax, BACKEND=tensorflow or BACKEND=torch."
+
+demo: known-backend $(DEMO)/ready ## Train a small language model over simulated devices
+ifeq ($(DEMO_BACKEND),torch)
+	KERAS_BACKEND=torch $(DEMO)/bin/python -m torch.distributed.run \
+	  --standalone --nproc-per-node 2 examples/byte_language_model.py
+else
+	KERAS_BACKEND=$(DEMO_BACKEND) $(DEMO)/bin/python \
+	  examples/byte_language_model.py
+endif
+
+test: known-backend $(TEST)/ready ## Lint, check types, and test on each backend
+	@status=0; \
+	$(MAKE) --no-print-directory lint || status=1; \
+	$(TEST)/bin/python -m tests $(TEST_BACKENDS) || status=1; \
+	if [ $$status = 0 ]; then echo "make test: passed"; \
+	else echo "make test: FAILED (see above)"; fi; \
+	exit $$status
+
+lint: $(TEST)/ready ## Check style, format and types
+	$(TEST)/bin/ruff check .
+	$(TEST)/bin/ruff format --check .
+	$(TEST)/bin/mypy
+
+format: $(TEST)/ready ## Put every file into the project's format
+	$(TEST)/bin/ruff check --fix .
+	$(TEST)/bin/ruff format .
+
+clean: ## Remove the environments and everything that was made
+	rm -rf .venv-* build dist out *.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache
+	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: known-backend
+known-backend:
+	@for name in $(BACKEND); do case " $(KNOWN) " in *" $$name "*) ;; *) \
+	  echo "BACKEND must be one of: $(KNOWN). Received: $$name."; exit 2;; \
+	esac; done
+
+.venv-demo-torch/ready .venv-test/ready: TORCH := -r requirements/torch.txt
+.venv-demo-%/ready: EXTRAS = $*
+.venv-demo-%/ready: ALSO := matplotlib
+.venv-test/ready: EXTRAS := jax,tensorflow,torch,dev
+
+.venv-demo-%/ready: pyproject.toml requirements/torch.txt
+	$(make-environment)
+
+.venv-test/ready: pyproject.toml requirements/torch.txt
+	$(make-environment)
+
+define make-environment
+@if [ -z "$(PYTHON)" ]; then \
+  echo "keras_ring needs Python 3.11 or newer, and none of python3,"; \
+  echo "python3.13, python3.12, python3.11 on the path is one"; \
+  echo "(python3 is: $$(python3 --version 2>&1 || true))."; \
+  echo "Install one, or name it: make PYTHON=/path/to/python3.12 ..."; \
+  exit 1; \
+fi
+@echo "Making the environment $(@D) with $(PYTHON); the first time this"
+@echo "downloads packages and takes minutes."
+@rm -f $@
+@$(PYTHON) -m venv $(@D) || { rm -rf $(@D); \
+  echo "$(PYTHON) cannot make an environment; on Debian and Ubuntu:"; \
+  echo "apt-get install python3-venv"; exit 1; }
+@$(if $(TORCH),$(@D)/bin/python -m pip install $(TORCH))
+$(@D)/bin/python -m pip install --editable '.[$(EXTRAS)]' $(ALSO)
+@touch $@
+endef

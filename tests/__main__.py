@@ -1,0 +1,105 @@
+"""Run the tests on each backend: `python -m tests [jax tensorflow torch]`.
+
+Keras runs on one backend per process, so each gets a process of its own. A
+failure on one does not keep the others from running; a backend that ran no
+test, or skipped every one, has failed.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import NamedTuple
+
+BACKENDS = ("jax", "tensorflow", "torch")
+# Tests on PyTorch start processes of their own.
+WORKERS = {"jax": 2, "tensorflow": 2, "torch": 0}
+
+
+class Outcome(NamedTuple):
+    """What one backend's tests came to."""
+
+    backend: str
+    passed: int
+    failed: int
+    skipped: int
+    seconds: float
+    exit_code: int
+
+    @property
+    def complaint(self) -> str:
+        """Why this backend has failed, or nothing."""
+        if self.failed or self.exit_code not in (0, 5):
+            return f"pytest ended with exit code {self.exit_code}"
+        if not self.passed:
+            return "no test was run, or every one was skipped"
+        return ""
+
+
+def run(backend: str, arguments: list[str]) -> Outcome:
+    """Run pytest on one backend and count."""
+    print(f"\n==== {backend} ====", flush=True)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pytest", "tests", "--durations=5"),
+                *(f"--numprocesses={WORKERS[backend]}", "--dist=loadfile"),
+                f"--junit-xml={report}",
+                *arguments,
+            ],
+            env=os.environ | {"KERAS_BACKEND": backend},
+            cwd=Path(__file__).parent.parent,
+            check=False,
+        )
+        counts = count(report)
+    return Outcome(backend, *counts, time.monotonic() - start, done.returncode)
+
+
+def count(report: Path) -> tuple[int, int, int]:
+    """Passed, failed and skipped tests of a JUnit report."""
+    if not report.exists():
+        return 0, 0, 0
+    totals = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+    for suite in ElementTree.parse(report).getroot().iter("testsuite"):
+        for name in totals:
+            totals[name] += int(suite.get(name, 0))
+    failed = totals["failures"] + totals["errors"]
+    skipped = totals["skipped"]
+    return totals["tests"] - failed - skipped, failed, skipped
+
+
+def main() -> int:
+    """Run what the command line names; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests")
+    parser.add_argument("backends", nargs="*", help="; ".join(BACKENDS))
+    parser.add_argument(
+        "--pytest", default="", help="further arguments for pytest"
+    )
+    options = parser.parse_args()
+    unknown = set(options.backends) - set(BACKENDS)
+    if unknown:
+        parser.error(f"unknown backends: {', '.join(sorted(unknown))}")
+    outcomes = [
+        run(backend, options.pytest.split())
+        for backend in options.backends or BACKENDS
+    ]
+    print("\n==== all backends ====")
+    for outcome in outcomes:
+        print(
+            f"{outcome.backend}: {outcome.passed} passed, "
+            f"{outcome.failed} failed, {outcome.skipped} skipped"
+        )
+    for outcome in outcomes:
+        verdict = outcome.complaint or "passed"
+        print(f"{outcome.backend} took {outcome.seconds:.0f} s: {verdict}.")
+    return int(any(outcome.complaint for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
