@@ -152,7 +152,9 @@ class Ring:
                 ),
             )
 
-        def add(hop: Any, visiting: Any, travelling: Any, grad_query: Any):
+        def add(
+            hop: Any, visiting: Any, travelling: Any, grad_query: Any
+        ) -> tuple[Tensor, list[Tensor]]:
             """Compute a visit while `travelling` is under way."""
             share = visit(hop, visiting)
             behind = travelling.wait()

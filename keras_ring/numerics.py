@@ -63,7 +63,7 @@ def merge(first: Partial, second: Partial) -> Partial:
 
 
 def row_delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor) -> Tensor:
-    """`rowsum(grad_out * out) - grad_lse`, the constant of the softmax gradient.
+    """`rowsum(grad_out * out) - grad_lse`, part of the softmax gradient.
 
     With it `grad_score = p * (grad_p - delta)` (Dao et al. 2022, arXiv
     2205.14135, appendix B.2). All arguments and the result are in the

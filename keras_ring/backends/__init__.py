@@ -1,6 +1,7 @@
 """One folder per framework, with the same three files in each.
 
-- `transport.py`: the ring of this framework, a `keras_ring.transport.Transport`.
+- `transport.py`: the ring of this framework, a
+  `keras_ring.transport.Transport`.
 - `kernel.py`: `KERNEL`, attention over one visiting chunk, and the control
   flow it is written in.
 - `runtime.py`: `World`, `current()`, `custom_gradient()` and `install()`: how

@@ -202,11 +202,11 @@ def _attend(
         grads = ring.backward(
             query, key, value, *sides, out, lse, grad_out, grad_lse
         )
-        grads = [
-            ops.cast(g, t.dtype)
-            for g, t in zip(grads, (query, key, value), strict=True)
+        inputs = (query, key, value)
+        cast = [
+            ops.cast(g, t.dtype) for g, t in zip(grads, inputs, strict=True)
         ]
-        return (*grads, *(None for _ in ids))
+        return (*cast, *(None for _ in ids))
 
     def heads_first(tensor):
         return ops.transpose(tensor, (0, 2, 1, 3))
