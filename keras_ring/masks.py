@@ -88,6 +88,51 @@ class Causal(Mask):
         )[None, None]
 
 
+@dataclasses.dataclass(frozen=True)
+class SlidingWindow(Mask):
+    """A query attends to keys less than `size` positions away, either side.
+
+    Combine it with `Causal()` for the window of a decoder. With size 2, 4
+    queries and 4 keys:
+
+        1 1 0 0
+        1 1 1 0
+        0 1 1 1
+        0 0 1 1
+
+    Args:
+        size: positive integer; 1 leaves a query only its own position.
+
+    Raises:
+        ValueError: if `size` is no positive integer.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if (
+            not isinstance(self.size, int)
+            or isinstance(self.size, bool)
+            or self.size < 1
+        ):
+            raise ValueError(
+                "The `size` of a sliding window must be a positive integer. "
+                f"Received: size={self.size!r}."
+            )
+
+    def relation(self, queries: Range, keys: Range) -> tuple[Any, Any]:
+        below, above = queries[0] - keys[1], keys[0] - queries[1]
+        some = (below < self.size) & (above < self.size)
+        below, above = queries[1] - keys[0], keys[1] - queries[0]
+        return some, (below < self.size) & (above < self.size)
+
+    def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        distance = ops.expand_dims(query_positions, 1) - ops.expand_dims(
+            key_positions, 0
+        )
+        return (ops.abs(distance) < self.size)[None, None]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Padding(Mask):
     """Only valid keys are attended to.
