@@ -42,6 +42,8 @@ class World(abc.ABC):
     devices: tuple[str, ...]
     data_size: int
     sequence_size: int
+    # The model whose fit, evaluate or predict runs now; see `training`.
+    model: Any = None
 
     @abc.abstractmethod
     def scope(self) -> contextlib.AbstractContextManager[None]:
@@ -74,6 +76,11 @@ class World(abc.ABC):
     def prepare(self, model: Any) -> None:
         """Called each time fit, evaluate, predict or a *_on_batch method of
         a model starts, inside the scope and after the guard has passed."""
+
+    def recover(self, model: Any) -> None:
+        """Called when one of those ended with an error: leave the model as
+        usable as it was."""
+        del model
 
 
 LOCAL = LocalTransport()

@@ -6,6 +6,7 @@ is written per device, in `jax.shard_map` with the sequence axis manual.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from keras import tree
 
-from keras_ring import placement, world
+from keras_ring import batches, placement, training, world
 from keras_ring.backends.jax.transport import RingTransport
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.world import LOCAL
@@ -46,7 +47,8 @@ class Distribution(keras.distribution.ModelParallel):
         self.ring_world = ring_world
 
     def get_data_layout(self, data_shape: Any) -> Any:
-        spec = self.ring_world.partition_spec(tuple(data_shape))
+        """By shape alone; `_place_batch` knows more and goes first."""
+        spec = self.ring_world.partition_spec(tuple(data_shape), split=False)
         axes = list(spec) + [None] * (len(data_shape) - len(spec))
         return keras.distribution.TensorLayout(axes, self.device_mesh)
 
@@ -72,6 +74,7 @@ class World(world.World):
         if previous is self.distribution:
             yield
             return
+        training.install()
         if previous is not None:
             raise ValueError(
                 "Only one distribution can be active at a time. Received: a "
@@ -129,15 +132,53 @@ class World(world.World):
             return jax.jit(constrained)(*placed)
 
     def prepare(self, model: Any) -> None:
-        del model
+        devices = set(self.mesh.devices.flat)
+        for variable in model.variables:
+            if set(variable.value.sharding.device_set) != devices:
+                raise ValueError(
+                    "A model must be built inside the scope of the strategy "
+                    "that trains it. Received: the variable "
+                    f"{variable.path!r} of the model {model.name!r}, which "
+                    "lies on other devices. Build and compile the model "
+                    "inside `with strategy.scope():`."
+                )
 
-    def partition_spec(self, shape: tuple[int, ...]) -> PartitionSpec:
-        """How one array of a batch is split: batch, then sequence."""
+    def recover(self, model: Any) -> None:
+        # Keras detaches the variables' values while it runs steps.
+        state = model.__dict__.pop(_DETACHED, {})
+        for variable, value in state.values():
+            if variable._value is None and not value.is_deleted():
+                variable._value = value
+
+    def partition_spec(
+        self, shape: tuple[int, ...], split: bool
+    ) -> PartitionSpec:
+        """How one array of a batch lies on the mesh."""
         axes: list[str | None] = []
-        sizes = (("batch", self.data_size), ("seq", self.sequence_size))
-        for (name, size), length in zip(sizes, shape, strict=False):
-            axes.append(name if length and length % size == 0 else None)
+        if shape:
+            axes.append("batch" if shape[0] % self.data_size == 0 else None)
+        if split:
+            axes.append("seq")
         return PartitionSpec(*axes)
+
+    def place_batch(self, batch: Any) -> Any:
+        """Put a global batch of host arrays onto the mesh. Every process
+        gives the same batch and places its own parts of it."""
+        splits = batches.split_batch(self, self.model, batch)
+
+        def place(leaf: Any, split: bool | None) -> Any:
+            if leaf is None:
+                return None
+            spec = self.partition_spec(tuple(leaf.shape), bool(split))
+            sharding = NamedSharding(self.mesh, spec)
+            if jax.process_count() == 1:
+                return jax.device_put(leaf, sharding)
+            leaf = np.asarray(leaf)
+            return jax.make_array_from_callback(
+                leaf.shape, sharding, lambda index: leaf[index]
+            )
+
+        return tree.map_structure(place, batch, splits)
 
     @staticmethod
     def _run_spec(rank: int) -> PartitionSpec:
@@ -188,5 +229,50 @@ def custom_gradient(
     return function
 
 
+_DETACHED = "_keras_ring_detached"
+_MARK = "_keras_ring_wrapped"
+
+
 def install() -> None:
-    """Teach Keras' trainer about the strategy; see `World.prepare`."""
+    """Teach Keras' trainer two things, once and inert without a strategy:
+    to place a batch by what the model says of each array, and to keep the
+    values that it detaches from the variables until a step succeeded."""
+    try:
+        from keras.src.backend.jax import trainer
+
+        distribute, detach = (
+            trainer._distribute_data,
+            trainer.JAXTrainer._get_jax_state,
+        )
+    except (ImportError, AttributeError) as error:
+        raise NotImplementedError(
+            "This version of Keras feeds its JAX trainer in a way that "
+            f"keras_ring does not know. Received: keras {keras.__version__}, "
+            f"{error}. Use Keras 3.15."
+        ) from error
+    if getattr(distribute, _MARK, False):
+        return
+
+    @functools.wraps(distribute)
+    def distribute_data(data: Any, layouts: Any = None) -> Any:
+        active = current()
+        if active is None or active.model is None:
+            return distribute(data, layouts)
+        return active.place_batch(data)
+
+    @functools.wraps(detach)
+    def get_jax_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if current() is not None:
+            variables = self.variables
+            if self.optimizer is not None:
+                variables = variables + self.optimizer.variables
+            self.__dict__[_DETACHED] = {
+                variable.path: (variable, variable._value)
+                for variable in (*variables, *self.metrics_variables)
+                if variable._value is not None
+            }
+        return detach(self, *args, **kwargs)
+
+    setattr(distribute_data, _MARK, True)
+    trainer._distribute_data = distribute_data
+    trainer.JAXTrainer._get_jax_state = get_jax_state

@@ -1,0 +1,137 @@
+"""What happens before Keras trains a model under a strategy.
+
+`install()` wraps the public methods of `keras.Model` that run steps. A
+model that was built under a strategy is checked and then handed to Keras'
+own method; every other model goes straight through. How the steps
+themselves are spread over devices is the business of each backend's
+`runtime.py`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+
+from keras_ring import backends, batches, guard, strategy
+from keras_ring.world import World
+
+_MARK = "_keras_ring_wrapped"
+
+
+def install() -> None:
+    """Make `fit`, `evaluate`, `predict` and the `*_on_batch` methods know
+    strategies. Does nothing where it has been done; without a strategy the
+    methods are Keras' own."""
+    for name in (
+        "fit",
+        "evaluate",
+        "predict",
+        "train_on_batch",
+        "test_on_batch",
+        "predict_on_batch",
+    ):
+        method = getattr(keras.Model, name)
+        if not getattr(method, _MARK, False):
+            wrapped = _under_strategy(method)
+            setattr(wrapped, _MARK, True)
+            setattr(keras.Model, name, wrapped)
+    backends.load().runtime.install()
+
+
+def model_world(model: Any) -> World | None:
+    """The world that a model belongs to: the active one, or else the one
+    under which its ring layers were built.
+
+    Raises:
+        ValueError: if layers were built under another one than is active.
+    """
+    active = strategy.current()
+    built = {
+        id(layer._ring_world): layer
+        for layer in model._flatten_layers()
+        if getattr(layer, "built", False) and hasattr(layer, "_ring_world")
+    }
+    worlds = [layer._ring_world for layer in built.values()]
+    if active is None:
+        worlds = [world for world in worlds if world is not None]
+        if len(worlds) > 1:
+            raise ValueError(
+                "All layers of a model must be built under one strategy. "
+                f"Received: layers of {len(worlds)} strategies in the model "
+                f"{model.name!r}. Build it anew inside one strategy.scope()."
+            )
+        return worlds[0] if worlds else None
+    for layer in built.values():
+        if layer._ring_world is not active:
+            where = (
+                "outside any scope"
+                if layer._ring_world is None
+                else "in the scope of another strategy"
+            )
+            raise ValueError(
+                "A model must be built inside the scope of the strategy that "
+                f"trains it. Received: the layer {layer.name!r} of the model "
+                f"{model.name!r}, built {where}. Build the model inside "
+                "`with strategy.scope():` (and load its weights there)."
+            )
+    return active
+
+
+def _under_strategy(method: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        world = model_world(self)
+        if world is None:
+            return method(self, *args, **kwargs)
+        with world.scope(), _running(world, self):
+            guard.check(self, world)
+            _check_arguments(world, self, signature.bind(self, *args, **kwargs))
+            world.prepare(self)
+            try:
+                return method(self, *args, **kwargs)
+            except BaseException:
+                world.recover(self)
+                raise
+
+    return wrapper
+
+
+@contextmanager
+def _running(world: World, model: Any) -> Iterator[None]:
+    """Name the model whose steps run; calls can nest (validation)."""
+    previous, world.model = world.model, model
+    try:
+        yield
+    finally:
+        world.model = previous
+
+
+def _check_arguments(
+    world: World, model: Any, bound: inspect.BoundArguments
+) -> None:
+    """Refuse arrays that the mesh cannot split before anything runs."""
+    given = bound.arguments
+    parts = [given.get(name) for name in ("x", "y", "sample_weight")]
+    # The *_on_batch methods have no batch_size: they are given one batch.
+    in_batches = "batch_size" in bound.signature.parameters
+    batch_size = given.get("batch_size") if in_batches else 0
+    batches.check_arrays(
+        world,
+        model,
+        parts,
+        batch_size,
+        given.get("validation_split") or 0.0,
+    )
+    validation = given.get("validation_data")
+    if isinstance(validation, (tuple, list)):
+        batches.check_arrays(
+            world,
+            model,
+            list(validation),
+            given.get("validation_batch_size") or batch_size,
+        )
