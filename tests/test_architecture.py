@@ -1,0 +1,240 @@
+"""The package's own rules, read off its source.
+
+Which module may import which, where a framework may be named, where private
+names of Keras and the frameworks may stand, and that the backends are three
+versions of one thing.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "keras_ring"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FRAMEWORKS = ("jax", "tensorflow", "torch")
+
+# What each part of the package may import of the others. Parts are the
+# modules and folders directly under keras_ring/. A new part needs a line.
+LEAVES = {"masks", "numerics", "placement", "transport", "version"}
+MAY_IMPORT = {
+    **{leaf: set() for leaf in LEAVES},
+    "blockwise": {"masks", "numerics"},
+    "attention": {"blockwise", "masks", "numerics", "placement", "transport"},
+    "world": {"transport"},
+    "backends": {
+        *("blockwise", "masks", "numerics", "placement", "transport", "world"),
+    },
+    "strategy": {"backends", "placement"},
+    "ops": {
+        *("attention", "backends", "masks", "numerics", "placement"),
+        *("strategy", "transport", "world"),
+    },
+    "layers": {"masks", "numerics", "ops", "placement", "strategy", "world"},
+    "losses": {"masks", "numerics", "ops", "placement", "strategy", "world"},
+}
+# The facade names everything.
+MAY_IMPORT["__init__"] = set(MAY_IMPORT) | {"version"}
+
+PRIVATE = (
+    "keras.src",
+    "keras._tf_keras",
+    "tensorflow.python",
+    "tf.python",
+    "torch.ops.aten",
+    "torch._",
+    "jax._src",
+    "jax.interpreters",
+    "jaxlib",
+)
+MAY_USE_PRIVATE = {"runtime.py", "kernel.py"}
+
+# What the shared code asks of a backend, in the order of the files.
+SEAM = {
+    "transport.py": ["RingTransport"],
+    "kernel.py": ["Kernel", "KERNEL"],
+    "runtime.py": ["World", "current", "custom_gradient", "install"],
+}
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def part(path: Path) -> str:
+    """The module or folder under keras_ring/ that a file belongs to."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def identify(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def running_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those that only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(
+            node.test
+        ):
+            for other in node.orelse:
+                yield from running_nodes(other)
+            continue
+        yield node
+        yield from running_nodes(node)
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of everything that a file imports, anywhere in it."""
+    for node in running_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=identify)
+def test_imports_point_one_way(path):
+    """layers, losses -> ops -> attention -> leaves; strategy -> backends."""
+    own = part(path)
+    assert own in MAY_IMPORT, f"say in MAY_IMPORT what {own} may import"
+    for name in imported(parse(path)):
+        if not name.startswith("keras_ring."):
+            continue
+        target = name.split(".")[1]
+        assert target == own or target in MAY_IMPORT[own], (
+            f"{identify(path)} imports {name}"
+        )
+
+
+def test_no_part_imports_another_in_a_circle():
+    """The table itself points one way."""
+    done: set[str] = set()
+    left = dict(MAY_IMPORT)
+    while left:
+        ready = [name for name, needs in left.items() if needs - {name} <= done]
+        assert ready, f"a circle among {sorted(left)}"
+        for name in ready:
+            done.add(name)
+            del left[name]
+
+
+@pytest.mark.parametrize("path", FILES, ids=identify)
+def test_a_framework_is_imported_by_its_own_backend_only(path):
+    parts = path.relative_to(PACKAGE).parts
+    own = parts[1] if parts[0] == "backends" and len(parts) == 3 else None
+    for name in imported(parse(path)):
+        framework = name.split(".")[0]
+        if framework in FRAMEWORKS:
+            assert framework == own, f"{identify(path)} imports {name}"
+        for other in FRAMEWORKS:
+            assert other == own or not name.startswith(
+                f"keras_ring.backends.{other}"
+            ), f"{identify(path)} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=identify)
+def test_private_names_stand_in_a_backend_only(path):
+    parts = path.relative_to(PACKAGE).parts
+    if parts[0] == "backends" and parts[-1] in MAY_USE_PRIVATE:
+        return
+    tree = parse(path)
+    used = set(imported(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            used.add(ast.unparse(node))
+        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(
+            node.func
+        ):
+            used.update(
+                argument.value
+                for argument in node.args
+                if isinstance(argument, ast.Constant)
+            )
+    found = [name for name in used if name.startswith(PRIVATE)]
+    assert not found, f"{identify(path)} uses {found}"
+
+
+def definitions(path: Path) -> dict[str, ast.stmt]:
+    """Public names that a file defines at its top, in order."""
+    names: dict[str, ast.stmt] = {}
+    for node in parse(path).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names[node.name] = node
+        elif isinstance(node, ast.Assign):
+            names |= {t.id: node for t in node.targets if hasattr(t, "id")}
+    return {n: d for n, d in names.items() if not n.startswith("_")}
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("file", SEAM)
+def test_every_backend_has_the_same_names_in_the_same_order(file, framework):
+    names = definitions(PACKAGE / "backends" / framework / file)
+    seam = [name for name in names if name in SEAM[file]]
+    assert seam == SEAM[file]
+
+
+@pytest.mark.parametrize("file", SEAM)
+def test_the_methods_of_the_backends_are_in_one_order(file):
+    """Those that two backends share; a diff then shows the framework."""
+    methods = {}
+    for framework in FRAMEWORKS:
+        node = definitions(PACKAGE / "backends" / framework / file).get(
+            SEAM[file][0]
+        )
+        assert isinstance(node, ast.ClassDef), framework
+        methods[framework] = [
+            n.name for n in node.body if isinstance(n, ast.FunctionDef)
+        ]
+    model = methods["jax"]
+    for framework, names in methods.items():
+        shared = [name for name in names if name in model]
+        assert shared == [name for name in model if name in names], framework
+
+
+@pytest.mark.parametrize("path", FILES, ids=identify)
+def test_shared_code_uses_the_seam_only(path):
+    """`backend.kernel.x`: x is one of the names that every backend has."""
+    if len(path.relative_to(PACKAGE).parts) == 3:
+        return
+    for node in ast.walk(parse(path)):
+        if not isinstance(node, ast.Attribute):
+            continue
+        owner = node.value
+        if not isinstance(owner, ast.Attribute):
+            continue
+        file = f"{owner.attr}.py"
+        source = ast.unparse(owner.value)
+        if file in SEAM and source in ("backend", "backends.load()"):
+            assert node.attr in SEAM[file], (
+                f"{identify(path)} uses {ast.unparse(node)}"
+            )
+
+
+@pytest.mark.parametrize("path", FILES, ids=identify)
+def test_functions_say_their_types(path):
+    """At the top of a module and in classes; inner functions may do without."""
+    owners = [parse(path)]
+    owners += [n for n in owners[0].body if isinstance(n, ast.ClassDef)]
+    for owner in owners:
+        for node in owner.body:
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            arguments = node.args
+            given = [*arguments.posonlyargs, *arguments.args]
+            given += [*arguments.kwonlyargs]
+            given += [a for a in (arguments.vararg, arguments.kwarg) if a]
+            if isinstance(owner, ast.ClassDef) and not any(
+                ast.unparse(d) == "staticmethod" for d in node.decorator_list
+            ):
+                given = given[1:]
+            where = f"{identify(path)}: {node.name}"
+            assert all(a.annotation for a in given), where
+            assert node.returns or node.name == "__init__", where
+
+
+@pytest.mark.parametrize("path", FILES, ids=identify)
+def test_every_module_says_what_it_is(path):
+    assert ast.get_docstring(parse(path)) or not path.read_text().strip()

@@ -1,0 +1,223 @@
+"""What a user installs, imports and reads."""
+
+import ast
+import importlib
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import keras
+import pytest
+
+import keras_ring
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "keras_ring"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The names in the wheel that is built from a copy of the project."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    ignore = shutil.ignore_patterns("__pycache__", ".*", "*.egg-info", "out")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"),
+            *("--no-build-isolation", f"--wheel-dir={folder}", str(source)),
+        ],
+        check=True,
+        timeout=120,
+    )
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        return {
+            name: archive.read(name).decode()
+            for name in archive.namelist()
+            if not name.endswith("/")
+        }
+
+
+def test_the_wheel_holds_what_the_tree_holds(wheel):
+    in_tree = {
+        str(path.relative_to(ROOT))
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    in_wheel = {name for name in wheel if ".dist-info/" not in name}
+    assert in_wheel == in_tree
+    assert "keras_ring/py.typed" in in_wheel
+
+
+def test_the_wheel_installs_one_top_level_package(wheel):
+    version = keras_ring.__version__
+    assert {name.split("/")[0] for name in wheel} == {
+        "keras_ring",
+        f"keras_ring-{version}.dist-info",
+    }
+
+
+def test_the_wheel_needs_keras_and_no_backend(wheel):
+    (metadata,) = (t for n, t in wheel.items() if n.endswith("/METADATA"))
+    lines = metadata.splitlines()
+    needs = [x.split(": ", 1)[1] for x in lines if x.startswith("Requires-D")]
+    always = [need for need in needs if "extra ==" not in need]
+    assert always == ["keras>=3.15", "numpy"]
+    extras = {x.split(": ", 1)[1] for x in lines if x.startswith("Provides-E")}
+    assert extras == {"jax", "tensorflow", "torch", "dev"}
+    assert "License-Expression: Apache-2.0" in lines
+    assert any(name.endswith("licenses/LICENSE") for name in wheel)
+
+
+def test_the_root_shows_the_backends():
+    link = ROOT / "backends"
+    assert link.is_symlink()
+    assert link.resolve() == PACKAGE / "backends"
+
+
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints, on the backend of these tests."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_loads_no_framework_that_keras_does_not():
+    loaded = run_python(
+        """
+        import sys
+        import keras
+        names = {"jax", "tensorflow", "torch"}
+        before = names & set(sys.modules)
+        import keras_ring
+        print(sorted(names & set(sys.modules) - before))
+        """
+    )
+    assert loaded.strip() == "[]"
+
+
+DEVICES_STILL_OPEN = {
+    # Each of these is refused, or without effect, once there are devices.
+    "jax": """
+        import os
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=3"
+        import jax
+        assert jax.device_count() == 3, jax.devices()
+        """,
+    "tensorflow": """
+        import tensorflow as tf
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * 3,
+        )
+        assert len(tf.config.list_logical_devices("CPU")) == 3
+        """,
+    "torch": """
+        import torch
+        assert not torch.distributed.is_initialized()
+        assert not torch.cuda.is_initialized()
+        """,
+}
+
+
+def test_importing_initialises_no_device():
+    run_python(
+        "import keras_ring\n"
+        + textwrap.dedent(DEVICES_STILL_OPEN[keras.backend.backend()])
+    )
+
+
+def public_modules():
+    """The facade and the parts of it that are modules."""
+    yield keras_ring
+    for name in keras_ring.__all__:
+        if inspect.ismodule(getattr(keras_ring, name)):
+            yield getattr(keras_ring, name)
+
+
+def public_objects():
+    """Every public class and function, under its public name."""
+    for module in public_modules():
+        names = getattr(module, "__all__", None)
+        if names is None:
+            names = [
+                name
+                for name, value in vars(module).items()
+                if not name.startswith("_")
+                and getattr(value, "__module__", "") == module.__name__
+            ]
+        for name in names:
+            value = getattr(module, name)
+            if inspect.isclass(value) or inspect.isfunction(value):
+                yield f"{module.__name__}.{name}", value
+
+
+PUBLIC = dict(public_objects())
+
+
+@pytest.mark.parametrize("part", ["layers", "losses", "ops"])
+def test_what_a_part_defines_is_exported(part):
+    """One public class per file, and every one has a public name."""
+    folder = PACKAGE / part
+    if not (folder / "__init__.py").exists():
+        pytest.skip(f"there is no keras_ring/{part} yet")
+    package = importlib.import_module(f"keras_ring.{part}")
+    for path in folder.glob("[a-z]*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name[0] != "_":
+                assert node.name in package.__all__, path
+                assert part in keras_ring.__all__
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_what_is_public_is_documented(name):
+    """Args where something is taken, Returns where something comes back,
+    Raises where a refusal stands in the code."""
+    thing = PUBLIC[name]
+    text = inspect.getdoc(thing) or ""
+    assert text, name
+    assert not text.startswith(f"{thing.__name__}("), "a generated docstring"
+    named_tuple = inspect.isclass(thing) and issubclass(thing, tuple)
+    if named_tuple:
+        assert "Attributes:" in text, name
+        return
+    source = textwrap.dedent(inspect.getsource(thing))
+    tree = ast.parse(source).body[0]
+    makers = {"__init__", "__post_init__"}
+    bodies = [
+        node
+        for node in [tree, *ast.iter_child_nodes(tree)]
+        if isinstance(node, ast.FunctionDef)
+        and (node is tree or node.name in makers)
+    ]
+    takes = [
+        parameter
+        for parameter in inspect.signature(thing).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    if takes and not inspect.isabstract(thing):
+        assert "Args:" in text, name
+    raises = any(
+        isinstance(node, ast.Raise)
+        for body in bodies
+        for node in ast.walk(body)
+    )
+    if raises:
+        assert "Raises:" in text, name
+    if inspect.isfunction(thing):
+        assert "Returns:" in text, name
