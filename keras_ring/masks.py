@@ -188,7 +188,12 @@ class Explicit(Mask):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class And(Mask):
-    """Pairs that both masks allow."""
+    """Pairs that both masks allow; what `first & second` makes.
+
+    Args:
+        first: a mask.
+        second: another.
+    """
 
     first: Mask
     second: Mask
