@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -234,6 +235,24 @@ _HOW_TO_GET_DEVICES = (
 )
 
 
+_SUSPENDED: ContextVar[bool] = ContextVar(
+    "keras_ring_suspended", default=False
+)
+
+
 def current() -> "World | None":
     """The world of the strategy that is active here, or None."""
+    if _SUSPENDED.get():
+        return None
     return backends.load().runtime.current()
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Run code that was given the whole sequence: to it there is no
+    strategy, so that nothing in it takes the whole for a shard."""
+    token = _SUSPENDED.set(True)
+    try:
+        yield
+    finally:
+        _SUSPENDED.reset(token)
