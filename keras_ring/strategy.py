@@ -235,9 +235,7 @@ _HOW_TO_GET_DEVICES = (
 )
 
 
-_SUSPENDED: ContextVar[bool] = ContextVar(
-    "keras_ring_suspended", default=False
-)
+_SUSPENDED: ContextVar[bool] = ContextVar("keras_ring_suspended", default=False)
 
 
 def current() -> "World | None":
