@@ -7,6 +7,8 @@ once, each runs the function, and the first failure is raised here.
 
 import keras
 
+from tests.processes import Pool
+
 # Devices that a test may ask for.
 DEVICES = {"jax": 8, "tensorflow": 4, "torch": 4}[keras.backend.backend()]
 
@@ -25,11 +27,22 @@ def simulate_devices() -> None:
 class Worlds:
     """Runs functions where the devices are."""
 
+    def __init__(self):
+        self._pools = {}
+
     def call(self, count, function, *arguments):
         """Run `function(*arguments)` in a world of `count` devices."""
         if count > DEVICES:
             raise ValueError(f"no {count} devices, only {DEVICES}")
-        return function(*arguments)
+        if keras.backend.backend() != "torch":
+            return function(*arguments)
+        pool = self._pools.get(count)
+        if pool is None or not pool.alive:
+            pool = self._pools[count] = Pool(count)
+        return pool.call(function, arguments)
 
     def close(self):
-        """End the processes of the pool, if there are any."""
+        """End the processes of the pools, if there are any."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()

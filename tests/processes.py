@@ -1,0 +1,194 @@
+"""A pool of real processes, the devices of the tests on PyTorch.
+
+Each process gets the environment that torchrun would set, lives as long as
+the test session, and runs one function after the other. A function is sent
+by its module and name, its arguments and the result are pickled. Whatever
+goes wrong in one process ends the whole pool of that size: what the others
+still wait for will never come.
+"""
+
+import importlib
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# Seconds that a call may take, and that the others get to finish theirs
+# after one has failed.
+LIMIT = 120.0
+GRACE = 1.0
+
+
+class Pool:
+    """`size` processes that were started as torchrun would start them."""
+
+    def __init__(self, size):
+        self.size = size
+        self.connections = []
+        self.processes = []
+        port = free_port()
+        for rank in range(size):
+            ours, theirs = socket.socketpair()
+            environment = launch_environment(rank, size, port)
+            with theirs:
+                self.processes.append(
+                    subprocess.Popen(
+                        [
+                            *(sys.executable, "-m", "tests.processes"),
+                            str(theirs.fileno()),
+                        ],
+                        pass_fds=[theirs.fileno()],
+                        cwd=ROOT,
+                        env=environment,
+                    )
+                )
+            self.connections.append(
+                multiprocessing.connection.Connection(ours.detach())
+            )
+
+    def call(self, function, arguments, limit=LIMIT):
+        """Run `function(*arguments)` in every process; rank 0's result.
+
+        Raises:
+            The error of the rank that failed first, with its traceback;
+            AssertionError if a process died or did not finish in time.
+        """
+        task = (
+            function.__module__,
+            function.__qualname__,
+            pickle.dumps(arguments),
+        )
+        try:
+            for connection in self.connections:
+                connection.send(task)
+            answers = self._collect(time.monotonic() + limit)
+        except BaseException:
+            self.close()
+            raise
+        return answers[0]
+
+    def _collect(self, deadline):
+        waiting = dict(zip(self.connections, range(self.size), strict=True))
+        answers, failure, last = {}, None, "no process has finished"
+        while waiting:
+            left = deadline - time.monotonic()
+            ready = multiprocessing.connection.wait(
+                list(waiting), max(left, 0.0)
+            )
+            if not ready:
+                if failure is not None:
+                    raise failure
+                raise AssertionError(
+                    f"ranks {sorted(waiting.values())} of {self.size} did "
+                    f"not finish in time ({last})"
+                )
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    succeeded, answer = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionError):
+                    code = self.processes[rank].wait()
+                    succeeded = False
+                    answer = AssertionError(
+                        f"rank {rank} of {self.size} died with exit code {code}"
+                    )
+                if succeeded:
+                    answers[rank] = answer
+                    last = f"rank {rank} has"
+                elif failure is None:
+                    failure = answer
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        if failure is not None:
+            raise failure
+        return answers
+
+    def close(self):
+        """End the processes."""
+        for connection in self.connections:
+            connection.close()
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+    @property
+    def alive(self):
+        return all(process.poll() is None for process in self.processes)
+
+
+def free_port():
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch_environment(rank, size, port):
+    """The environment of one process, as torchrun sets it."""
+    return os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "KERAS_BACKEND": "torch",
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        ),
+    }
+
+
+def serve(descriptor):
+    """Run what the pool sends, until the pool has gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = multiprocessing.connection.Connection(descriptor)
+    while True:
+        try:
+            module, name, arguments = connection.recv()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            function = importlib.import_module(module)
+            for part in name.split("."):
+                function = getattr(function, part)
+            answer = pickle.dumps((True, function(*pickle.loads(arguments))))
+        # Whatever a test raises, pytest's own outcomes included, belongs to
+        # the process that asked.
+        except BaseException as error:
+            answer = pickle.dumps((False, described(error)))
+        connection.send_bytes(answer)
+
+
+def described(error):
+    """The error with the traceback of this process in its message."""
+    text = (
+        f"{error}\n\nin rank {os.environ['RANK']} of "
+        f"{os.environ['WORLD_SIZE']}:\n{traceback.format_exc()}"
+    )
+    try:
+        copy = type(error)(text)
+        pickle.loads(pickle.dumps(copy))
+    # An exception class may refuse to be made or pickled in any way.
+    except Exception:  # noqa: BLE001
+        copy = AssertionError(f"{type(error).__name__}: {text}")
+    return copy
+
+
+if __name__ == "__main__":
+    # The functions must find this module under its own name.
+    from tests import processes
+
+    processes.serve(int(sys.argv[1]))
+    # Without waiting for peers that may be gone.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

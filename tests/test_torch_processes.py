@@ -1,0 +1,67 @@
+"""The pool of processes that the tests on PyTorch run in."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests.processes import Pool
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pools = [Pool(2)]
+
+    def call(function, *arguments, limit=60.0):
+        if not pools[0].alive:
+            pools[0] = Pool(2)
+        return pools[0].call(function, arguments, limit)
+
+    yield call
+    pools[0].close()
+
+
+def rank():
+    return int(os.environ["RANK"])
+
+
+def double(array):
+    return array * 2 + rank()
+
+
+def fail_on_rank_1():
+    if rank() == 1:
+        raise KeyError("missing")
+    time.sleep(60)
+
+
+def die_on_rank_1():
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def sleep():
+    time.sleep(60)
+
+
+def test_the_result_is_that_of_rank_0(pool):
+    np.testing.assert_array_equal(pool(double, np.arange(3)), [0, 2, 4])
+
+
+def test_the_error_of_any_rank_arrives_and_the_pool_recovers(pool):
+    with pytest.raises(KeyError, match="in rank 1 of 2"):
+        pool(fail_on_rank_1)
+    assert pool(double, 1) == 2
+
+
+def test_a_process_that_dies_is_an_error(pool):
+    with pytest.raises(AssertionError, match="rank 1 of 2 died"):
+        pool(die_on_rank_1)
+
+
+def test_a_call_that_hangs_is_an_error(pool):
+    with pytest.raises(AssertionError, match=r"ranks \[0, 1\] of 2"):
+        pool(sleep, limit=2.0)
