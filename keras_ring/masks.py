@@ -21,6 +21,7 @@ from keras import ops
 
 Tensor = Any
 Range = tuple[Any, Any]
+Shape = tuple[int | None, ...]
 
 
 class Mask(abc.ABC):
@@ -40,6 +41,31 @@ class Mask(abc.ABC):
         """The same mask over other tensors (a slice, a visiting chunk)."""
         del query_tensors, key_tensors
         return self
+
+    def check(self, query: Shape, key: Shape, ring: int) -> None:
+        """Refuse tensors that do not fit; sizes that are None fit all.
+
+        Args:
+            query: `(batch, query_length, heads, head_dim)` as the layer
+                sees it.
+            key: `(batch, key_length, key_heads, head_dim)`, likewise.
+            ring: how many chunks like `key` make all the keys.
+
+        Raises:
+            ValueError: if a tensor of the mask has another batch or length.
+        """
+        for name, shape, tensors in (
+            ("query", query, self.query_tensors()),
+            ("key", key, self.key_tensors()),
+        ):
+            for tensor in tensors:
+                if not _fits(tensor.shape[:2], shape[:2]):
+                    raise ValueError(
+                        f"{type(self).__name__} must have the batch and the "
+                        f"length of the {name} on its first two axes, as the "
+                        "layer sees them. Received: mask tensor of shape "
+                        f"{tuple(tensor.shape)}, {name}.shape={shape}."
+                    )
 
     def relation(self, queries: Range, keys: Range) -> tuple[Any, Any]:
         """`(some, every)` for inclusive position ranges `(first, last)`.
@@ -180,6 +206,21 @@ class Explicit(Mask):
     ) -> "Explicit":
         return Explicit(*query_tensors)
 
+    def check(self, query: Shape, key: Shape, ring: int) -> None:
+        shape = tuple(self.pairs.shape)
+        keys = None if key[1] is None else key[1] * ring
+        fits = len(shape) == 4 and any(
+            _fits(shape, (*query[:2], heads, keys)) for heads in (1, query[2])
+        )
+        if not fits:
+            raise ValueError(
+                "Explicit(pairs) must have the shape (batch, query_length, "
+                "heads or 1, all keys), where all keys are those of every "
+                f"device. Received: pairs.shape={shape}, query.shape={query},"
+                f" key.shape={key}, {keys} keys in all. Transpose or "
+                "broadcast the mask to that shape."
+            )
+
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         columns = ops.minimum(key_positions, ops.shape(self.pairs)[3] - 1)
         pairs = ops.take(self.pairs, columns, axis=3)
@@ -214,6 +255,10 @@ class And(Mask):
             self.second.replace(query_tensors[at_query:], key_tensors[at_key:]),
         )
 
+    def check(self, query: Shape, key: Shape, ring: int) -> None:
+        self.first.check(query, key, ring)
+        self.second.check(query, key, ring)
+
     def relation(self, queries: Range, keys: Range) -> tuple[Any, Any]:
         some_first, every_first = self.first.relation(queries, keys)
         some_second, every_second = self.second.relation(queries, keys)
@@ -224,3 +269,10 @@ class And(Mask):
             self.first.allowed(query_positions, key_positions),
             self.second.allowed(query_positions, key_positions),
         )
+
+
+def _fits(shape: Any, wanted: Any) -> bool:
+    return len(shape) == len(wanted) and all(
+        have == want or not isinstance(have, int) or want is None
+        for have, want in zip(shape, wanted, strict=True)
+    )

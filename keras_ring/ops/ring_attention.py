@@ -10,7 +10,7 @@ from keras import ops
 from keras_ring import backends, strategy
 from keras_ring.attention import Ring
 from keras_ring.masks import Mask
-from keras_ring.world import LOCAL
+from keras_ring.world import LOCAL, World
 
 Tensor = Any
 
@@ -80,8 +80,8 @@ def ring_attention(
         Liu, Zaharia and Abbeel 2023, https://arxiv.org/abs/2310.01889
     """
     query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
-    scale = check_arguments(query, key, value, mask, scale)
     world = strategy.current()
+    scale = _checked_scale(query, key, value, mask, scale, world)
     query_tensors = mask.query_tensors() if mask is not None else ()
     key_tensors = mask.key_tensors() if mask is not None else ()
     function = functools.partial(
@@ -95,12 +95,13 @@ def ring_attention(
     return AttentionResult(out, lse) if return_lse else out
 
 
-def check_arguments(
+def _checked_scale(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Mask | None,
     scale: float | None,
+    world: World | None,
 ) -> float:
     """Refuse arguments that do not fit; return the scale."""
     shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
@@ -148,31 +149,17 @@ def check_arguments(
             f"Received: mask of type {type(mask).__name__}."
         )
     if mask is not None:
-        _check_mask(mask, query, key)
+        ring = 1
+        if world is not None and world.inside():
+            ring = world.sequence_size
+        mask.check(tuple(query.shape), tuple(key.shape), ring)
     if scale is None:
         return 1.0 / math.sqrt(query.shape[3])
+    if not math.isfinite(scale):
+        raise ValueError(
+            f"`scale` must be a finite number. Received: scale={scale}."
+        )
     return float(scale)
-
-
-def _check_mask(mask: Mask, query: Tensor, key: Tensor) -> None:
-    sides = (
-        ("query", query, mask.query_tensors()),
-        ("key", key, mask.key_tensors()),
-    )
-    for name, tensor, carried in sides:
-        for ids in carried:
-            fits = len(ids.shape) >= 2
-            for axis in (0, 1):
-                have, want = ids.shape[axis], tensor.shape[axis]
-                if isinstance(have, int) and isinstance(want, int):
-                    fits = fits and have == want
-            if not fits:
-                raise ValueError(
-                    f"A mask over the {name} positions must have the batch "
-                    f"and the length of `{name}` on its first two axes. "
-                    f"Received: mask tensor of shape {tuple(ids.shape)}, "
-                    f"{name}.shape={tuple(tensor.shape)}."
-                )
 
 
 def _attend(
