@@ -1,1 +1,6 @@
 """Keras layers that know about the ring."""
+
+from keras_ring.layers.position_embedding import PositionEmbedding
+from keras_ring.layers.rotary_embedding import RotaryEmbedding
+
+__all__ = ["PositionEmbedding", "RotaryEmbedding"]

@@ -1,5 +1,16 @@
 """The functional interface: operations on tensors."""
 
 from keras_ring.ops.ring_attention import AttentionResult, ring_attention
+from keras_ring.ops.sequence import (
+    gather_sequence,
+    own_chunk,
+    sequence_positions,
+)
 
-__all__ = ["AttentionResult", "ring_attention"]
+__all__ = [
+    "AttentionResult",
+    "gather_sequence",
+    "own_chunk",
+    "ring_attention",
+    "sequence_positions",
+]

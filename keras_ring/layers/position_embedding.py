@@ -1,0 +1,139 @@
+"""`keras_ring.layers.PositionEmbedding`."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ring import placement, strategy
+from keras_ring.layers.positions import checked_positions
+from keras_ring.ops.dense_take import dense_take
+from keras_ring.ops.sequence import sequence_positions, shard_ring
+
+Tensor = Any
+
+
+@keras.saving.register_keras_serializable(package="keras_ring")
+class PositionEmbedding(keras.layers.Layer):
+    """A learned vector for each position of the whole sequence.
+
+    Gives the vectors of the positions that the layer sees, ready to be
+    added to the input; on a shard these are the positions of the shard in
+    the whole sequence.
+
+    Args:
+        sequence_length: number of positions that have a vector: the longest
+            whole sequence.
+        initializer: of the vectors.
+        **kwargs: name, dtype and others of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: `(batch, length, features)`; only its shape is used.
+        start_index: int or int scalar, the position of the first element of
+            the whole sequence (decoding with a cache).
+        positions: integers `(length,)` or `(batch, length)` in place of the
+            natural positions; split as the inputs are.
+
+    Returns:
+        `(batch, length, features)` in the compute dtype.
+
+    Raises:
+        ValueError: for a sequence longer than `sequence_length`, inputs of
+            another rank, or positions that do not fit.
+
+    Example:
+
+    ```python
+    x = x + keras_ring.layers.PositionEmbedding(4096)(x)
+    ```
+
+    Reference:
+        Devlin et al., "BERT", 2018, https://arxiv.org/abs/1810.04805
+    """
+
+    def __init__(
+        self,
+        sequence_length: int,
+        initializer: Any = "glorot_uniform",
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if (
+            not isinstance(sequence_length, int)
+            or isinstance(sequence_length, bool)
+            or sequence_length < 1
+        ):
+            raise ValueError(
+                "`sequence_length` must be a positive integer. Received: "
+                f"sequence_length={sequence_length!r}."
+            )
+        self.sequence_length = sequence_length
+        self.initializer = keras.initializers.get(initializer)
+        self.supports_masking = True
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        if len(input_shape) != 3 or input_shape[-1] is None:
+            raise ValueError(
+                "The input must have the shape (batch, length, features) "
+                "with a known number of features. Received: input shape "
+                f"{tuple(input_shape)}."
+            )
+        self._ring_world = strategy.current()
+        self.position_embeddings = self.add_weight(
+            name="embeddings",
+            shape=(self.sequence_length, input_shape[-1]),
+            initializer=self.initializer,
+            trainable=True,
+        )
+
+    def call(
+        self,
+        inputs: Tensor,
+        start_index: int | Tensor = 0,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        table = ops.convert_to_tensor(self.position_embeddings)
+        shape = ops.shape(inputs)
+        if positions is not None:
+            positions = checked_positions(positions, start_index, inputs, 1)
+            vectors = dense_take(table, positions)
+        elif isinstance(shape[1], int) or ops.is_tensor(shape[1]):
+            # The positions of a chunk are contiguous: a slice, whose
+            # gradient is dense on every backend.
+            first = self._first(shape[1], start_index)
+            vectors = ops.slice(table, [first, 0], [shape[1], shape[2]])
+        else:
+            # JAX infers shapes with a length that is an expression, which
+            # cannot be the size of a slice. Only the shape matters here.
+            vectors = dense_take(table, sequence_positions(inputs))
+        return ops.broadcast_to(vectors, shape)
+
+    def compute_output_shape(
+        self, input_shape: tuple[int | None, ...]
+    ) -> tuple[int | None, ...]:
+        return tuple(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "sequence_length": self.sequence_length,
+            "initializer": keras.initializers.serialize(self.initializer),
+        }
+
+    def _first(self, length: Any, start_index: Any) -> Any:
+        """The position of the first element that the layer sees."""
+        ring = shard_ring()
+        whole = length * ring.size if ring is not None else length
+        if isinstance(whole, int) and isinstance(start_index, int):
+            end = start_index + whole
+            if start_index < 0 or end > self.sequence_length:
+                raise ValueError(
+                    "Every position of the whole sequence must have a "
+                    f"vector. Received: positions from {start_index} to "
+                    f"{end - 1}, sequence_length={self.sequence_length}. "
+                    "Build the layer with a larger `sequence_length`, or cut "
+                    "the sequences."
+                )
+        if ring is None:
+            return start_index
+        return placement.start(ring.index(), length) + start_index

@@ -1,0 +1,176 @@
+"""Operations on a sequence that may be split over devices: the positions of
+the part that the code sees, the whole of it, and the own part again."""
+
+from typing import TYPE_CHECKING, Any
+
+import keras
+from keras import ops
+
+from keras_ring import backends, placement, strategy
+from keras_ring.numerics import accumulation_dtype
+
+if TYPE_CHECKING:
+    from keras_ring.transport import Transport
+
+Tensor = Any
+
+
+def sequence_positions(tensor: Tensor, axis: int = 1) -> Tensor:
+    """The global positions of the elements along a sequence axis.
+
+    Args:
+        tensor: a tensor with the sequence on `axis`, as a layer sees it:
+            the whole sequence on JAX and outside a strategy's steps, the
+            own shard in a step on TensorFlow and PyTorch.
+        axis: the sequence axis; negative values count from the end.
+
+    Returns:
+        int32 `(length,)`, where `length` is the size of that axis: `0, 1,
+        2, ...` for a whole sequence; for a shard the same, counted from the
+        shard's place in the sequence.
+
+    Raises:
+        ValueError: for an axis that the tensor does not have.
+
+    Example:
+
+    ```python
+    x = x + table(keras_ring.ops.sequence_positions(x))
+    ```
+    """
+    axis = _checked_axis(tensor, axis)
+    if isinstance(tensor, keras.KerasTensor):
+        return SequencePositions(axis).symbolic_call(tensor)
+    length = ops.shape(tensor)[axis]
+    positions = ops.arange(length, dtype="int32")
+    ring = shard_ring()
+    if ring is None:
+        return positions
+    start = placement.start(ring.index(), length)
+    return positions + ops.cast(start, "int32")
+
+
+@keras.saving.register_keras_serializable(package="keras_ring")
+class SequencePositions(keras.Operation):
+    """`sequence_positions` as a node of a functional model."""
+
+    def __init__(self, axis: int = 1, *, name: str | None = None):
+        super().__init__(name=name)
+        self.axis = axis
+
+    def call(self, tensor: Tensor) -> Tensor:
+        return sequence_positions(tensor, self.axis)
+
+    def compute_output_spec(self, tensor: Tensor) -> keras.KerasTensor:
+        return keras.KerasTensor((tensor.shape[self.axis],), dtype="int32")
+
+
+def gather_sequence(tensor: Tensor, axis: int = 1) -> Tensor:
+    """The whole sequence, on every device of the ring.
+
+    The tensor that comes out grows with the sequence: this is the way to
+    use code that knows no ring, at the price of memory and transfers. The
+    gradient of a shard is the sum of what all members of the ring ask of it.
+
+    Args:
+        tensor: a tensor of any dtype with the sequence on `axis`, as a
+            layer sees it.
+        axis: the sequence axis; negative values count from the end.
+
+    Returns:
+        The tensor with the whole sequence on `axis`, in natural order. The
+        tensor itself where the code sees the whole sequence already.
+
+    Raises:
+        ValueError: for an axis that the tensor does not have.
+    """
+    axis = _checked_axis(tensor, axis)
+    ring = shard_ring()
+    if ring is None:
+        return tensor
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    if dtype == "bool":
+        return ops.cast(ring.all_gather(ops.cast(tensor, "int32"), axis), dtype)
+    if "float" not in dtype:
+        return ring.all_gather(tensor, axis)
+
+    def forward(shard):
+        return (ring.all_gather(shard, axis),), ()
+
+    def backward(residuals, grad):
+        del residuals
+        return (_sum_of_own_part(ring, grad, axis),)
+
+    custom_gradient = backends.load().runtime.custom_gradient
+    return custom_gradient(forward, backward)(tensor)[0]
+
+
+def own_chunk(tensor: Tensor, axis: int = 1) -> Tensor:
+    """This device's part of a whole sequence; undoes `gather_sequence`.
+
+    Args:
+        tensor: a tensor with the whole sequence on `axis`, the same on
+            every device of the ring.
+        axis: the sequence axis; negative values count from the end.
+
+    Returns:
+        The tensor with the own `1 / sequence_parallel` of `axis`. The
+        tensor itself where the code sees the whole sequence.
+
+    Raises:
+        ValueError: for a length that the ring cannot split, or an axis that
+            the tensor does not have.
+    """
+    axis = _checked_axis(tensor, axis)
+    ring = shard_ring()
+    if ring is None:
+        return tensor
+    return _chunk(tensor, axis, ring.index(), ring.size)
+
+
+def shard_ring() -> "Transport | None":
+    """The ring over which the sequence that this code sees is split; None
+    where it sees the whole sequence."""
+    world = strategy.current()
+    if world is None or not world.inside():
+        return None
+    ring = world.ring()
+    return ring if ring.size > 1 else None
+
+
+def _chunk(tensor: Tensor, axis: int, index: Any, size: int) -> Tensor:
+    shape = list(ops.shape(tensor))
+    if isinstance(shape[axis], int):
+        placement.check_divisible(shape[axis], size, "the whole sequence")
+    # A length that is only known when the program runs is checked by this
+    # reshape: it fails where the parts do not come out equal.
+    length = shape[axis] // size
+    parts = ops.reshape(
+        tensor, [*shape[:axis], size, length, *shape[axis + 1 :]]
+    )
+    start = [0] * len(parts.shape)
+    start[axis] = index
+    own = [*shape[:axis], 1, length, *shape[axis + 1 :]]
+    return ops.squeeze(ops.slice(parts, start, own), axis)
+
+
+def _sum_of_own_part(ring: "Transport", grad: Tensor, axis: int) -> Tensor:
+    """Every member's gradient of the own chunk, summed."""
+    dtype = keras.backend.standardize_dtype(grad.dtype)
+    # What each member of the ring asks of the own part, stacked on axis 0.
+    asked = ring.all_to_all(
+        ops.expand_dims(grad, 0), split_axis=axis + 1, concat_axis=0
+    )
+    asked = ops.cast(asked, accumulation_dtype(dtype))
+    return ops.cast(ops.sum(asked, axis=0), dtype)
+
+
+def _checked_axis(tensor: Tensor, axis: int) -> int:
+    rank = len(tensor.shape)
+    if not -rank <= axis < rank:
+        raise ValueError(
+            "`axis` must be an axis of the tensor. Received: axis="
+            f"{axis}, shape={tuple(tensor.shape)}. Use an axis from {-rank} "
+            f"to {rank - 1}."
+        )
+    return axis % rank
