@@ -1,0 +1,195 @@
+"""The dense maps of an attention layer, named and shaped as Keras does."""
+
+import string
+from typing import Any
+
+import keras
+
+Shape = tuple[int | None, ...]
+
+
+class Projections:
+    """Gives a layer its query, key, value, gate and output projections.
+
+    A mixin of a `keras.layers.Layer` that has the sizes as attributes. The
+    names of attributes and weights, their shapes and their order are those
+    of `keras.layers.MultiHeadAttention` and `GroupQueryAttention`.
+    """
+
+    dtype_policy: Any
+    _num_heads: int
+    _num_key_value_heads: int
+    _key_dim: int
+    _value_dim: int
+    _dropout: float
+    _use_bias: bool
+    _use_gate: bool
+    _output_shape: tuple[int, ...] | None
+    _attention_axes: tuple[int, ...] | None
+    _sliding_window: int | None
+
+    def _set_projection_options(
+        self,
+        kernel_initializer: Any,
+        bias_initializer: Any,
+        kernel_regularizer: Any,
+        bias_regularizer: Any,
+        activity_regularizer: Any,
+        kernel_constraint: Any,
+        bias_constraint: Any,
+    ) -> None:
+        self._kernel_initializer = keras.initializers.get(kernel_initializer)
+        self._bias_initializer = keras.initializers.get(bias_initializer)
+        self._kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self._bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self._activity_regularizer = keras.regularizers.get(
+            activity_regularizer
+        )
+        self._kernel_constraint = keras.constraints.get(kernel_constraint)
+        self._bias_constraint = keras.constraints.get(bias_constraint)
+
+    def _projection_config(self) -> dict[str, Any]:
+        config = {}
+        for kind, module in (
+            ("initializer", keras.initializers),
+            ("regularizer", keras.regularizers),
+            ("constraint", keras.constraints),
+        ):
+            for what in ("kernel", "bias"):
+                value = getattr(self, f"_{what}_{kind}")
+                config[f"{what}_{kind}"] = module.serialize(value)
+        config["activity_regularizer"] = keras.regularizers.serialize(
+            self._activity_regularizer
+        )
+        return config
+
+    def _build_projections(
+        self, query_shape: Shape, value_shape: Shape, key_shape: Shape
+    ) -> None:
+        query = (self._num_heads, self._key_dim)
+        key = (self._num_key_value_heads, self._key_dim)
+        value = (self._num_key_value_heads, self._value_dim)
+        mixed = (self._num_heads, self._value_dim)
+        self._query_dense = self._dense("query", query_shape, query)
+        self._key_dense = self._dense("key", key_shape, key)
+        if self._use_gate:
+            self._gate_dense = self._dense(
+                "gate", query_shape, mixed, activation="sigmoid"
+            )
+        self._value_dense = self._dense("value", value_shape, value)
+        self._output_dense = self._dense(
+            "attention_output",
+            query_shape[:-1] + mixed,
+            self._output_shape or query_shape[-1:],
+            contracted=2,
+        )
+
+    def _dense(
+        self,
+        name: str,
+        input_shape: Shape,
+        features: Any,
+        contracted: int = 1,
+        **options: Any,
+    ) -> keras.layers.EinsumDense:
+        """A built projection of the last axes of an input to `features`."""
+        letters = iter(string.ascii_letters)
+        kept = "".join(next(letters) for _ in input_shape[:-contracted])
+        summed = "".join(next(letters) for _ in range(contracted))
+        made = "".join(next(letters) for _ in features)
+        layer = keras.layers.EinsumDense(
+            f"{kept}{summed},{summed}{made}->{kept}{made}",
+            output_shape=(None,) * (len(kept) - 1) + tuple(features),
+            bias_axes=made if self._use_bias else None,
+            # A copy each: one initializer object gives equal values twice.
+            kernel_initializer=_copy(self._kernel_initializer),
+            bias_initializer=_copy(self._bias_initializer),
+            kernel_regularizer=self._kernel_regularizer,
+            bias_regularizer=self._bias_regularizer,
+            activity_regularizer=self._activity_regularizer,
+            kernel_constraint=self._kernel_constraint,
+            bias_constraint=self._bias_constraint,
+            dtype=self.dtype_policy,
+            name=name,
+            **options,
+        )
+        # A mask on the input is this layer's business and no reason to warn.
+        layer.supports_masking = True
+        layer.build(input_shape)
+        return layer
+
+    def _project(self, query: Any, key: Any, value: Any) -> tuple:
+        return (
+            self._query_dense(query),
+            self._key_dense(key),
+            self._value_dense(value),
+        )
+
+    # `output_shape` is no property: Keras' summary takes it for its own.
+
+    @property
+    def query_dense(self) -> keras.layers.EinsumDense:
+        return self._query_dense
+
+    @property
+    def key_dense(self) -> keras.layers.EinsumDense:
+        return self._key_dense
+
+    @property
+    def value_dense(self) -> keras.layers.EinsumDense:
+        return self._value_dense
+
+    @property
+    def output_dense(self) -> keras.layers.EinsumDense:
+        return self._output_dense
+
+    @property
+    def num_heads(self) -> int:
+        return self._num_heads
+
+    @property
+    def num_query_heads(self) -> int:
+        return self._num_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self._num_key_value_heads
+
+    @property
+    def key_dim(self) -> int:
+        return self._key_dim
+
+    @property
+    def head_dim(self) -> int:
+        return self._key_dim
+
+    @property
+    def value_dim(self) -> int:
+        return self._value_dim
+
+    @property
+    def dropout(self) -> float:
+        return self._dropout
+
+    @property
+    def use_bias(self) -> bool:
+        return self._use_bias
+
+    @property
+    def use_gate(self) -> bool:
+        return self._use_gate
+
+    @property
+    def attention_axes(self) -> tuple[int, ...] | None:
+        return self._attention_axes
+
+    @property
+    def sliding_window(self) -> int | None:
+        return self._sliding_window
+
+
+def _copy(initializer: Any) -> Any:
+    """A new initializer of the same kind, or a plain function as it is."""
+    if isinstance(initializer, keras.initializers.Initializer):
+        return initializer.__class__.from_config(initializer.get_config())
+    return initializer

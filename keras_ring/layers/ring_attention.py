@@ -1,0 +1,517 @@
+"""`keras_ring.layers.RingAttention`: multi-head attention around a ring."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ring import strategy
+from keras_ring.layers import attention_arguments as arguments
+from keras_ring.layers import keras_attention
+from keras_ring.layers.attention_axes import AttentionAxes
+from keras_ring.layers.attention_masks import AttentionMasks, dense_attention
+from keras_ring.layers.projections import Projections
+from keras_ring.ops.ring_attention import ring_attention
+
+Tensor = Any
+Shape = tuple[int | None, ...]
+
+
+@keras.saving.register_keras_serializable(package="keras_ring")
+class RingAttention(Projections, keras.layers.Layer):
+    """Multi-head attention over a sequence that is spread over devices.
+
+    Everything that `keras.layers.MultiHeadAttention` and
+    `keras.layers.GroupQueryAttention` do, computed tile by tile. Under a
+    `keras_ring.DistributedStrategy` every device keeps its part of the
+    sequence and the keys and values travel around the ring; without one the
+    layer runs on one device. Either way no score matrix exists, keys and
+    values are never repeated for grouped heads, and the result is that of
+    the stock layers to rounding.
+
+    One thing differs from them: a query that may attend to nothing gives
+    zeros before the output projection (stock layers give the mean of the
+    values, or zeros, depending on the path they take).
+
+    `RingAttention.from_keras_layer(layer)` takes over a stock layer.
+
+    Args:
+        num_heads: number of query heads. `num_query_heads` is another
+            spelling of it; give one of the two.
+        key_dim: size of each query and key head. `head_dim` is another
+            spelling of it; give one of the two.
+        value_dim: size of each value head; `key_dim` if None.
+        dropout: rate of dropout on the attention probabilities. It applies
+            in training only, which is not supported yet with a rate other
+            than 0; inference is.
+        use_bias: whether the projections have biases.
+        output_shape: shape of the output's features, an int or a tuple; the
+            width of the query if None.
+        attention_axes: axes to attend over; all between the batch and the
+            features if None. Around a ring only axis 1.
+        sliding_window: positive integer; a query attends to keys less than
+            this many positions away, on either side. With a causal mask it
+            is the window of a decoder.
+        flash_attention: True promises that no scores are written out, and
+            refuses what needs them (`dropout`, `return_attention_scores`).
+            The computation never writes them out unless they are asked for,
+            so that None and False mean the same, and
+            `keras.config.disable_flash_attention()` changes nothing.
+        kernel_initializer: initializer of the projections' kernels.
+        bias_initializer: initializer of their biases.
+        kernel_regularizer: regularizer of the kernels.
+        bias_regularizer: regularizer of the biases.
+        activity_regularizer: regularizer of every projection's output.
+        kernel_constraint: constraint on the kernels.
+        bias_constraint: constraint on the biases.
+        use_gate: multiply the attention by a sigmoid of a projection of the
+            query before the output projection.
+        seed: seed of the dropout.
+        num_key_value_heads: number of key/value heads, a divisor of the
+            query heads; as many as those if None. 1 is multi-query.
+        causal: hide later keys from every query, in every call.
+        scale: factor on the scores; `1 / sqrt(key_dim)` if None.
+        head_dim: another spelling of `key_dim`.
+        num_query_heads: another spelling of `num_heads`.
+        **kwargs: `name`, `dtype`, `trainable`.
+
+    Call arguments:
+        query: `(batch, query_length, features)`, floating point; any number
+            of axes between batch and features.
+        value: `(batch, key_length, features)`; `query` if None, which is
+            self-attention.
+        key: `(batch, key_length, features)`; `value` if None.
+        query_mask: boolean `(batch, query_length)`; false rows attend to
+            nothing. Taken from the query's Keras mask if None.
+        value_mask: boolean `(batch, key_length)`; false keys are not
+            attended to. Taken from the value's Keras mask if None.
+        key_mask: as `value_mask`, of the key. Both apply.
+        attention_mask: boolean, true where a query may attend to a key:
+            `(query_length, key_length)`, `(batch, query_length, key_length)`
+            or `(batch, heads, query_length, key_length)`, axes of size 1
+            broadcast. This is the only mask as large as the scores.
+        return_attention_scores: return `(output, scores)`, with the
+            probabilities `(batch, heads, query_length, key_length)`. They
+            are computed in one piece; on one device only.
+        training: whether dropout applies.
+        use_causal_mask: hide later keys from every query, in this call.
+            Aligned at the top left where the lengths differ.
+
+    Returns:
+        `(batch, query_length, features)` in the compute dtype, and the scores
+        if they are asked for. The query's Keras mask stays on the output.
+
+    Raises:
+        ValueError: for arguments or shapes that do not fit.
+        NotImplementedError: for dropout in training; around a ring also for
+            `return_attention_scores` and other axes than axis 1.
+
+    Example:
+
+    ```python
+    attention = keras_ring.layers.RingAttention(8, key_dim=64, causal=True)
+    y = attention(x)
+    ```
+
+    Reference:
+        Liu, Zaharia and Abbeel, "Ring Attention with Blockwise Transformers
+        for Near-Infinite Context", 2023, https://arxiv.org/abs/2310.01889;
+        Ainslie et al., "GQA", 2023, https://arxiv.org/abs/2305.13245
+    """
+
+    def __init__(
+        self,
+        num_heads: int | None = None,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        dropout: float = 0.0,
+        use_bias: bool = True,
+        output_shape: int | tuple[int, ...] | None = None,
+        attention_axes: int | tuple[int, ...] | None = None,
+        sliding_window: int | None = None,
+        flash_attention: bool | None = None,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        activity_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        use_gate: bool = False,
+        seed: int | None = None,
+        *,
+        num_key_value_heads: int | None = None,
+        causal: bool = False,
+        scale: float | None = None,
+        head_dim: int | None = None,
+        num_query_heads: int | None = None,
+        **kwargs: Any,
+    ):
+        heads = arguments.heads(
+            num_heads,
+            key_dim,
+            value_dim,
+            num_key_value_heads,
+            num_query_heads,
+            head_dim,
+        )
+        arguments.check_dropout(dropout, flash_attention)
+        arguments.check_scale(scale)
+        if sliding_window is not None:
+            arguments.check_positive("sliding_window", sliding_window)
+        output_shape = arguments.output_shape(output_shape)
+        attention_axes = arguments.attention_axes(attention_axes)
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self._num_heads = heads.query
+        self._num_key_value_heads = heads.key_value
+        self._key_dim = heads.key_dim
+        self._value_dim = heads.value_dim
+        self._dropout = dropout
+        self._use_bias = use_bias
+        self._output_shape = output_shape
+        self._attention_axes = attention_axes
+        self._sliding_window = sliding_window
+        self._flash_attention = flash_attention
+        self._use_gate = use_gate
+        self._causal = causal
+        self._scale = scale
+        self.seed = seed
+        self._set_projection_options(
+            kernel_initializer,
+            bias_initializer,
+            kernel_regularizer,
+            bias_regularizer,
+            activity_regularizer,
+            kernel_constraint,
+            bias_constraint,
+        )
+        self._ring_world: Any = None
+
+    def build(
+        self,
+        query_shape: Shape,
+        value_shape: Shape | None = None,
+        key_shape: Shape | None = None,
+    ) -> None:
+        """Create the projections for inputs of these shapes.
+
+        Args:
+            query_shape: shape of `query`.
+            value_shape: shape of `value`; that of `query` if None.
+            key_shape: shape of `key`; that of `value` if None.
+
+        Raises:
+            ValueError: for shapes that cannot attend to each other.
+        """
+        shapes = self._check_shapes(query_shape, value_shape, key_shape)
+        # Which world the weights belong to: the trainer compares it with the
+        # strategy that is active when training starts.
+        self._ring_world = strategy.current()
+        self._build_projections(*shapes)
+        # Never applied so far, but its seed is part of the state that stock
+        # layers save.
+        self._dropout_layer = keras.layers.Dropout(
+            self._dropout, seed=self.seed, dtype=self.dtype_policy
+        )
+
+    def __call__(
+        self, query: Tensor, value: Tensor | None = None, *args, **kwargs
+    ) -> Any:
+        # Both by name: only then does Keras find both tensors' masks.
+        value = query if value is None else value
+        return super().__call__(query, value, *args, **kwargs)
+
+    def call(
+        self,
+        query: Tensor,
+        value: Tensor | None = None,
+        key: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        value_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+    ) -> Any:
+        value = query if value is None else value
+        key = value if key is None else key
+        axes = self._check_call(query, value, key, return_attention_scores)
+        if training and self._dropout > 0:
+            raise NotImplementedError(
+                "Dropout on the attention probabilities is not supported yet "
+                f"in training. Received: dropout={self._dropout}. Set it to "
+                "0.0 and put keras.layers.Dropout on the output instead."
+            )
+        masks = self._masks(
+            axes,
+            {
+                "query_mask": (query_mask, query),
+                "value_mask": (value_mask, value),
+                "key_mask": (key_mask, key),
+            },
+            attention_mask,
+            use_causal_mask or self._causal,
+        )
+        gate = self._gate_dense(query) if self._use_gate else None
+        inputs = query, key
+        query, key, value = (
+            axes.fold(ops.cast(tensor, self.compute_dtype))
+            for tensor in self._project(query, key, value)
+        )
+        scores = None
+        if return_attention_scores or self._overridden():
+            asked = {"return_attention_scores": True}
+            out, scores = self._compute_attention(
+                query,
+                key,
+                value,
+                masks.dense(ops.shape(query)[1], ops.shape(key)[1]),
+                training,
+                **(asked if return_attention_scores else {}),
+            )
+        else:
+            out = ring_attention(
+                query, key, value, mask=masks.structured(), scale=self._scale
+            )
+        out = axes.unfold(masks.zero_queries(out), inputs[0])
+        if gate is not None:
+            out = ops.multiply(out, gate)
+        out = self._output_dense(out)
+        if return_attention_scores:
+            return out, axes.unfold_scores(scores, *inputs)
+        return out
+
+    def _compute_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        training: bool | None = None,
+        return_attention_scores: bool = False,
+        use_causal_mask: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention with all its scores, on one device.
+
+        A subclass of a stock layer overrides this method to change the
+        attention, and so can a subclass of this one: where it is overridden
+        it computes every call.
+
+        Args:
+            query: `(batch, query_length, heads, key_dim)`, axes folded.
+            key: `(batch, key_length, key_heads, key_dim)`.
+            value: `(batch, key_length, key_heads, value_dim)`.
+            attention_mask: boolean, as in a call; all masks in one.
+            training: as in a call; dropout in training has been refused.
+            return_attention_scores: whether the scores were asked for.
+            use_causal_mask: hide later keys as well.
+
+        Returns:
+            `(out, scores)`, see `dense_attention`.
+        """
+        del training, return_attention_scores
+        pairs = None
+        plain = AttentionAxes(3, (1,))
+        if attention_mask is not None:
+            pairs = plain.fold_pairs(
+                attention_mask, ops.shape(query)[:3], (ops.shape(key)[1],)
+            )
+        masks = AttentionMasks(None, (), pairs, use_causal_mask, None)
+        mask = masks.dense(ops.shape(query)[1], ops.shape(key)[1])
+        scale = self._key_dim**-0.5 if self._scale is None else self._scale
+        return dense_attention(query, key, value, mask, scale)
+
+    def _overridden(self) -> bool:
+        return (
+            type(self)._compute_attention
+            is not RingAttention._compute_attention
+        )
+
+    def _masks(
+        self,
+        axes: AttentionAxes,
+        padding: dict[str, tuple[Tensor | None, Tensor]],
+        attention_mask: Tensor | None,
+        causal: bool,
+    ) -> AttentionMasks:
+        """The masks of a call over folded tensors, checked."""
+        folded = {
+            name: axes.fold_padding(mask, like, name)
+            for name, (mask, like) in padding.items()
+            if mask is not None
+        }
+        query, key = padding["query_mask"][1], padding["key_mask"][1]
+        if (causal or self._sliding_window is not None) and len(axes.axes) > 1:
+            raise NotImplementedError(
+                "A causal mask and a sliding window need one sequence axis. "
+                f"Received: attention over the axes {axes.axes}, "
+                f"causal={causal}, sliding_window={self._sliding_window}. "
+                "Pass the allowed pairs as `attention_mask`."
+            )
+        pairs = None
+        if attention_mask is not None:
+            world = strategy.current()
+            shards = world is not None and (
+                world.layers_see_shards and world.inside()
+            )
+            lengths = axes.lengths(ops.shape(key))
+            if shards:
+                lengths = tuple(n * world.sequence_size for n in lengths)
+            pairs = axes.fold_pairs(
+                attention_mask,
+                (*ops.shape(query)[:-1], self._num_heads),
+                lengths,
+            )
+        return AttentionMasks(
+            queries=folded.pop("query_mask", None),
+            keys=tuple(folded.values()),
+            pairs=pairs,
+            causal=bool(causal),
+            sliding_window=self._sliding_window,
+        )
+
+    def _check_shapes(
+        self, query: Any, value: Any = None, key: Any = None
+    ) -> tuple[Shape, Shape, Shape]:
+        value = query if value is None else value
+        key = value if key is None else key
+        shapes = tuple(query), tuple(value), tuple(key)
+        arguments.check_shapes(*shapes)
+        axes = AttentionAxes.of(len(shapes[0]), self._attention_axes)
+        arguments.check_shapes(*shapes, axes.free)
+        return shapes
+
+    def _check_call(
+        self, query: Tensor, value: Tensor, key: Tensor, scores: bool
+    ) -> AttentionAxes:
+        """Refuse a call that cannot be computed here."""
+        shapes = self._check_shapes(query.shape, value.shape, key.shape)
+        axes = AttentionAxes.of(len(shapes[0]), self._attention_axes)
+        if scores and self._flash_attention:
+            raise ValueError(
+                "Returning attention scores is not supported when flash "
+                "attention is enabled. Please disable flash attention to "
+                "access attention scores. Received: flash_attention=True, "
+                "return_attention_scores=True."
+            )
+        world = strategy.current()
+        if world is None or world.sequence_size == 1:
+            return axes
+        size = f"Received: sequence_parallel={world.sequence_size}"
+        if scores or self._overridden():
+            raise NotImplementedError(
+                "Attention scores are not supported around a ring, where no "
+                f"device holds them. {size}, return_attention_scores="
+                f"{bool(scores)}, _compute_attention overridden: "
+                f"{self._overridden()}. Ask for them outside the strategy's "
+                "scope, on one device."
+            )
+        if axes.axes != (1,):
+            raise NotImplementedError(
+                "Attention around a ring is over axis 1, the one that is "
+                f"spread over the devices. {size}, attention over the axes "
+                f"{axes.axes} of inputs of rank {axes.rank}. Set "
+                "attention_axes=1, or flatten the axes into one sequence "
+                "before the layer."
+            )
+        return axes
+
+    def compute_output_shape(
+        self,
+        query_shape: Shape,
+        value_shape: Shape | None = None,
+        key_shape: Shape | None = None,
+    ) -> Shape:
+        query, _, _ = self._check_shapes(query_shape, value_shape, key_shape)
+        return query[:-1] + (self._output_shape or query[-1:])
+
+    def compute_output_spec(
+        self,
+        query: Any,
+        value: Any = None,
+        key: Any = None,
+        query_mask: Any = None,
+        value_mask: Any = None,
+        key_mask: Any = None,
+        attention_mask: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+        use_causal_mask: bool = False,
+    ) -> Any:
+        del query_mask, value_mask, key_mask, attention_mask
+        del training, use_causal_mask
+        value = query if value is None else value
+        key = value if key is None else key
+        axes = self._check_call(query, value, key, return_attention_scores)
+        world = strategy.current()
+        if world is not None:
+            _check_symbolic_lengths(world, query, value, key)
+        output = keras.KerasTensor(
+            self.compute_output_shape(query.shape, value.shape, key.shape),
+            dtype=self.compute_dtype,
+        )
+        if not return_attention_scores:
+            return output
+        shape = axes.scores_shape(query.shape, key.shape, self._num_heads)
+        return output, keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            **self._projection_config(),
+            "num_heads": self._num_heads,
+            "key_dim": self._key_dim,
+            "value_dim": self._value_dim,
+            "num_key_value_heads": self._num_key_value_heads,
+            "dropout": self._dropout,
+            "use_bias": self._use_bias,
+            "output_shape": self._output_shape,
+            "attention_axes": self._attention_axes,
+            "sliding_window": self._sliding_window,
+            "flash_attention": self._flash_attention,
+            "use_gate": self._use_gate,
+            "causal": self._causal,
+            "scale": self._scale,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_keras_layer(cls, layer: keras.layers.Layer) -> "RingAttention":
+        """The layer that does what a stock layer does, with its weights.
+
+        Args:
+            layer: a `keras.layers.MultiHeadAttention` or
+                `keras.layers.GroupQueryAttention`, built or not.
+
+        Returns:
+            A layer of the same configuration and name. If `layer` is built
+            it is built too and has the same weights.
+
+        Raises:
+            ValueError: for another layer, a subclass with its own ways
+                included, or one whose weights are not those of its
+                configuration (LoRA, quantized).
+            NotImplementedError: for what the stock layer does and this one
+                does not.
+        """
+        ours = cls(**keras_attention.config(layer))
+        if layer.built:
+            keras_attention.copy_weights(layer, ours)
+        return ours
+
+
+def _check_symbolic_lengths(world: Any, *inputs: Any) -> None:
+    """Refuse a fixed sequence length where a step sees a part of it."""
+    if not world.layers_see_shards or world.sequence_size == 1:
+        return
+    for tensor in inputs:
+        if tensor.shape[1] is not None:
+            raise ValueError(
+                "The sequence length of a model must be left open under a "
+                "strategy, because every device sees a part of the sequence. "
+                f"Received: an input of shape {tuple(tensor.shape)}, "
+                f"sequence_parallel={world.sequence_size}. Use "
+                "keras.Input((None, ...))."
+            )
