@@ -1,6 +1,7 @@
 """Keras layers that know about the ring."""
 
 from keras_ring.layers.position_embedding import PositionEmbedding
+from keras_ring.layers.ring_attention import RingAttention
 from keras_ring.layers.rotary_embedding import RotaryEmbedding
 
-__all__ = ["PositionEmbedding", "RotaryEmbedding"]
+__all__ = ["PositionEmbedding", "RingAttention", "RotaryEmbedding"]

@@ -82,8 +82,11 @@ class AttentionAxes:
         first, last = 1 + len(self.free), self.rank - 1
         return ops.reshape(
             tensor,
-            (math.prod(shape[:first]), math.prod(shape[first:last]))
-            + shape[last:],
+            (
+                math.prod(shape[:first]),
+                math.prod(shape[first:last]),
+                *shape[last:],
+            ),
         )
 
     def unfold(self, tensor: Tensor, like: Tensor) -> Tensor:

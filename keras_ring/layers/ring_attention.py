@@ -216,7 +216,11 @@ class RingAttention(Projections, keras.layers.Layer):
         )
 
     def __call__(
-        self, query: Tensor, value: Tensor | None = None, *args, **kwargs
+        self,
+        query: Tensor,
+        value: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         # Both by name: only then does Keras find both tensors' masks.
         value = query if value is None else value
