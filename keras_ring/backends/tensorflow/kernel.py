@@ -1,0 +1,174 @@
+"""Attention over one visiting chunk on TensorFlow."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from keras_ring import blockwise, numerics
+from keras_ring.blockwise import Block, Primitives
+from keras_ring.numerics import Partial
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """A list of tiles whose items are replaced in place.
+
+    `tf.TensorArray` would do the same; the bare list passes through
+    branches and loops as one tensor.
+    """
+
+    handle: tf.Tensor
+    count: int | None
+    tile_shape: tf.TensorShape
+    dtype: tf.DType
+
+
+class Kernel(Primitives):
+    """The blockwise kernel in `tf.while_loop`s; a store is a tensor list."""
+
+    name = "blockwise (tf.while_loop)"
+
+    def block_forward(
+        self, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, block: Block
+    ) -> Partial:
+        return blockwise.block_forward(self, query, key, value, block)
+
+    def block_backward(
+        self,
+        query: tf.Tensor,
+        key: tf.Tensor,
+        value: tf.Tensor,
+        out: tf.Tensor,
+        lse: tf.Tensor,
+        delta: tf.Tensor,
+        grad_out: tf.Tensor,
+        block: Block,
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        del out  # Already in delta.
+        return blockwise.block_backward(
+            self, query, key, value, lse, delta, grad_out, block
+        )
+
+    def loop(self, count: Any, body: Callable, carry: Any) -> Any:
+        if isinstance(count, int) and count == 1:
+            return body(0, carry)
+        tensors = _bare(carry)
+        shapes = [tensor.shape for tensor in tensors]
+
+        def step(index: tf.Tensor, tensors: list[tf.Tensor]) -> Any:
+            results = _bare(body(index, _dressed(carry, tensors)))
+            for result, shape in zip(results, shapes, strict=True):
+                result.set_shape(shape)
+            return index + 1, results
+
+        _, tensors = tf.while_loop(
+            lambda index, tensors: index < count,
+            step,
+            (tf.constant(0, tf.int32), tensors),
+            # One at a time: several would be held in memory at once.
+            parallel_iterations=1,
+        )
+        return _dressed(carry, tensors)
+
+    def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
+        if isinstance(predicate, bool):
+            return yes() if predicate else no()
+        structure = []
+
+        def bare(function: Callable) -> Callable:
+            def branch() -> list[tf.Tensor]:
+                result = function()
+                structure.append(result)
+                return _bare(result)
+
+            return branch
+
+        tensors = tf.cond(predicate, bare(yes), bare(no))
+        return _dressed(structure[-1], tensors)
+
+    def store(self, tensor: tf.Tensor) -> Store:
+        tensor = tf.convert_to_tensor(tensor)
+        handle = tf.raw_ops.TensorListFromTensor(
+            tensor=tensor,
+            element_shape=tf.constant(
+                [-1 if size is None else size for size in tensor.shape[1:]],
+                tf.int32,
+            ),
+        )
+        return Store(handle, tensor.shape[0], tensor.shape[1:], tensor.dtype)
+
+    def read(self, store: Store, index: Any) -> tf.Tensor:
+        tile = tf.raw_ops.TensorListGetItem(
+            input_handle=store.handle,
+            index=index,
+            element_shape=_partial_shape(store.tile_shape),
+            element_dtype=store.dtype,
+        )
+        tile.set_shape(store.tile_shape)
+        return tile
+
+    def write(self, store: Store, index: Any, tile: tf.Tensor) -> Store:
+        handle = tf.raw_ops.TensorListSetItem(
+            input_handle=store.handle, index=index, item=tile
+        )
+        return dataclasses.replace(store, handle=handle)
+
+    def stacked(self, store: Store) -> tf.Tensor:
+        tensor = tf.raw_ops.TensorListStack(
+            input_handle=store.handle,
+            element_shape=_partial_shape(store.tile_shape),
+            element_dtype=store.dtype,
+        )
+        tensor.set_shape([store.count, *store.tile_shape])
+        return tensor
+
+    def product(
+        self, equation: str, left: tf.Tensor, right: tf.Tensor
+    ) -> tf.Tensor:
+        dtype = numerics.accumulation_dtype(left.dtype)
+        left, right = tf.cast(left, dtype), tf.cast(right, dtype)
+        inputs, output = equation.split("->")
+        first, second = inputs.split(",")
+        (shared,) = set(first) & set(second) - {output[0]}
+        # One batch axis and one product: a matmul that reads transposed
+        # operands where they are, while einsum copies them first.
+        return tf.matmul(
+            left,
+            right,
+            transpose_a=first[1] == shared,
+            transpose_b=second[2] == shared,
+        )
+
+
+def _partial_shape(shape: tf.TensorShape) -> tf.Tensor:
+    return tf.constant(
+        [-1 if size is None else size for size in shape], tf.int32
+    )
+
+
+def _bare(structure: Any) -> list[tf.Tensor]:
+    """The tensors of a nested tuple of tensors and stores."""
+    return [
+        leaf.handle if isinstance(leaf, Store) else tf.convert_to_tensor(leaf)
+        for leaf in tf.nest.flatten(structure)
+    ]
+
+
+def _dressed(structure: Any, tensors: list[tf.Tensor]) -> Any:
+    """The same nested tuple with other tensors."""
+    return tf.nest.pack_sequence_as(
+        structure,
+        [
+            dataclasses.replace(leaf, handle=tensor)
+            if isinstance(leaf, Store)
+            else tensor
+            for leaf, tensor in zip(
+                tf.nest.flatten(structure), tensors, strict=True
+            )
+        ],
+    )
+
+
+KERNEL = Kernel()

@@ -1,0 +1,297 @@
+"""How TensorFlow carries a strategy: replicas of a mirrored strategy.
+
+Every device is a replica of one `tf.distribute` strategy, in one process or
+in several (`TF_CONFIG`). Variables are mirrored, and each replica is fed its
+part of every batch and sequence; see `training.py`. The world hangs on the
+`tf.distribute` strategy, because that is what a replica's thread can find.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+from keras import tree
+
+from keras_ring import world
+from keras_ring.backends.tensorflow import training
+from keras_ring.backends.tensorflow.transport import (
+    InstanceKeys,
+    RingTransport,
+    after,
+)
+from keras_ring.strategy import DistributedStrategy
+from keras_ring.world import LOCAL
+
+_KEYS = InstanceKeys()
+
+
+class _RingReplicas:
+    """What the two mirrored strategies get on top."""
+
+    ring_world: "World"
+
+    def experimental_distribute_dataset(
+        self, dataset: Any, options: Any = None
+    ) -> Any:
+        """While Keras' trainer runs, the world's steps split each batch."""
+        if self.ring_world.model is not None:
+            return dataset
+        return super().experimental_distribute_dataset(  # type: ignore[misc]
+            dataset, options
+        )
+
+
+class Mirrored(_RingReplicas, tf.distribute.MirroredStrategy):
+    """The replicas of one process."""
+
+
+class MultiWorkerMirrored(
+    _RingReplicas, tf.distribute.MultiWorkerMirroredStrategy
+):
+    """The replicas of all processes that `TF_CONFIG` names."""
+
+
+class World(world.World):
+    """A strategy on TensorFlow devices."""
+
+    layers_see_shards = True
+
+    def __init__(self, strategy: DistributedStrategy):
+        self.strategy = strategy
+        self.workers = _workers()
+        if self.workers > 1:
+            self._join_workers(strategy)
+        else:
+            self._take_devices(strategy)
+        self.tf_strategy.ring_world = self
+        # Placed copies are the faster way; see `transport`.
+        self.placed = self.workers == 1
+
+    def _take_devices(self, strategy: DistributedStrategy) -> None:
+        available = _device_names()
+        names = tuple(n.lower() for n in strategy.devices or available)
+        every = _device_names("GPU") + _device_names("CPU")
+        unknown = [name for name in names if name not in every]
+        if unknown:
+            raise ValueError(
+                "`devices` must name devices that TensorFlow sees. Received: "
+                f"{', '.join(unknown)}. There are: {', '.join(every)}. To "
+                "simulate several on a CPU, call "
+                "tf.config.set_logical_device_configuration first."
+            )
+        self.data_size, self.sequence_size = strategy.mesh_shape(len(names))
+        self.devices = names[: self.data_size * self.sequence_size]
+        self._numbers = [
+            512 * name.startswith("cpu") + int(name.split(":")[1])
+            for name in self.devices
+        ]
+        self.tf_strategy = Mirrored([name.upper() for name in self.devices])
+
+    def _join_workers(self, strategy: DistributedStrategy) -> None:
+        if strategy.devices is not None:
+            raise ValueError(
+                "With several workers every device of each worker is used. "
+                f"Received: devices={strategy.devices} while TF_CONFIG names "
+                f"{self.workers} workers. Leave `devices` out and limit what "
+                "a worker sees with tf.config.set_visible_devices."
+            )
+        self.tf_strategy = MultiWorkerMirrored()
+        count = self.tf_strategy.num_replicas_in_sync
+        self.data_size, self.sequence_size = strategy.mesh_shape(count)
+        if self.data_size * self.sequence_size != count:
+            raise ValueError(
+                "With several workers the mesh must use every device. "
+                f"Received: data_parallel={self.data_size} x "
+                f"sequence_parallel={self.sequence_size} with {count} devices "
+                f"on {self.workers} workers."
+            )
+        kind = _device_names()[0].split(":")[0]
+        local = count // self.workers
+        self._numbers = list(range(count))
+        self.devices = tuple(
+            f"worker:{replica // local}/{kind}:{replica % local}"
+            for replica in range(count)
+        )
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        # Here and not above: it imports this package.
+        from keras_ring import training as wrappers
+
+        wrappers.install()
+        if tf.distribute.has_strategy():
+            active = tf.distribute.get_strategy()
+            if active is not self.tf_strategy:
+                raise ValueError(
+                    "Only one distribution can be active at a time. "
+                    f"Received: a scope inside the scope of {active!r}. "
+                    "Leave that scope first."
+                )
+        if tf.distribute.in_cross_replica_context() and (
+            tf.distribute.has_strategy()
+        ):
+            yield
+            return
+        with self.tf_strategy.scope():
+            yield
+
+    def inside(self) -> bool:
+        return (
+            tf.distribute.has_strategy()
+            and tf.distribute.get_strategy() is self.tf_strategy
+            and not tf.distribute.in_cross_replica_context()
+            and not _building_symbolically()
+        )
+
+    def ring(self) -> RingTransport:
+        return RingTransport(
+            _replica(),
+            self.sequence_size,
+            devices=self._numbers,
+            timeout=self.strategy.timeout,
+            keys=_KEYS,
+            placed=self.placed,
+        )
+
+    def per_shard(
+        self, function: Callable[..., Any], tensors: list[tf.Tensor]
+    ) -> Any:
+        ring = self.ring() if self.inside() else LOCAL
+        return function(ring, *tensors)
+
+    def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
+        results: list[Any] = []
+
+        def on_replica(*shards: tf.Tensor) -> list[tf.Tensor]:
+            result = function(*shards)
+            results.append(result)
+            return [
+                self.gathered(tf.convert_to_tensor(t))
+                for t in tree.flatten(result)
+                if t is not None
+            ]
+
+        tensors = [tf.convert_to_tensor(t) for t in tensors]
+        shards = training.distribute(
+            self, tensors, [len(t.shape) >= 2 for t in tensors]
+        )
+        program = training.compiled(
+            self, lambda *shards: self.tf_strategy.run(on_replica, shards)
+        )
+        with self.scope():
+            rows = [self.everyones(value) for value in program(*shards)]
+        joined = iter(
+            [
+                training.join(self, pieces, pieces[0].shape.rank >= 2)
+                if pieces[0].shape.rank
+                else tf.add_n(pieces) / len(pieces)
+                for pieces in rows
+            ]
+        )
+        return tree.map_structure(
+            lambda t: None if t is None else next(joined), results[-1]
+        )
+
+    def gathered(self, tensor: tf.Tensor) -> tf.Tensor:
+        """On a replica: what `everyones` needs of a result."""
+        if self.workers == 1:
+            return tensor
+        context = tf.distribute.get_replica_context()
+        return context.all_gather(tensor[None], axis=0)
+
+    def everyones(self, value: Any) -> list[tf.Tensor]:
+        """The results of all replicas, in mesh order, on every worker."""
+        local = self.tf_strategy.experimental_local_results(value)
+        if self.workers == 1:
+            return list(local)
+        return tf.unstack(local[0])
+
+    def prepare(self, model: Any) -> None:
+        training.prepare(self, model)
+
+
+def _workers() -> int:
+    """Number of worker processes that `TF_CONFIG` names, 1 without it."""
+    try:
+        cluster = json.loads(os.environ.get("TF_CONFIG") or "{}")
+        cluster = cluster.get("cluster", {})
+        return max(
+            1, len(cluster.get("worker", [])) + len(cluster.get("chief", []))
+        )
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            "TF_CONFIG must be JSON with the addresses of the workers. "
+            f"Received: TF_CONFIG={os.environ['TF_CONFIG']!r}."
+        ) from error
+
+
+def _device_names(kind: str | None = None) -> tuple[str, ...]:
+    """Logical devices such as `"cpu:0"`, of the default kind if None."""
+    if kind is None:
+        return _device_names("GPU") or _device_names("CPU")
+    devices = tf.config.list_logical_devices(kind)
+    return tuple(
+        f"{kind.lower()}:{device.name.rsplit(':', 1)[1]}" for device in devices
+    )
+
+
+def _replica() -> int:
+    """The number of the replica whose code runs, in all workers."""
+    context = tf.distribute.get_replica_context()
+    replica = getattr(context, "_replica_id_in_sync_group", None)
+    if not isinstance(replica, int):
+        replica = tf.get_static_value(context.replica_id_in_sync_group)
+    if replica is None:
+        raise NotImplementedError(
+            "This version of TensorFlow does not tell a replica its number "
+            f"while a program is traced. Received: tensorflow {tf.__version__}."
+        )
+    return int(replica)
+
+
+def _building_symbolically() -> bool:
+    """Whether Keras is only inferring shapes, with made-up lengths."""
+    try:
+        from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+    except ImportError:
+        return False
+    return bool(in_symbolic_scope())
+
+
+def current() -> World | None:
+    """The world whose scope is active, or None."""
+    if not tf.distribute.has_strategy():
+        return None
+    return getattr(tf.distribute.get_strategy(), "ring_world", None)
+
+
+def custom_gradient(
+    forward: Callable[..., tuple[Any, Any]], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function with its own gradient, natively.
+
+    Args:
+        forward: `tensors -> (outputs, residuals)`.
+        backward: `(residuals, *output_gradients) -> input gradients`, None
+            for an input that has no gradient.
+    """
+
+    @tf.custom_gradient
+    def function(*tensors: tf.Tensor) -> Any:
+        outputs, residuals = forward(*tensors)
+
+        def pull_back(*grads: tf.Tensor) -> Any:
+            # Without the order the backward's hops start with the forward
+            # and keep every visiting chunk alive in between.
+            return tuple(backward(after(residuals, grads), *grads))
+
+        return outputs, pull_back
+
+    return function
+
+
+def install() -> None:
+    """Nothing: `World.prepare` gives each model its steps."""
