@@ -163,7 +163,7 @@ def serve(descriptor):
             answer = pickle.dumps((True, function(*pickle.loads(arguments))))
         # Whatever a test raises, pytest's own outcomes included, belongs to
         # the process that asked.
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             answer = pickle.dumps((False, described(error)))
         connection.send_bytes(answer)
 

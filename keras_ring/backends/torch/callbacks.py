@@ -1,0 +1,68 @@
+"""Which callbacks run on which process.
+
+All processes see the same logs, so callbacks that steer (EarlyStopping, the
+learning rate) run everywhere and decide alike. Those that write files or to
+the terminal run on rank 0.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+from keras import tree
+
+if TYPE_CHECKING:
+    from keras_ring.backends.torch.runtime import World
+
+WRITING = tuple(
+    getattr(keras.callbacks, name)
+    for name in (
+        "BackupAndRestore",
+        "CSVLogger",
+        "ModelCheckpoint",
+        "OrbaxCheckpoint",
+        "ProgbarLogger",
+        "RemoteMonitor",
+        "TensorBoard",
+    )
+    if hasattr(keras.callbacks, name)
+)
+
+
+class InStep(keras.callbacks.Callback):
+    """Keeps the processes in step; the last callback of every list.
+
+    Args:
+        world: the processes.
+        restores: whether rank 0 may load a state when training begins.
+    """
+
+    def __init__(self, world: "World", restores: bool):
+        super().__init__()
+        self.world = world
+        self.restores = restores
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        if self.restores:
+            agreement = self.world.agreement
+            agreement.broadcast(self.model)
+            self.model._initial_epoch = agreement.from_rank_0(
+                self.model._initial_epoch
+            )
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.world.agreement.start_epoch()
+
+
+def for_rank(world: "World", callbacks: Any) -> list[Any]:
+    """The callbacks of a list that run on this process, and our own."""
+    given: Sequence[Any] = tree.flatten(callbacks) if callbacks else []
+    restores = any(
+        isinstance(c, keras.callbacks.BackupAndRestore) for c in given
+    )
+    kept = [c for c in given if world.rank == 0 or not isinstance(c, WRITING)]
+    if world.rank != 0:
+        for callback in kept:
+            if isinstance(getattr(callback, "verbose", None), int):
+                callback.verbose = 0
+    return [*kept, InStep(world, restores)]

@@ -1,0 +1,253 @@
+"""Where keras_ring takes part in Keras' trainer on PyTorch.
+
+Every step of Keras passes through a step function, `optimizer.apply` and
+`get_metrics_result`; these, the reduction of a loss and the list of
+callbacks are wrapped once. Without an active strategy of more than one
+process each wrapper only calls what it wraps. All private names of Keras on
+PyTorch are in this file.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import keras
+import torch
+
+if TYPE_CHECKING:
+    from keras_ring.backends.torch.runtime import World
+
+_MARK = "_keras_ring_wrapped"
+Current = Callable[[], "World | None"]
+
+
+def install(current: Current) -> None:
+    """Wrap what is named above, once.
+
+    Args:
+        current: tells the active world.
+
+    Raises:
+        NotImplementedError: if Keras has moved one of the names.
+    """
+    try:
+        from keras.src.backend.torch.trainer import TorchTrainer
+        from keras.src.losses import loss as loss_module
+        from keras.src.optimizers.base_optimizer import BaseOptimizer
+        from keras.src.optimizers.loss_scale_optimizer import (
+            LossScaleOptimizer,
+        )
+        from keras.src.trainers.trainer import Trainer
+
+        targets: list[tuple[Any, str, Callable[..., Any]]] = [
+            *(
+                (TorchTrainer, f"make_{kind}_function", _steps(kind))
+                for kind in ("train", "test", "predict")
+            ),
+            (Trainer, "get_metrics_result", _metrics_result),
+            (BaseOptimizer, "apply", _apply),
+            (LossScaleOptimizer, "apply", _apply),
+            (loss_module, "reduce_weighted_values", _reduced_loss),
+            (keras.callbacks.CallbackList, "__init__", _callback_list),
+        ]
+        originals = [getattr(owner, name) for owner, name, _ in targets]
+    except (ImportError, AttributeError) as error:
+        raise NotImplementedError(
+            "This version of Keras has another trainer on PyTorch than "
+            f"keras_ring knows. Received: keras {keras.__version__}, {error}. "
+            "Use Keras 3.15."
+        ) from error
+    for (owner, name, wrap), original in zip(targets, originals, strict=True):
+        if not getattr(original, _MARK, False):
+            wrapped = functools.wraps(original)(wrap(original, current))
+            setattr(wrapped, _MARK, True)
+            setattr(owner, name, wrapped)
+
+
+def _steps(kind: str) -> Callable[..., Any]:
+    """Step functions that run on the own part of a global batch."""
+
+    def wrap(make: Callable[..., Any], current: Current) -> Callable[..., Any]:
+        attribute = f"{kind}_function"
+
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = make(self, *args, **kwargs)
+            function = getattr(self, attribute)
+            if not getattr(function, _MARK, False):
+                setattr(self, attribute, _step(self, function, kind, current))
+            return result
+
+        return wrapper
+
+    return wrap
+
+
+def _step(
+    model: Any, function: Callable[..., Any], kind: str, current: Current
+) -> Callable[..., Any]:
+    from keras_ring.backends.torch import training
+
+    run = training.predict_step if kind == "predict" else training.run_step
+
+    def step(data: Any) -> Any:
+        world = current()
+        if world is None or world.size == 1:
+            return function(data)
+        (batch,) = data
+        return run(world, model, function, batch)
+
+    setattr(step, _MARK, True)
+    return step
+
+
+def _metrics_result(
+    original: Callable[..., Any], current: Current
+) -> Callable[..., Any]:
+    """Inside a step, sum the metrics over all processes first."""
+
+    def get_metrics_result(self: Any) -> Any:
+        step = _running_step(current)
+        if step is not None and step.model is self:
+            step.read_metrics()
+        return original(self)
+
+    return get_metrics_result
+
+
+def _apply(
+    original: Callable[..., Any], current: Current
+) -> Callable[..., Any]:
+    """Inside a step, average the gradients over all processes first."""
+
+    def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
+        step = _running_step(current)
+        if step is None:
+            return original(self, grads, trainable_variables)
+        with step.applying() as outermost:
+            if outermost:
+                variables = trainable_variables or self._trainable_variables
+                grads = step.mean_gradients(list(grads), list(variables))
+            return original(self, grads, trainable_variables)
+
+    return apply
+
+
+def _reduced_loss(
+    original: Callable[..., Any], current: Current
+) -> Callable[..., Any]:
+    """Inside a step, weight a loss by its share of the global count."""
+    from keras.src.losses.loss import apply_mask, standardize_reduction
+
+    def reduce_weighted_values(
+        values: Any,
+        sample_weight: Any = None,
+        mask: Any = None,
+        reduction: str | None = "sum_over_batch_size",
+        dtype: Any = None,
+    ) -> Any:
+        loss = original(
+            values,
+            sample_weight=sample_weight,
+            mask=mask,
+            reduction=reduction,
+            dtype=dtype,
+        )
+        step = _running_step(current)
+        reduction = standardize_reduction(reduction)
+        if step is None or reduction in (None, "none") or loss.is_meta:
+            return loss
+        count = None
+        if reduction == "mean_with_sample_weight":
+            if sample_weight is not None:
+                sample_weight = keras.ops.convert_to_tensor(
+                    sample_weight, dtype=loss.dtype
+                )
+            weights = apply_mask(sample_weight, mask, loss.dtype, reduction)
+            count = None if weights is None else weights.sum()
+        elif reduction != "sum" and mask is not None:
+            count = keras.ops.cast(mask, loss.dtype).sum()
+        return loss * step.loss_weight(reduction, count)
+
+    return reduce_weighted_values
+
+
+def _callback_list(
+    original: Callable[..., Any], current: Current
+) -> Callable[..., Any]:
+    """On other ranks than 0 nothing is printed or written."""
+    from keras_ring.backends.torch import callbacks as ring_callbacks
+
+    def initialise(
+        self: Any,
+        callbacks: Any = None,
+        add_history: bool = False,
+        add_progbar: bool = False,
+        model: Any = None,
+        **params: Any,
+    ) -> None:
+        world = current()
+        if world is not None and world.size > 1:
+            callbacks = ring_callbacks.for_rank(world, callbacks)
+            if world.rank != 0:
+                add_progbar = False
+                params["verbose"] = 0
+        original(self, callbacks, add_history, add_progbar, model, **params)
+
+    return initialise
+
+
+def _running_step(current: Current) -> Any:
+    world = current()
+    return None if world is None else world.step
+
+
+def _seed_state() -> torch.Tensor | None:
+    """The state of Keras' global seed generator, if there is one."""
+    from keras.src.backend.common import global_state
+    from keras.src.random import seed_generator
+
+    generator = global_state.get_global_attribute(
+        seed_generator.GLOBAL_SEED_GENERATOR
+    )
+    return None if generator is None else generator.state.value.detach()
+
+
+def global_seed() -> list[int] | None:
+    """The seed that functions of `keras.random` without one start from."""
+    state = _seed_state()
+    return None if state is None else state.tolist()
+
+
+def set_global_seed(seed: list[int] | None) -> None:
+    """Set what `global_seed` tells; None leaves it to be drawn."""
+    from keras.src.backend.common import global_state
+    from keras.src.random import seed_generator
+
+    if seed is None:
+        global_state.set_global_attribute(
+            seed_generator.GLOBAL_SEED_GENERATOR, None
+        )
+        return
+    state = seed_generator.global_seed_generator().state.value.detach()
+    state.copy_(torch.tensor(seed))
+
+
+@contextlib.contextmanager
+def forked_global_seed(offset: int) -> Iterator[None]:
+    """Another global seed on this process for the length of a step, and the
+    same one as on every process afterwards."""
+    if _seed_state() is None:
+        set_global_seed([_derived_seed(), 0])
+    state = _seed_state()
+    after = [(value + 1) * 5387 % 933199 for value in state.tolist()]
+    state[0] += offset
+    try:
+        yield
+    finally:
+        set_global_seed(after)
+
+
+def _derived_seed() -> int:
+    """A seed that is the same on every process and draws no number."""
+    return int(torch.get_rng_state().to(torch.int64).sum()) % 933199

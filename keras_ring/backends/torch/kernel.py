@@ -1,0 +1,81 @@
+"""Attention over one visiting chunk on PyTorch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import torch
+
+from keras_ring import blockwise, numerics
+from keras_ring.blockwise import Block, Primitives
+from keras_ring.numerics import Partial
+
+
+class Kernel(Primitives):
+    """The blockwise kernel in Python loops; a store is a tensor of tiles
+    that is written in place.
+
+    It runs inside `torch.autograd.Function`, where nothing is recorded.
+    """
+
+    name = "blockwise (PyTorch)"
+
+    def block_forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        block: Block,
+    ) -> Partial:
+        return blockwise.block_forward(self, query, key, value, block)
+
+    def block_backward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        grad_out: torch.Tensor,
+        block: Block,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        del out  # Already in delta.
+        return blockwise.block_backward(
+            self, query, key, value, lse, delta, grad_out, block
+        )
+
+    def loop(self, count: int, body: Callable, carry: Any) -> Any:
+        for i in range(count):
+            carry = body(i, carry)
+        return carry
+
+    def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
+        return yes() if bool(predicate) else no()
+
+    def store(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def read(self, store: torch.Tensor, index: int) -> torch.Tensor:
+        return store[index]
+
+    def write(
+        self, store: torch.Tensor, index: int, tile: torch.Tensor
+    ) -> torch.Tensor:
+        store[index] = tile
+        return store
+
+    def stacked(self, store: torch.Tensor) -> torch.Tensor:
+        return store
+
+    def product(
+        self, equation: str, left: torch.Tensor, right: torch.Tensor
+    ) -> torch.Tensor:
+        name = numerics.accumulation_dtype(
+            keras.backend.standardize_dtype(left.dtype)
+        )
+        dtype = getattr(torch, name)
+        return torch.einsum(equation, left.to(dtype), right.to(dtype))
+
+
+KERNEL = Kernel()

@@ -1,0 +1,146 @@
+"""The processes of a PyTorch program: one per device, as torchrun starts
+them, and the process groups of a mesh."""
+
+import datetime
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+import keras
+import torch
+import torch.distributed as dist
+
+from keras_ring.backends.torch.transport import RingTransport, reporting
+from keras_ring.world import LOCAL
+
+if TYPE_CHECKING:
+    from keras_ring.strategy import DistributedStrategy
+    from keras_ring.transport import Transport
+
+
+class Groups(NamedTuple):
+    """The process groups that one process belongs to.
+
+    Attributes:
+        everyone: all processes of the mesh.
+        ring: those that share one sequence with this process.
+    """
+
+    everyone: "Transport"
+    ring: "Transport"
+
+
+def process_count() -> int:
+    """How many processes this program was started as."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Which of them this one is."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def mesh_shape(strategy: "DistributedStrategy") -> tuple[int, int]:
+    """The sizes of the data and the sequence axis on these processes.
+
+    Raises:
+        ValueError: unless there is exactly one process per device.
+    """
+    started = process_count()
+    data, sequence = strategy.data_parallel, strategy.sequence_parallel
+    if sequence == -1:
+        sequence = max(started // data, 1)
+    needed = data * sequence
+    if needed != started:
+        fix = (
+            f"Start the program with `torchrun --nproc-per-node {needed} "
+            "script.py` (one process per device of this machine), or change "
+            "`data_parallel` and `sequence_parallel`."
+        )
+        raise ValueError(
+            "On PyTorch every device of the mesh is one process, and every "
+            "process is one device of it. Received: data_parallel="
+            f"{data} x sequence_parallel={sequence} = {needed} devices, with "
+            f"{started} processes. {fix}"
+        )
+    if strategy.devices is not None and len(strategy.devices) != started:
+        raise ValueError(
+            "On PyTorch `devices` names one device per process. Received: "
+            f"devices={strategy.devices} with {started} processes."
+        )
+    return data, sequence
+
+
+def device_names(strategy: "DistributedStrategy") -> tuple[str, ...]:
+    """What each process of the mesh calls its device.
+
+    Raises:
+        ValueError: if this process' device is not of the kind that Keras
+            puts tensors on.
+    """
+    kind = torch.get_default_device().type
+    kind = keras_device().type if kind == "cpu" else kind
+    if strategy.devices is None:
+        return tuple(f"{kind}:{i}" for i in range(process_count()))
+    own = torch.device(strategy.devices[rank()].replace("gpu", "cuda"))
+    if own.type != kind:
+        raise ValueError(
+            "`devices` must name devices of the kind that Keras computes on. "
+            f"Received: {strategy.devices[rank()]!r}, while Keras uses "
+            f"{kind!r}. Set the environment variable KERAS_TORCH_DEVICE="
+            f"{own.type} before Keras is imported, or change `devices`."
+        )
+    return strategy.devices
+
+
+def keras_device() -> torch.device:
+    """The device on which Keras makes tensors."""
+    return keras.ops.zeros(()).device
+
+
+def connect(strategy: "DistributedStrategy", mesh: tuple[int, int]) -> Groups:
+    """Join the process groups of a mesh; every process calls this.
+
+    The default group is made if the program has none. Groups made from it
+    do not inherit its timeout.
+
+    Raises:
+        RuntimeError: if the other processes do not come within the timeout.
+    """
+    data_size, sequence_size = mesh
+    if data_size * sequence_size == 1:
+        return Groups(LOCAL, LOCAL)
+    cuda = keras_device().type == "cuda"
+    if cuda:
+        own = int(os.environ.get("LOCAL_RANK", rank()))
+        if strategy.devices is not None:
+            named = torch.device(
+                strategy.devices[rank()].replace("gpu", "cuda")
+            )
+            own = own if named.index is None else named.index
+        torch.cuda.set_device(own)
+    kind = "nccl" if cuda else "gloo"
+    limit = datetime.timedelta(seconds=strategy.timeout)
+    with reporting(strategy.timeout):
+        if not dist.is_initialized():
+            dist.init_process_group(kind, timeout=limit)
+        ranks = range(data_size * sequence_size)
+        everyone = dist.new_group(ranks, timeout=limit, backend=kind)
+        rings = [
+            dist.new_group(
+                ranks[start : start + sequence_size],
+                timeout=limit,
+                backend=kind,
+            )
+            for start in ranks[::sequence_size]
+        ]
+    own_ring = rings[rank() // sequence_size]
+    return Groups(
+        RingTransport(everyone, strategy.timeout),
+        RingTransport(own_ring, strategy.timeout)
+        if sequence_size > 1
+        else LOCAL,
+    )

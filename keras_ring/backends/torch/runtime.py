@@ -1,0 +1,264 @@
+"""How PyTorch carries a strategy: one process per device.
+
+Every process runs the same program on the same global batches, keeps its
+own rows and its own chunk of every sequence, and a layer sees only those.
+The processes meet in the ring, in one sum of the gradients per step and in
+one of the metrics. The mesh is numbered row by row: a process is
+`data_index * sequence_size + sequence_index`.
+
+Private names of Keras appear in `hooks.py` alone.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from keras import tree
+
+from keras_ring import training, world
+from keras_ring.backends.torch import agreement, hooks, launch
+from keras_ring.backends.torch.training import Step
+from keras_ring.strategy import DistributedStrategy
+from keras_ring.transport import Transport
+from keras_ring.world import LOCAL
+
+AXES = ("batch", "seq", "model")
+
+
+class Distribution(keras.distribution.ModelParallel):
+    """The Keras distribution that a `World` sets. To Keras on PyTorch it is
+    only a mark: data and tensors are spread by the world."""
+
+    def __init__(self, ring_world: "World"):
+        mesh = keras.distribution.DeviceMesh(
+            shape=(
+                ring_world.data_size,
+                ring_world.sequence_size,
+                ring_world.strategy.model_parallel,
+            ),
+            axis_names=AXES,
+            devices=np.array(ring_world.devices),
+        )
+        super().__init__(
+            layout_map=keras.distribution.LayoutMap(mesh),
+            batch_dim_name="batch",
+            auto_shard_dataset=False,
+        )
+        self.ring_world = ring_world
+
+    def get_tensor_layout(self, path: str) -> None:
+        """None: no tensor of a layer is laid out anew."""
+        del path
+
+
+class World(world.World):
+    """A strategy on the processes of this program.
+
+    Attributes:
+        rank: number of this process.
+        data_index: which rows of the batch it keeps.
+        sequence_index: which chunk of every sequence it keeps.
+    """
+
+    layers_see_shards = True
+
+    def __init__(self, strategy: DistributedStrategy):
+        self.strategy = strategy
+        self.data_size, self.sequence_size = launch.mesh_shape(strategy)
+        self.size = self.data_size * self.sequence_size
+        self.devices = launch.device_names(strategy)
+        self.rank = launch.rank()
+        self.data_index, self.sequence_index = divmod(
+            self.rank, self.sequence_size
+        )
+        self.distribution = Distribution(self)
+        self.agreement = agreement.Agreement(self)
+        self.step: Step | None = None
+        self._groups: launch.Groups | None = None
+        self._depth = 0
+
+    @property
+    def everyone(self) -> Transport:
+        """All processes of the mesh."""
+        return self._connected().everyone
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        previous = keras.distribution.distribution()
+        if previous is self.distribution:
+            yield
+            return
+        training.install()
+        if previous is not None:
+            raise ValueError(
+                "Only one distribution can be active at a time. Received: a "
+                f"scope inside the scope of {previous!r}. Leave that scope, "
+                "or call keras.distribution.set_distribution(None), first."
+            )
+        self._connected()
+        keras.distribution.set_distribution(self.distribution)
+        try:
+            yield
+        finally:
+            keras.distribution.set_distribution(None)
+
+    def inside(self) -> bool:
+        return self._depth > 0
+
+    @contextlib.contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Code in here sees shards."""
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+
+    def ring(self) -> Transport:
+        return self._connected().ring
+
+    def per_shard(
+        self, function: Callable[..., Any], tensors: list[torch.Tensor]
+    ) -> Any:
+        if not self.inside() or _symbolic(tensors):
+            return function(LOCAL, *tensors)
+        return function(self.ring(), *tensors)
+
+    def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
+        with self.scope(), self.stepping():
+            shards = [
+                self.shard(keras.ops.convert_to_tensor(t), np.ndim(t) > 1)
+                for t in tensors
+            ]
+            return tree.map_structure(self._joined, function(*shards))
+
+    def prepare(self, model: Any) -> None:
+        if model.jit_compile:
+            raise ValueError(
+                "Transfers between processes cannot be compiled. Received: "
+                f"jit_compile=True for the model {model.name!r}. Compile it "
+                "with jit_compile=False (the default on PyTorch)."
+            )
+        self.agreement.start(model)
+
+    def shard(self, tensor: Any, split: bool) -> Any:
+        """The own rows of a global array, and the own chunk if `split`."""
+        if len(tensor.shape) == 0:
+            return tensor
+        rows = _part(tensor.shape[0], self.data_index, self.data_size)
+        if not split:
+            return tensor[rows]
+        chunk = _part(tensor.shape[1], self.sequence_index, self.sequence_size)
+        return tensor[rows, chunk]
+
+    def unshard(self, tensor: torch.Tensor, split: bool) -> torch.Tensor:
+        """The global tensor of everyone's part; the inverse of `shard`."""
+        tensor = tensor.detach()
+        if self.size == 1:
+            return tensor
+        parts = self.everyone.all_gather(tensor[None], 0)
+        rows, *rest = tensor.shape
+        parts = parts.reshape(self.data_size, self.sequence_size, rows, *rest)
+        if not split:
+            return parts[:, 0].reshape(self.data_size * rows, *rest)
+        length, *rest = rest
+        return parts.transpose(1, 2).reshape(
+            self.data_size * rows, self.sequence_size * length, *rest
+        )
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean of everyone's tensor."""
+        return self.everyone.sum(tensor.detach()) / self.size
+
+    def _joined(self, result: Any) -> torch.Tensor:
+        result = keras.ops.convert_to_tensor(result)
+        if result.ndim == 0:
+            return self.mean(result)
+        return self.unshard(result, split=result.ndim > 1)
+
+    def _connected(self) -> launch.Groups:
+        if self._groups is None:
+            self._groups = launch.connect(
+                self.strategy, (self.data_size, self.sequence_size)
+            )
+        return self._groups
+
+
+def _part(length: int, index: int, size: int) -> slice:
+    part = length // size
+    return slice(index * part, (index + 1) * part)
+
+
+def _symbolic(tensors: list[Any]) -> bool:
+    """Whether Keras is only inferring shapes."""
+    return any(
+        isinstance(t, keras.KerasTensor)
+        or (isinstance(t, torch.Tensor) and t.device.type == "meta")
+        for t in tensors
+    )
+
+
+def current() -> World | None:
+    """The world whose scope is active, or None."""
+    distribution = keras.distribution.distribution()
+    if isinstance(distribution, Distribution):
+        return distribution.ring_world
+    return None
+
+
+def custom_gradient(
+    forward: Callable[..., tuple[Any, Any]], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function with its own gradient, natively.
+
+    Args:
+        forward: `tensors -> (outputs, residuals)`, two tuples.
+        backward: `(residuals, *output_gradients) -> input gradients`, None
+            for an input that has no gradient.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *tensors: Any) -> Any:
+            outputs, residuals = forward(*tensors)
+            # Only tensors can be saved; what else there is, such as an
+            # array that a mask carries, is kept at its place.
+            ctx.others = [
+                None if isinstance(r, torch.Tensor) else r for r in residuals
+            ]
+            ctx.save_for_backward(
+                *(r for r in residuals if isinstance(r, torch.Tensor))
+            )
+            ctx.kept = [isinstance(r, torch.Tensor) for r in residuals]
+            ctx.mark_non_differentiable(
+                *(t for t in outputs if not _differentiable(t))
+            )
+            return tuple(outputs)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+            saved = iter(ctx.saved_tensors)
+            residuals = tuple(
+                next(saved) if kept else other
+                for kept, other in zip(ctx.kept, ctx.others, strict=True)
+            )
+            results = tuple(backward(residuals, *grads))
+            return tuple(
+                g if needed else None
+                for g, needed in zip(results, ctx.needs_input_grad, strict=True)
+            )
+
+    return Function.apply
+
+
+def _differentiable(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def install() -> None:
+    """Teach Keras' trainer about the strategy; see `hooks`."""
+    hooks.install(current)

@@ -1,0 +1,314 @@
+"""One step of fit, evaluate or predict on the own part of a batch.
+
+A step runs Keras' own code on this process' shard. What makes the result
+that of one device happens at three places: a loss with a local denominator
+is weighted by its share of the global one, the gradients are averaged over
+all processes before the optimizer sees them, and what the metrics added up
+is summed over all processes before their result is read.
+
+The objective that is differentiated is the mean of everyone's loss.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import torch
+from keras import tree
+
+from keras_ring import batches
+
+if TYPE_CHECKING:
+    from keras_ring.backends.torch.runtime import World
+
+
+class Step:
+    """What one step knows while Keras runs it.
+
+    Attributes:
+        world: the processes.
+        model: whose step it is.
+        copies: on how many processes each value of the outputs lies: 1 where
+            they are split over the ring, the ring's size where every member
+            has them whole, None where a model has both kinds.
+    """
+
+    def __init__(self, world: "World", model: Any, copies: int | None):
+        self.world = world
+        self.model = model
+        self.copies = copies
+        self.results_read = False
+        self._applying = 0
+        self._before: dict[int, tuple[Any, torch.Tensor]] = {}
+
+    # Losses.
+
+    def loss_weight(self, reduction: str | None, count: Any) -> Any:
+        """Factor on a reduced loss, so that the mean over all processes is
+        the loss of the whole batch.
+
+        Args:
+            reduction: of the loss.
+            count: what the local sum was divided by, or None if that is the
+                same number on every process.
+        """
+        if reduction == "sum":
+            if self.copies is None:
+                raise NotImplementedError(
+                    "A loss with reduction='sum' is not supported in a model "
+                    "with outputs that carry the sequence and others that do "
+                    "not. Use reduction='sum_over_batch_size'."
+                )
+            return self.world.size / self.copies
+        if count is None:
+            return 1.0
+        count = count.detach()
+        total = self.world.everyone.sum(count)
+        return torch.where(
+            total == 0, torch.zeros_like(total), count * self.world.size / total
+        )
+
+    # Gradients.
+
+    @contextlib.contextmanager
+    def applying(self) -> Iterator[bool]:
+        """Tells whether this is the outermost call: optimizers nest, and
+        the gradients are averaged once."""
+        self._applying += 1
+        try:
+            yield self._applying == 1
+        finally:
+            self._applying -= 1
+
+    def mean_gradients(
+        self, gradients: Sequence[Any], variables: Sequence[Any]
+    ) -> list[Any]:
+        """Everyone's mean gradient of each variable, in one transfer per
+        dtype; None where there is none."""
+        for variable in variables:
+            if getattr(variable, "overwrite_with_gradient", False):
+                raise NotImplementedError(
+                    "Variables that their gradient overwrites (float8 "
+                    "training) are not supported under a strategy. Received: "
+                    f"the variable {variable.path!r}."
+                )
+        present = [g is not None for g in gradients]
+        self.world.agreement.check_gradients(present, variables)
+        means = iter(
+            _summed(self.world, [g for g in gradients if g is not None])
+        )
+        return [next(means) / self.world.size if p else None for p in present]
+
+    # Metrics.
+
+    def start_metrics(self) -> None:
+        """Let the metrics count this step alone, from zero."""
+        for variable in self._metric_variables():
+            value = variable.value.detach()
+            self._before[id(variable)] = (variable, value.clone())
+            variable.assign(torch.zeros_like(value))
+
+    def sum_metrics(self) -> None:
+        """Add everyone's counts of this step to what was there before."""
+        variables = self._metric_variables()
+        added = _summed(
+            self.world, [variable.value.detach() for variable in variables]
+        )
+        copies = self._check_copies()
+        for variable, counts in zip(variables, added, strict=True):
+            if copies > 1:
+                counts = (
+                    counts / copies
+                    if counts.is_floating_point()
+                    else counts // copies
+                )
+            _, before = self._before.pop(id(variable), (None, None))
+            variable.assign(counts if before is None else before + counts)
+
+    def read_metrics(self) -> None:
+        """Called before results are read inside a step."""
+        if not self.results_read:
+            self.sum_metrics()
+            self.results_read = True
+
+    def finish(self, logs: Any) -> Any:
+        """The global logs of a step.
+
+        What Keras computes is global by now. A `train_step` of the user's
+        may have read a metric itself, or added a number of its own: the one
+        is read again, the other averaged.
+        """
+        known: dict[str, Any] = {}
+        if self.results_read:
+            known = self.model.get_metrics_result()
+        else:
+            self.read_metrics()
+            known = {m.name: m.result() for m in self.model.metrics}
+        if not isinstance(logs, dict):
+            return logs
+        other = [name for name in logs if name not in known]
+        if other:
+            own = torch.stack(
+                [
+                    keras.ops.convert_to_tensor(logs[name], "float32").reshape(
+                        ()
+                    )
+                    for name in other
+                ]
+            )
+            known = known | dict(
+                zip(other, self.world.mean(own).unbind(), strict=True)
+            )
+        return {name: known[name] for name in logs}
+
+    def restore_metrics(self) -> None:
+        """After an error: the counts before the step."""
+        for variable, before in self._before.values():
+            variable.assign(before)
+        self._before.clear()
+
+    def _metric_variables(self) -> list[Any]:
+        variables = {id(v): v for m in self.model.metrics for v in m.variables}
+        for variable in variables.values():
+            if variable.aggregation not in ("sum", "none"):
+                raise NotImplementedError(
+                    "Only metrics whose state adds up over devices are "
+                    "supported under a strategy. Received: the metric "
+                    f"variable {variable.path!r} with aggregation="
+                    f"{variable.aggregation!r}."
+                )
+        return list(variables.values())
+
+    def _check_copies(self) -> int:
+        """By what sums over all processes count too much."""
+        if self.copies is not None:
+            return self.copies
+        for metric in _leaf_metrics(self.model.metrics):
+            # The quotient of two sums does not mind that both are too large.
+            if not isinstance(metric, keras.metrics.Mean):
+                raise NotImplementedError(
+                    "In a model with outputs that carry the sequence and "
+                    "others that do not, only metrics that are means are "
+                    "supported under a strategy. Received: the metric "
+                    f"{metric.name!r}."
+                )
+        return 1
+
+
+def run_step(
+    world: "World", model: Any, function: Callable[..., Any], batch: Any
+) -> Any:
+    """A step of fit or evaluate on the own part of a global batch; gives
+    the global logs."""
+    world.agreement.check(model, batch)
+    splits = batches.split_batch(world, model, batch)
+    local = _local(world, batch, splits)
+    step = Step(world, model, _copies(world, splits))
+    previous, world.step = world.step, step
+    step.start_metrics()
+    try:
+        with world.stepping(), world.agreement.own_seeds(model):
+            logs = function([local])
+        return step.finish(logs)
+    except BaseException:
+        step.restore_metrics()
+        raise
+    finally:
+        world.step = previous
+
+
+def predict_step(
+    world: "World", model: Any, function: Callable[..., Any], batch: Any
+) -> Any:
+    """The global predictions for a global batch."""
+    if not all(layer.built for layer in model._flatten_layers()):
+        _build(model, batch)
+    world.agreement.check(model, batch)
+    splits = batches.split_batch(world, model, batch)
+    local = _local(world, batch, splits)
+    with world.stepping(), world.agreement.own_seeds(model):
+        outputs = function([local])
+    length = _local_length(local, splits)
+    carries = batches.split_outputs(model, outputs, length)
+    return tree.map_structure(
+        lambda output, split: world.unshard(
+            keras.ops.convert_to_tensor(output), split and length is not None
+        ),
+        outputs,
+        carries,
+    )
+
+
+def _local(world: "World", batch: Any, splits: Any) -> Any:
+    """The own part of every array of a batch."""
+    return tree.map_structure(
+        lambda leaf, split: (
+            None if leaf is None else world.shard(leaf, bool(split))
+        ),
+        batch,
+        splits,
+    )
+
+
+def _copies(world: "World", splits: Any) -> int | None:
+    """`Step.copies` of a batch: what the labels say, or else the inputs."""
+    parts = splits if isinstance(splits, tuple | list) else (splits,)
+    deciding = parts[1] if len(parts) > 1 and parts[1] is not None else parts[0]
+    kinds = {leaf for leaf in tree.flatten(deciding) if leaf is not None}
+    if kinds == {True}:
+        return 1
+    if kinds <= {False}:
+        return world.sequence_size
+    return 1 if world.sequence_size == 1 else None
+
+
+def _local_length(local: Any, splits: Any) -> int | None:
+    """Length of a shard, or None where nothing is split."""
+    lengths = [
+        leaf.shape[1]
+        for leaf, split in zip(
+            tree.flatten(local), tree.flatten(splits), strict=True
+        )
+        if split
+    ]
+    return lengths[0] if lengths else None
+
+
+def _build(model: Any, batch: Any) -> None:
+    """Build a model from the shapes of a global batch."""
+    x = batch[0] if isinstance(batch, tuple | list) else batch
+    model(
+        tree.map_structure(
+            lambda leaf: keras.KerasTensor(
+                tuple(leaf.shape), keras.backend.standardize_dtype(leaf.dtype)
+            ),
+            x,
+        )
+    )
+
+
+def _leaf_metrics(metrics: Sequence[Any]) -> Iterator[Any]:
+    """Metrics without those that only hold others."""
+    for metric in metrics:
+        inner = getattr(metric, "metrics", None)
+        if inner is None:
+            yield metric
+        else:
+            yield from _leaf_metrics(inner)
+
+
+def _summed(
+    world: "World", tensors: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Everyone's sum of each tensor, one transfer per dtype."""
+    results: list[Any] = [None] * len(tensors)
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        places = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+        flat = torch.cat([tensors[i].detach().reshape(-1) for i in places])
+        parts = world.everyone.sum(flat).split(
+            [tensors[i].numel() for i in places]
+        )
+        for i, part in zip(places, parts, strict=True):
+            results[i] = part.reshape(tensors[i].shape)
+    return results

@@ -1,0 +1,190 @@
+"""The ring on PyTorch: point-to-point transfers of `torch.distributed`."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from keras_ring.transport import Pending, Transport, check_permutation
+
+# Offset of a tensor in a packed buffer, so that any dtype can be viewed there.
+ALIGNMENT = 16
+
+
+class RingTransport(Transport):
+    """Members of one process group, in the order of their group ranks.
+
+    The tensors of one transfer travel as one message. No gradient flows
+    through a transfer: attention has its own, and everything else that moves
+    tensors around the ring needs one as well.
+
+    Args:
+        group: a process group of its own, made with the same timeout.
+        timeout: seconds after which a transfer is given up.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout: float):
+        self.group = group
+        self.timeout = timeout
+        self.size = dist.get_world_size(group)
+
+    def index(self) -> int:
+        return dist.get_rank(self.group)
+
+    def start_shift(
+        self, tensors: Sequence[torch.Tensor], by: int = 1
+    ) -> Pending:
+        return self._start(
+            tensors,
+            (self.index() + by) % self.size,
+            (self.index() - by) % self.size,
+        )
+
+    def exchange(
+        self, tensors: Sequence[torch.Tensor], permutation: Sequence[int]
+    ) -> list[torch.Tensor]:
+        check_permutation(permutation, self.size)
+        permutation = list(permutation)
+        return self._start(
+            tensors,
+            permutation[self.index()],
+            permutation.index(self.index()),
+        ).wait()
+
+    def all_gather(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        own = _as_bytes(tensor)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        with reporting(self.timeout):
+            dist.all_gather(parts, own, group=self.group)
+        return torch.cat([_from_bytes(p, tensor) for p in parts], axis)
+
+    def all_to_all(
+        self, tensor: torch.Tensor, split_axis: int, concat_axis: int
+    ) -> torch.Tensor:
+        length = tensor.shape[split_axis]
+        if length % self.size:
+            raise ValueError(
+                "The axis that all_to_all splits must be a multiple of the "
+                f"ring's size. Received: shape={tuple(tensor.shape)}, "
+                f"split_axis={split_axis}, size={self.size}."
+            )
+        parts = tensor.chunk(self.size, split_axis)
+        sent = torch.stack([_as_bytes(part) for part in parts])
+        received = torch.empty_like(sent)
+        with reporting(self.timeout):
+            dist.all_to_all_single(received, sent, group=self.group)
+        return torch.cat(
+            [_from_bytes(r, parts[0]) for r in received.unbind()], concat_axis
+        )
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        _check_no_gradient([tensor])
+        # Half precision is summed in float32, the same on every backend.
+        short = tensor.dtype in (torch.float16, torch.bfloat16)
+        total = tensor.detach().to(torch.float32) if short else tensor.detach()
+        total = total.contiguous()
+        total = (
+            total.clone() if total.data_ptr() == tensor.data_ptr() else total
+        )
+        with reporting(self.timeout):
+            dist.all_reduce(total, group=self.group)
+        return total.to(tensor.dtype)
+
+    def _start(
+        self, tensors: Sequence[torch.Tensor], target: int, source: int
+    ) -> Pending:
+        """Issue one message to `target` and one from `source`."""
+        if target == self.index():
+            return Pending(lambda: list(tensors))
+        sent, unpack = _pack(tensors)
+        received = torch.empty_like(sent)
+        with reporting(self.timeout):
+            works = dist.batch_isend_irecv(
+                [
+                    dist.P2POp(
+                        operation,
+                        buffer,
+                        dist.get_global_rank(self.group, peer),
+                        self.group,
+                    )
+                    for operation, buffer, peer in (
+                        (dist.isend, sent, target),
+                        (dist.irecv, received, source),
+                    )
+                ]
+            )
+
+        def finish() -> list[torch.Tensor]:
+            with reporting(self.timeout):
+                for work in works:
+                    work.wait()
+            return unpack(received)
+
+        return Pending(finish)
+
+
+@contextlib.contextmanager
+def reporting(timeout: float) -> Iterator[None]:
+    """Say what a failed transfer means to the user."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            "A transfer between the processes failed: another process has "
+            f"ended, or did not answer within timeout={timeout:g} seconds. "
+            "Look at the output of the others for the first error. If none "
+            "failed, check that every process runs the same calls (a fit or "
+            "predict on one rank alone waits for the others), or raise "
+            "DistributedStrategy(timeout=...). "
+            f"Received: {error}"
+        ) from error
+
+
+def _pack(
+    tensors: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], list[torch.Tensor]]]:
+    """One buffer of bytes, and what takes a received one apart again."""
+    _check_no_gradient(tensors)
+    if len(tensors) == 1:
+        only = tensors[0].detach().contiguous()
+        return only.reshape(-1).view(torch.uint8), lambda received: [
+            _from_bytes(received, only)
+        ]
+    sizes = [t.numel() * t.element_size() for t in tensors]
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + math.ceil(size / ALIGNMENT) * ALIGNMENT)
+    buffer = torch.empty(
+        starts[-1], dtype=torch.uint8, device=tensors[0].device
+    )
+
+    def unpack(received: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            _from_bytes(received[start : start + size], tensor)
+            for tensor, start, size in zip(tensors, starts, sizes, strict=False)
+        ]
+
+    for place, tensor in zip(unpack(buffer), tensors, strict=True):
+        place.copy_(tensor)
+    return buffer, unpack
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    _check_no_gradient([tensor])
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _from_bytes(buffer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return buffer.view(like.dtype).reshape(like.shape)
+
+
+def _check_no_gradient(tensors: Sequence[torch.Tensor]) -> None:
+    """Refuse to cut a gradient silently."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "No gradient flows through a transfer between processes. Use "
+            "it inside keras_ring.backends' `custom_gradient`, or detach the "
+            "tensor."
+        )
