@@ -19,6 +19,17 @@ def from_each(tensor):
     return ops.pad(tensor, [(0, sizes[0] - 1), (0, sizes[1] - 1), *rest])
 
 
+def everyones(tensor):
+    """Inside `strategy.run`: each member's own value of something that is
+    the same on all, to be compared outside."""
+    world = kr.strategy.current()
+    sizes = world.data_size, world.sequence_size
+    tensor = ops.expand_dims(ops.expand_dims(tensor, 0), 0)
+    if world.inside():
+        return tensor
+    return ops.broadcast_to(tensor, (*sizes, *tensor.shape[2:]))
+
+
 def total(joined):
     """Outside: the sum over all members of what `from_each` gave."""
     return np.sum(ops.convert_to_numpy(joined), axis=(0, 1), dtype="float64")

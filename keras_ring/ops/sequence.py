@@ -78,8 +78,9 @@ def gather_sequence(tensor: Tensor, axis: int = 1) -> Tensor:
         axis: the sequence axis; negative values count from the end.
 
     Returns:
-        The tensor with the whole sequence on `axis`, in natural order. The
-        tensor itself where the code sees the whole sequence already.
+        The tensor with the whole sequence on `axis`, in natural order. Where
+        the code sees the whole sequence already this is the tensor itself;
+        under a strategy on JAX the compiler is told not to split it.
 
     Raises:
         ValueError: for an axis that the tensor does not have.
@@ -87,11 +88,8 @@ def gather_sequence(tensor: Tensor, axis: int = 1) -> Tensor:
     axis = _checked_axis(tensor, axis)
     ring = shard_ring()
     if ring is None:
-        return tensor
-    dtype = keras.backend.standardize_dtype(tensor.dtype)
-    if dtype == "bool":
-        return ops.cast(ring.all_gather(ops.cast(tensor, "int32"), axis), dtype)
-    if "float" not in dtype:
+        return _unsplit(tensor)
+    if "float" not in keras.backend.standardize_dtype(tensor.dtype):
         return ring.all_gather(tensor, axis)
 
     def forward(shard):
@@ -136,6 +134,23 @@ def shard_ring() -> "Transport | None":
         return None
     ring = world.ring()
     return ring if ring.size > 1 else None
+
+
+def _unsplit(tensor: Tensor) -> Tensor:
+    """Where code sees the whole sequence, keep the compiler from splitting
+    it; the batch stays split."""
+    world = strategy.current()
+    sizes = tuple(tensor.shape)
+    # Sizes that are no integers: Keras is only inferring shapes.
+    known = all(isinstance(size, int) for size in sizes)
+    if world is None or world.layers_see_shards or not sizes or not known:
+        return tensor
+    distribution = keras.distribution.distribution()
+    axes: list[str | None] = [None] * len(sizes)
+    if sizes[0] % world.data_size == 0:
+        axes[0] = distribution.batch_dim_name
+    layout = keras.distribution.TensorLayout(axes, distribution.device_mesh)
+    return keras.distribution.distribute_tensor(tensor, layout)
 
 
 def _chunk(tensor: Tensor, axis: int, index: Any, size: int) -> Tensor:
