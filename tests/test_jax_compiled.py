@@ -1,0 +1,81 @@
+"""What the compiler makes of a train step on 8 devices."""
+
+import re
+
+import jax
+import keras
+import numpy as np
+import pytest
+
+import keras_ring
+
+DEVICES = 8
+CHUNK = 52
+LENGTH = DEVICES * CHUNK  # 416: no other size in the model.
+
+
+def compiled_step(attention):
+    """The optimised program of one device for one train step."""
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=DEVICES)
+    with strategy.scope():
+        tokens = keras.Input((None,), dtype="int32")
+        x = keras.layers.Embedding(32, 16)(tokens)
+        if attention == "ring":
+            x = x + keras_ring.layers.RingAttention(2, 8, causal=True)(x)
+        else:
+            stock = keras.layers.MultiHeadAttention(2, 8)
+            x = x + stock(x, x, use_causal_mask=True)
+        model = keras.Model(tokens, keras.layers.Dense(32)(x))
+        model.compile(
+            "adam",
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        batch = np.zeros((2, LENGTH), "int32")
+        model.train_on_batch(batch, batch)
+        state = (
+            [v.value for v in model.trainable_variables],
+            [v.value for v in model.non_trainable_variables],
+            [v.value for v in model.optimizer.variables],
+            [v.value for v in model.metrics_variables],
+        )
+        strategy.world.model = model
+        placed = strategy.world.place_batch((batch, batch))
+        step = jax.jit(model.train_step, donate_argnums=0)
+        return step.lower(state, placed).compile()
+
+
+def full_length_shapes(text):
+    """Every shape in the program that has an axis of the full length."""
+    shapes = set(re.findall(r"\w+\[([\d,]+)\]", text))
+    return {s for s in shapes if str(LENGTH) in s.split(",")}
+
+
+@pytest.fixture(scope="module")
+def ring_program():
+    return compiled_step("ring").as_text()
+
+
+def test_no_tensor_has_the_full_length(ring_program):
+    assert f",{CHUNK}" in ring_program
+    assert full_length_shapes(ring_program) == set()
+
+
+def test_no_activation_is_gathered(ring_program):
+    assert "collective-permute" in ring_program
+    assert "all-gather" not in ring_program
+    assert "all-to-all" not in ring_program
+
+
+def test_stock_attention_is_what_these_tests_would_catch():
+    text = compiled_step("stock").as_text()
+    assert full_length_shapes(text)
+    assert "all-gather" in text
+
+
+def test_hops_are_those_of_the_algorithm(ring_program):
+    """Keys and values travel size - 1 hops in each direction of the pass,
+    their gradients size: the ones in the loop appear once in the text."""
+    hops = re.findall(r"= .* collective-permute(?:-start)?\(", ring_program)
+    # Forward: k, v before and in the loop. Backward: the same for k, v, and
+    # dk, dv in the loop, before the last visit and on the way home.
+    assert len(hops) <= 2 * 2 + 2 * 2 + 3 * 2

@@ -1,0 +1,331 @@
+"""`fit`, `evaluate`, `predict` under a strategy against one device."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+
+import keras_ring
+from tests import worlds
+from tests.language_model import (
+    batch,
+    initial_weights,
+    language_model,
+    numpy_loss,
+)
+
+# (data, sequence): the meshes that the backend has devices for.
+MESHES = [
+    mesh
+    for mesh in ((1, 2), (1, 3), (2, 2), (1, 4), (1, 8))
+    if mesh[0] * mesh[1] <= worlds.DEVICES
+]
+LENGTH = 24
+BATCH = 4
+
+
+class Losses(keras.callbacks.Callback):
+    """The running mean of the loss after every step."""
+
+    def on_train_begin(self, logs=None):
+        self.values = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.values.append(float(logs["loss"]))
+
+
+def train(model, data, validation, **options):
+    """Ten Adam steps and everything that comes of them."""
+    model.set_weights(initial_weights(model))
+    losses = Losses()
+    history = model.fit(
+        data[0],
+        data[1],
+        sample_weight=data[2],
+        batch_size=BATCH,
+        epochs=2,
+        shuffle=True,
+        verbose=0,
+        validation_data=validation,
+        callbacks=[losses],
+        **options,
+    )
+    evaluated = model.evaluate(
+        *validation[:2],
+        sample_weight=validation[2],
+        batch_size=BATCH,
+        verbose=0,
+    )
+    return {
+        "losses": np.array(losses.values),
+        "history": np.array(
+            [history.history[k] for k in sorted(history.history)]
+        ),
+        "evaluated": np.array(evaluated),
+        "predicted": np.asarray(
+            model.predict(validation[0], batch_size=BATCH, verbose=0)
+        ),
+        "weights": model.get_weights(),
+    }
+
+
+def compare(got, want):
+    np.testing.assert_allclose(got["losses"], want["losses"], rtol=1e-5)
+    np.testing.assert_allclose(
+        got["history"], want["history"], rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        got["evaluated"], want["evaluated"], rtol=1e-5, atol=1e-6
+    )
+    assert got["predicted"].shape == want["predicted"].shape
+    np.testing.assert_allclose(got["predicted"], want["predicted"], atol=1e-4)
+    for have, target in zip(got["weights"], want["weights"], strict=True):
+        np.testing.assert_allclose(have, target, atol=1e-4)
+
+
+@functools.cache
+def one_device(samples):
+    """Training with stock attention on one device, once per process."""
+    keras.utils.set_random_seed(7)
+    return train(
+        language_model("stock"),
+        batch(samples, LENGTH),
+        batch(BATCH, LENGTH, seed=1),
+    )
+
+
+def check_parity(data_size, sequence_size, samples):
+    want = one_device(samples)
+    assert len(want["losses"]) == 10
+    assert want["losses"][-1] < want["losses"][0]
+    keras.utils.set_random_seed(7)
+    strategy = keras_ring.DistributedStrategy(
+        data_parallel=data_size, sequence_parallel=sequence_size
+    )
+    with strategy.scope():
+        got = train(
+            language_model("ring"),
+            batch(samples, LENGTH),
+            batch(BATCH, LENGTH, seed=1),
+        )
+    compare(got, want)
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
+def test_training_equals_one_device(on_devices, mesh):
+    on_devices(mesh[0] * mesh[1], check_parity, *mesh, 5 * BATCH)
+
+
+def test_training_with_a_smaller_last_batch(on_devices):
+    on_devices(4, check_parity, 2, 2, 5 * BATCH - 2)
+
+
+def check_same_loss(sequence_size):
+    """The loss is that of NumPy in float64, so it is that of every backend."""
+    tokens, labels, weights = batch(4, LENGTH)
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=sequence_size)
+    with strategy.scope():
+        model = language_model("ring", dense=True)
+        model.set_weights(initial_weights(model))
+        loss = model.evaluate(
+            tokens, labels, sample_weight=weights, batch_size=4, verbose=0
+        )[0]
+        stepped = model.train_on_batch(tokens, labels, sample_weight=weights)
+    want = numpy_loss(initial_weights(model), tokens, labels, weights)
+    np.testing.assert_allclose(float(loss), want, rtol=1e-5)
+    np.testing.assert_allclose(float(stepped[0]), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_loss_is_the_same_on_every_backend(on_devices, size):
+    on_devices(size, check_same_loss, size)
+
+
+def sources(data):
+    """The same batches from everything that `fit` takes."""
+    import tensorflow as tf
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return len(data[0]) // BATCH
+
+        def __getitem__(self, index):
+            rows = slice(index * BATCH, (index + 1) * BATCH)
+            return tuple(part[rows] for part in data)
+
+    def generator():
+        for i in range(0, len(data[0]), BATCH):
+            yield tuple(part[i : i + BATCH] for part in data)
+
+    known = tf.data.Dataset.from_tensor_slices(data).batch(BATCH)
+    unknown = tf.data.Dataset.from_generator(
+        generator,
+        output_signature=(
+            tf.TensorSpec((None, None), tf.int32),
+            tf.TensorSpec((None, None), tf.int32),
+            tf.TensorSpec((None, None), tf.float32),
+        ),
+    )
+    return {
+        "tf.data": known,
+        "tf.data of unknown shape": unknown,
+        "PyDataset": Batches(),
+        "generator": generator(),
+    }
+
+
+def check_sources(data_size, sequence_size):
+    data = batch(8, LENGTH)
+    strategy = keras_ring.DistributedStrategy(
+        data_parallel=data_size, sequence_parallel=sequence_size
+    )
+    with strategy.scope():
+        model = language_model("ring")
+        weights = initial_weights(model)
+
+        def outcome(source, **options):
+            model.set_weights(weights)
+            for variable in model.optimizer.variables:
+                variable.assign(keras.ops.zeros_like(variable))
+            model.optimizer.learning_rate = 1e-2
+            history = model.fit(source, verbose=0, shuffle=False, **options)
+            return history.history["loss"], model.get_weights()
+
+        want_loss, want_weights = outcome(
+            data[0], y=data[1], sample_weight=data[2], batch_size=BATCH
+        )
+        for name, source in sources(data).items():
+            got_loss, got_weights = outcome(source)
+            np.testing.assert_allclose(
+                got_loss, want_loss, rtol=1e-6, err_msg=name
+            )
+            for have, want in zip(got_weights, want_weights, strict=True):
+                np.testing.assert_allclose(have, want, atol=1e-6, err_msg=name)
+        inputs = sources(data)["tf.data"].map(lambda x, y, w: x)
+        np.testing.assert_allclose(
+            model.predict(inputs, verbose=0),
+            model.predict(data[0], batch_size=BATCH, verbose=0),
+            atol=1e-6,
+        )
+        np.testing.assert_allclose(
+            model.predict_on_batch(data[0][:BATCH]),
+            model.predict(data[0][:BATCH], verbose=0),
+            atol=1e-6,
+        )
+        np.testing.assert_allclose(
+            model.test_on_batch(*data),
+            model.evaluate(*data[:2], sample_weight=data[2], verbose=0),
+            rtol=1e-5,
+        )
+
+
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 2)], ids=["1x2", "2x2"])
+def test_every_source_of_data(on_devices, mesh):
+    on_devices(mesh[0] * mesh[1], check_sources, *mesh)
+
+
+def check_save_and_load(size, folder):
+    data = batch(4, LENGTH)
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=size)
+    with strategy.scope():
+        model = language_model("ring")
+        model.set_weights(initial_weights(model))
+        model.fit(*data[:2], batch_size=4, verbose=0)
+        path = f"{folder}/model.keras"
+        model.save(path)
+        want = model.predict(data[0], verbose=0)
+        again = keras.saving.load_model(path)
+        np.testing.assert_allclose(
+            again.predict(data[0], verbose=0), want, atol=1e-6
+        )
+        model.fit(*data[:2], batch_size=4, verbose=0)
+        again.fit(*data[:2], batch_size=4, verbose=0)
+        for have, target in zip(
+            again.get_weights(), model.get_weights(), strict=True
+        ):
+            np.testing.assert_allclose(have, target, atol=1e-6)
+    alone = keras.saving.load_model(path)
+    np.testing.assert_allclose(
+        alone.predict(data[0], verbose=0), want, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_save_and_load(on_devices, size, tmp_path):
+    on_devices(size, check_save_and_load, size, str(tmp_path))
+
+
+def check_refusals():
+    """Bad input is refused with its values, and the model goes on working."""
+    strategy = keras_ring.DistributedStrategy(
+        data_parallel=2, sequence_parallel=2
+    )
+    data = batch(8, LENGTH)
+    outside = language_model("ring")
+    with strategy.scope():
+        with pytest.raises(ValueError, match="outside any scope"):
+            outside.fit(*data, batch_size=4, verbose=0)
+        model = language_model("ring")
+        before = model.get_weights()
+        length = r"length=23, sequence_parallel=2"
+        with pytest.raises(ValueError, match=length):
+            model.fit(data[0][:, :23], data[1][:, :23], verbose=0)
+        with pytest.raises(ValueError, match=length):
+            model.evaluate(data[0][:, :23], data[1][:, :23], verbose=0)
+        with pytest.raises(ValueError, match=length):
+            model.predict(data[0][:, :23], verbose=0)
+        with pytest.raises(ValueError, match=length):
+            model.train_on_batch(data[0][:, :23], data[1][:, :23])
+        with pytest.raises(ValueError, match="batch of 3, data_parallel=2"):
+            model.fit(*data[:2], batch_size=3, verbose=0)
+        with pytest.raises(ValueError, match="batch of 1, data_parallel=2"):
+            model.fit(data[0][:5], data[1][:5], batch_size=4, verbose=0)
+        with pytest.raises(ValueError, match="batch of 1, data_parallel=2"):
+            model.fit(
+                *data[:2],
+                batch_size=4,
+                verbose=0,
+                validation_data=(data[0][:5], data[1][:5]),
+            )
+        for have, want in zip(model.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(have, want)
+        history = model.fit(*data[:2], batch_size=4, verbose=0)
+        assert np.isfinite(history.history["loss"]).all()
+
+
+def test_bad_input_is_refused_and_the_model_goes_on(on_devices):
+    on_devices(4, check_refusals)
+
+
+def check_too_many_devices():
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=64)
+    with pytest.raises(ValueError, match="64 devices"):
+        strategy.world  # noqa: B018
+
+
+def test_more_devices_than_there_are(on_devices):
+    on_devices(2, check_too_many_devices)
+
+
+def check_bad_second_batch():
+    """A generator's batches are checked one by one, as they come."""
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
+    data = batch(8, LENGTH)
+
+    def generator(first):
+        if first:
+            yield data[0][:4], data[1][:4]
+        yield data[0][:4, :23], data[1][:4, :23]
+
+    with strategy.scope():
+        model = language_model("ring")
+        for first in (False, True):
+            with pytest.raises(ValueError, match="length=23"):
+                model.fit(generator(first), verbose=0)
+            history = model.fit(*data[:2], batch_size=4, verbose=0)
+            assert np.isfinite(history.history["loss"]).all()
+
+
+def test_a_bad_batch_of_a_generator_is_refused(on_devices):
+    on_devices(2, check_bad_second_batch)
