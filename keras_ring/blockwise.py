@@ -86,6 +86,11 @@ class Block:
         """Whether some and whether every pair of the chunks is allowed."""
         if self.mask is None:
             return True, True
+        # A symbolic dimension (JAX) does not compare with every number.
+        query_length, key_length = (
+            n if isinstance(n, int) else ops.convert_to_tensor(n, dtype="int32")
+            for n in (query_length, key_length)
+        )
         return self.mask.relation(
             (self.query_start, self.query_start + query_length - 1),
             (self.key_start, self.key_start + key_length - 1),
@@ -333,7 +338,7 @@ def block_forward(
                     scores = ops.where(
                         tiling.allowed(i, j), scores, -float("inf")
                     )
-                new_top = ops.maximum(top, ops.max(scores, axis=-1))
+                new_top = numerics.larger(top, ops.max(scores, axis=-1))
                 reference = ops.where(
                     ops.isinf(new_top), ops.zeros_like(new_top), new_top
                 )
