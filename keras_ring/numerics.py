@@ -40,6 +40,14 @@ def accumulation_dtype(dtype: str) -> str:
     )
 
 
+def larger(first: Tensor, second: Tensor) -> Tensor:
+    """The elementwise maximum, in the dtype of both.
+
+    `ops.maximum` turns float64 into float32 on some backends.
+    """
+    return ops.where(first > second, first, second)
+
+
 def merge(first: Partial, second: Partial) -> Partial:
     """Combine attention over two disjoint sets of keys.
 
@@ -47,7 +55,7 @@ def merge(first: Partial, second: Partial) -> Partial:
     exponential can overflow: both weights are relative to the larger of the
     two log-sum-exps.
     """
-    top = ops.maximum(first.lse, second.lse)
+    top = larger(first.lse, second.lse)
     empty = ops.isinf(top)
     reference = ops.where(empty, ops.zeros_like(top), top)
     weight_first = ops.exp(first.lse - reference)
