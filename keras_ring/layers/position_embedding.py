@@ -8,7 +8,7 @@ from keras import ops
 from keras_ring import placement, strategy
 from keras_ring.layers.positions import checked_positions
 from keras_ring.ops.dense_take import dense_take
-from keras_ring.ops.sequence import sequence_positions, shard_ring
+from keras_ring.ops.sequence import shard_ring
 
 Tensor = Any
 
@@ -92,20 +92,19 @@ class PositionEmbedding(keras.layers.Layer):
         start_index: int | Tensor = 0,
         positions: Tensor | None = None,
     ) -> Tensor:
-        table = ops.convert_to_tensor(self.position_embeddings)
         shape = ops.shape(inputs)
+        if not _has_values(inputs, shape[1]):
+            # The made-up length may be longer than the table.
+            return ops.zeros_like(inputs, dtype=self.compute_dtype)
+        table = ops.convert_to_tensor(self.position_embeddings)
         if positions is not None:
             positions = checked_positions(positions, start_index, inputs, 1)
             vectors = dense_take(table, positions)
-        elif isinstance(shape[1], int) or ops.is_tensor(shape[1]):
+        else:
             # The positions of a chunk are contiguous: a slice, whose
             # gradient is dense on every backend.
             first = self._first(shape[1], start_index)
             vectors = ops.slice(table, [first, 0], [shape[1], shape[2]])
-        else:
-            # JAX infers shapes with a length that is an expression, which
-            # cannot be the size of a slice. Only the shape matters here.
-            vectors = dense_take(table, sequence_positions(inputs))
         return ops.broadcast_to(vectors, shape)
 
     def compute_output_shape(
@@ -137,3 +136,11 @@ class PositionEmbedding(keras.layers.Layer):
         if ring is None:
             return start_index
         return placement.start(ring.index(), length) + start_index
+
+
+def _has_values(tensor: Tensor, length: Any) -> bool:
+    """False where Keras only infers shapes: with a length that is an
+    expression (JAX), or a tensor that is on no device (PyTorch)."""
+    if str(getattr(tensor, "device", "")) == "meta":
+        return False
+    return isinstance(length, int) or ops.is_tensor(length)
