@@ -117,17 +117,21 @@ class RotaryEmbedding(keras.layers.Layer):
             positions, rotated, len(inputs.shape), sequence_axis, dtype
         )
         half = rotated // 2
-        first, second, *rest = ops.split(
-            inputs,
-            [half, rotated] if self._partial(inputs) else [half],
-            axis=feature_axis,
-        )
+
+        def features(start: int, stop: int | None) -> Tensor:
+            places = [slice(None)] * len(inputs.shape)
+            places[feature_axis] = slice(start, stop)
+            return inputs[tuple(places)]
+
+        first, second = features(0, half), features(half, rotated)
         first, second = ops.cast(first, dtype), ops.cast(second, dtype)
         parts = [
             ops.cast(first * cos - second * sin, inputs.dtype),
             ops.cast(second * cos + first * sin, inputs.dtype),
         ]
-        return ops.concatenate([*parts, *rest], axis=feature_axis)
+        if rotated != inputs.shape[feature_axis]:
+            parts.append(features(rotated, None))
+        return ops.concatenate(parts, axis=feature_axis)
 
     def compute_output_shape(
         self, input_shape: tuple[int | None, ...]
@@ -202,6 +206,3 @@ class RotaryEmbedding(keras.layers.Layer):
                 f"Received: rotary_dim={rotated}, input shape {tuple(shape)}."
             )
         return rotated
-
-    def _partial(self, inputs: Tensor) -> bool:
-        return self._rotated(inputs.shape) != inputs.shape[self.feature_axis]
