@@ -1,0 +1,415 @@
+"""Train a byte-level language model with every sequence spread over devices.
+
+    make demo                        # 8 simulated devices on JAX
+    make demo BACKEND=tensorflow     # 4 simulated devices on TensorFlow
+    make demo BACKEND=torch          # 2 processes on PyTorch
+
+By hand, in an environment with keras_ring, one backend and matplotlib:
+
+    KERAS_BACKEND=jax python examples/byte_language_model.py
+    KERAS_BACKEND=torch torchrun --nproc-per-node 2 \
+        examples/byte_language_model.py
+
+The text is the source of Python's own standard library. The script shows
+what the devices do, the loss as it falls, that the first steps are those of
+one device, and the memory that a device needs with the ring and without it.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+BACKEND = os.environ.setdefault("KERAS_BACKEND", "jax")
+SIMULATED = {"jax": 8, "tensorflow": 4, "torch": 2}[BACKEND]
+RANK = int(os.environ.get("RANK", "0"))
+OUT = Path(__file__).resolve().parent.parent / "out"
+FIRST_STEPS = 3
+EPOCHS = 5
+TOLERANCE = 1e-4
+
+
+def simulate_devices() -> None:
+    """Split this machine's CPU into devices, before Keras is imported."""
+    if BACKEND == "jax":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        flags = os.environ.get("XLA_FLAGS", "")
+        if "host_platform_device_count" not in flags:
+            flags += f" --xla_force_host_platform_device_count={SIMULATED}"
+            os.environ["XLA_FLAGS"] = flags
+    elif BACKEND == "tensorflow":
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        import tensorflow as tf
+
+        if len(tf.config.list_physical_devices("GPU")) < 2:
+            tf.config.set_visible_devices([], "GPU")
+            tf.config.set_logical_device_configuration(
+                tf.config.list_physical_devices("CPU")[0],
+                [tf.config.LogicalDeviceConfiguration()] * SIMULATED,
+            )
+    elif "WORLD_SIZE" not in os.environ:
+        sys.exit(
+            "On PyTorch every device is a process. Start this with\n"
+            f"  torchrun --nproc-per-node {SIMULATED} {sys.argv[0]}"
+        )
+
+
+simulate_devices()
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+
+import keras_ring  # noqa: E402
+
+
+def say(*words: object) -> None:
+    """Print once, also where there are several processes."""
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+def read_text() -> tuple[np.ndarray, np.ndarray]:
+    """Bytes to train on, and bytes of other files to validate on."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
+    kept_back = b"".join(files[::10])
+    del files[::10]
+    return tuple(
+        np.frombuffer(text, "uint8").astype("int32")
+        for text in (b"".join(files), kept_back)
+    )
+
+
+def windows(text: np.ndarray, count: int, length: int, seed: int) -> tuple:
+    """Inputs and the bytes that follow them, `(count, length)` each."""
+    starts = np.random.default_rng(seed).integers(
+        0, len(text) - length - 1, count
+    )
+    cut = np.stack([text[start : start + length + 1] for start in starts])
+    return cut[:, :-1], cut[:, 1:]
+
+
+def unigram_bits(train: np.ndarray, validation: np.ndarray) -> float:
+    """Bits per byte for a model that knows byte frequencies and no more."""
+    seen = np.bincount(train, minlength=256) + 1
+    return float(-np.log2(seen / seen.sum())[validation].mean())
+
+
+def build_model(steps: int, stock: bool = False) -> keras.Model:
+    """Two blocks of pre-norm attention and feed-forward, compiled."""
+    layers = keras.layers
+    tokens = keras.Input((None,), dtype="int32")
+    x = layers.Embedding(256, 128)(tokens)
+    for _ in range(2):
+        y = layers.LayerNormalization()(x)
+        turned = keras_ring.layers.RotaryEmbedding()(y)
+        if stock:
+            attend = layers.MultiHeadAttention(num_heads=2, key_dim=32)
+            y = attend(turned, y, turned, use_causal_mask=True)
+        else:
+            attend = keras_ring.layers.RingAttention(
+                num_heads=2, key_dim=32, causal=True
+            )
+            y = attend(turned, y, turned)
+        x = x + y
+        y = layers.LayerNormalization()(x)
+        x = x + layers.Dense(128)(layers.Dense(512, activation="gelu")(y))
+    x = layers.LayerNormalization()(x)
+    logits = layers.Dense(256, kernel_initializer="zeros")(x)
+    model = keras.Model(tokens, logits)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        1e-3, steps, alpha=0.05, warmup_target=1e-2, warmup_steps=steps // 10
+    )
+    model.compile(
+        keras.optimizers.Adam(schedule, beta_2=0.95),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    return model
+
+
+def first_losses(model: keras.Model, x: np.ndarray, y: np.ndarray) -> list:
+    """The loss of each of the first steps, one sequence at a time."""
+    losses = []
+    for step in range(FIRST_STEPS):
+        model.reset_metrics()
+        one = slice(step, step + 1)
+        losses.append(float(model.train_on_batch(x[one], y[one])))
+    return losses
+
+
+class StepLosses(keras.callbacks.Callback):
+    """Keep the loss of every step; Keras reports the mean of the epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        mean = logs["loss"]
+        before = self._mean if batch else 0.0
+        self.losses.append(mean * (batch + 1) - before * batch)
+        self._mean = mean
+
+
+def compare(ring: list[float], single: list[float]) -> bool:
+    """Print the first steps side by side; whether they agree."""
+    say(f"\n{'step':>4}  {'ring':>12}  {'one device':>12}  rel. difference")
+    differences = []
+    for step, (first, second) in enumerate(zip(ring, single, strict=True), 1):
+        differences.append(abs(first - second) / abs(second))
+        say(f"{step:4}  {first:12.7f}  {second:12.7f}  {differences[-1]:.1e}")
+    return max(differences) <= TOLERANCE
+
+
+def compiled_bytes(model: keras.Model, length: int) -> int:
+    """JAX: what the compiled training step needs on each device."""
+    import jax
+
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    state = [
+        [variable.value for variable in group]
+        for group in (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        )
+    ]
+    batch = np.zeros((1, length), "int32")
+    distribution = keras.distribution.distribution()
+    if distribution is not None:
+        layout = distribution.get_data_layout(batch.shape)
+        batch = jax.device_put(batch, layout.backend_layout)
+    step = jax.jit(model.train_step, donate_argnums=0)
+    memory = step.lower(state, (batch, batch)).compile().memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
+def resident_bytes(model: keras.Model, length: int) -> int:
+    """TensorFlow, PyTorch: growth of this process's peak resident memory
+    during one training step, after a short one has warmed everything up."""
+
+    def peak() -> int:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    for size in (64, length):
+        before = peak()
+        batch = np.zeros((1, size), "int32")
+        model.train_on_batch(batch, batch)
+    return peak() - before
+
+
+def measure_here(what: str, length: int) -> None:
+    """Print the bytes that one device needs; runs in a child process."""
+    if what == "ring":
+        strategy = keras_ring.DistributedStrategy()
+        with strategy.scope():
+            grown = resident_bytes(build_model(10), length)
+        if BACKEND == "tensorflow":
+            grown //= strategy.world.sequence_size
+    else:
+        grown = resident_bytes(build_model(10), length)
+    say(json.dumps({"bytes": grown}))
+
+
+def measure(what: str, length: int) -> int:
+    """Run `measure_here` in fresh processes of its own."""
+    arguments = [__file__, f"--measure={what}", f"--length={length}"]
+    command = [sys.executable, *arguments]
+    if BACKEND == "torch":
+        count = SIMULATED if what == "ring" else 1
+        launch = ["-m", "torch.distributed.run", "--standalone"]
+        command[1:1] = [*launch, f"--nproc-per-node={count}"]
+    outer = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_",
+        "MASTER_",
+        "GROUP_",
+        "TORCHELASTIC",
+    )
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
+    done = subprocess.run(
+        command, env=clean, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])["bytes"]
+
+
+def measure_memory(
+    strategy: keras_ring.DistributedStrategy,
+    ring_model: keras.Model,
+    length: int,
+) -> tuple[dict[str, int], str]:
+    """Peak bytes on one device by what it runs, and how that was found."""
+    ring = f"ring of {strategy.world.sequence_size}"
+    if BACKEND == "jax":
+        with strategy.scope():
+            found = {ring: compiled_bytes(ring_model, length)}
+        found["one device"] = compiled_bytes(build_model(10), length)
+        stock = build_model(10, stock=True)
+        found["one device,\nstock attention"] = compiled_bytes(stock, length)
+        return found, (
+            "bytes per device of the compiled training step: arguments, "
+            "outputs and temporaries, as the compiler counts them"
+        )
+    found = {name: 0 for name in (ring, "one device")}
+    found[ring] = measure("ring", length)
+    found["one device"] = measure("one", length)
+    shared = (
+        f", divided by the {strategy.world.sequence_size} devices that share it"
+        if BACKEND == "tensorflow"
+        else ", in the process of rank 0"
+    )
+    return found, (
+        "growth of the peak resident memory during one training step, in a "
+        f"fresh process; with the ring{shared}"
+    )
+
+
+def plot(
+    losses: list[float],
+    validation: list[tuple[int, float]],
+    baseline: float,
+    memory: dict[str, int],
+    title: str,
+) -> Path:
+    """Draw what was learned and what it took; return the file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(11, 4.4), width_ratios=(3, 2), layout="constrained"
+    )
+    figure.suptitle(title)
+    steps = range(1, len(losses) + 1)
+    left.plot(
+        steps, losses, color="tab:blue", lw=1.2, label="training, each step"
+    )
+    left.plot(
+        *zip(*validation, strict=True),
+        "o-",
+        color="tab:orange",
+        label="validation",
+    )
+    left.axhline(
+        baseline, color="gray", ls="--", label="byte frequencies alone"
+    )
+    left.set(xlabel="step", ylabel="bits per byte", title="Loss")
+    left.set_ylim(top=8.4)
+    left.legend(frameon=False)
+    sizes = [size / 2**20 for size in memory.values()]
+    colors = ["tab:blue", "tab:gray", "tab:red"]
+    bars = right.bar(list(memory), sizes, color=colors[: len(sizes)], width=0.6)
+    right.bar_label(bars, [f"{size:,.0f} MiB" for size in sizes], padding=2)
+    right.set(ylabel="MiB", title="Peak memory of one device", yscale="log")
+    right.set_ylim(min(sizes) / 4, max(sizes) * 3)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    OUT.mkdir(exist_ok=True)
+    path = OUT / f"byte_language_model_{BACKEND}.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def train(length: int, steps: int) -> int:
+    """The whole show; returns the exit code."""
+    start = time.monotonic()
+    text, other_text = read_text()
+    x, y = windows(text, steps, length, seed=1)
+    held_x, held_y = windows(other_text, 2, length, seed=2)
+    baseline = unigram_bits(text, held_y.reshape(-1))
+    say(f"{len(text):,} bytes of Python; sequences of {length:,} bytes\n")
+
+    strategy = keras_ring.DistributedStrategy()
+    strategy.summary(print_fn=say)
+    keras.utils.set_random_seed(0)
+    kept = StepLosses()
+    with strategy.scope():
+        model = build_model(steps)
+        initial = model.get_weights()
+        say(f"\nTraining: {FIRST_STEPS} single steps, then fit")
+        first = first_losses(model, x, y)
+        history = model.fit(
+            x[FIRST_STEPS:],
+            y[FIRST_STEPS:],
+            batch_size=1,
+            shuffle=False,
+            epochs=EPOCHS,
+            steps_per_epoch=(steps - FIRST_STEPS) // EPOCHS,
+            validation_data=(held_x, held_y),
+            validation_batch_size=1,
+            callbacks=[kept],
+        ).history
+    if RANK:
+        return 0
+
+    bits = [loss / math.log(2) for loss in first + kept.losses]
+    each = (steps - FIRST_STEPS) // EPOCHS
+    validation = [
+        (FIRST_STEPS + each * epoch, loss / math.log(2))
+        for epoch, loss in enumerate(history["val_loss"], 1)
+    ]
+    say("\nBits per byte (8 without any knowledge of the text):")
+    say(
+        f"  training    {bits[0]:.2f} at the first step, {bits[-1]:.2f} at last"
+    )
+    say(f"  validation  {validation[-1][1]:.2f} at the end")
+    say(f"  {baseline:.2f} is what the frequencies of the bytes alone give")
+
+    say("\nThe same first steps on one device, from the same weights:")
+    single_model = build_model(steps)
+    single_model.set_weights(initial)
+    agree = compare(first, first_losses(single_model, x, y))
+
+    say("\nMeasuring the memory ...")
+    memory, how = measure_memory(strategy, model, length)
+    for name, size in memory.items():
+        name = " ".join(name.split())
+        say(f"  {name:28} {size / 2**20:10,.1f} MiB")
+    say(f"  ({how})")
+
+    title = f"{length:,} bytes per sequence over {SIMULATED} devices, {BACKEND}"
+    path = plot(bits, validation, baseline, memory, title)
+    say(f"\nPlot: {path.relative_to(OUT.parent)}")
+    say(f"Took {time.monotonic() - start:.0f} s.")
+    if not agree:
+        say(f"FAILED: the ring and one device differ by over {TOLERANCE:g}.")
+        return 1
+    if validation[-1][1] >= baseline:
+        say("FAILED: the model learned no more than byte frequencies.")
+        return 1
+    return 0
+
+
+def main() -> int:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--length", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=63)
+    parser.add_argument("--measure", choices=("ring", "one"))
+    options = parser.parse_args()
+    if (options.steps - FIRST_STEPS) % EPOCHS or options.steps <= FIRST_STEPS:
+        parser.error(f"--steps must be {FIRST_STEPS} + a multiple of {EPOCHS}")
+    if options.measure:
+        measure_here(options.measure, options.length)
+        return 0
+    return train(options.length, options.steps)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
