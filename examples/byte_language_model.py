@@ -185,7 +185,9 @@ def compiled_bytes(model: keras.Model, length: int) -> int:
     batch = np.zeros((1, length), "int32")
     distribution = keras.distribution.distribution()
     if distribution is not None:
-        layout = distribution.get_data_layout(batch.shape)
+        layout = keras.distribution.TensorLayout(
+            ("batch", "seq"), distribution.device_mesh
+        )
         batch = jax.device_put(batch, layout.backend_layout)
     step = jax.jit(model.train_step, donate_argnums=0)
     memory = step.lower(state, (batch, batch)).compile().memory_analysis()
