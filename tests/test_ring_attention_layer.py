@@ -1,4 +1,4 @@
-"""`RingAttention` against the stock layers, on one device and on rings.
+"""`RingAttention` against the stock layers on one device.
 
 The reference is the stock layer where it writes out its scores: that path
 computes every combination of options on every backend, and gives zeros for
@@ -15,48 +15,35 @@ from keras import ops
 
 import keras_ring
 from keras_ring.layers import RingAttention
-from tests import worlds
+from tests.attention_layers import (
+    BATCH,
+    GQA,
+    KEYS,
+    MHA,
+    QUERIES,
+    WIDTH,
+    Halved,
+    call,
+    compare,
+    fill,
+    normal,
+    some,
+)
 from tests.gradients import vjp
 
-BATCH, QUERIES, KEYS, WIDTH = 2, 12, 12, 10
 
-# Both sides sum some ten to hundred products of order one in float32, in
-# another order.
-TOLERANCE = 2e-5
-
-MHA = {"num_heads": 2, "key_dim": 4}
-GQA = {"num_query_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).normal(size=shape).astype("float32")
-
-
-def some(seed, *shape):
-    """A mask with both values."""
-    return np.random.default_rng(seed).random(shape) < 0.6
-
-
-def stock(options, dtype=None, seed=7):
-    """A stock layer with weights that are drawn, biases included."""
-    keras.utils.set_random_seed(seed)
-    options = {"bias_initializer": "random_normal", **options}
+def stock(options, dtype=None):
+    """A stock layer that has not drawn its weights: drawing them costs a
+    compilation per shape on JAX. `fill` gives it some."""
+    options = {"kernel_initializer": "zeros", **options}
     if "head_dim" in options:
         return keras.layers.GroupQueryAttention(**options, dtype=dtype)
     return keras.layers.MultiHeadAttention(**options, dtype=dtype)
 
 
-def call(layer, tensors, weights, options):
-    """The layer's output as a function of inputs and weights."""
-    state = [v.value for v in layer.non_trainable_variables]
-    (outputs, _) = layer.stateless_call(weights, state, *tensors, **options)
-    return outputs
-
-
 def check_equals_stock(layer, inputs, options, ours=None, ours_options=None):
     """Output, scores and every gradient are those of the stock layer."""
-    if not layer.built:
-        layer.build(*(tensor.shape for tensor in inputs))
+    fill(layer, *(tensor.shape for tensor in inputs))
     ours = ours or RingAttention.from_keras_layer(layer)
     ours_options = options if ours_options is None else ours_options
     scores = {"return_attention_scores": True}
@@ -66,28 +53,29 @@ def check_equals_stock(layer, inputs, options, ours=None, ours_options=None):
     cotangent = normal(99, *shape)
 
     def results(layer, options):
-        """Output, gradients."""
+        """Output, gradients and scores."""
+
+        def run(*tensors, **more):
+            inputs, weights = tensors[:count], list(tensors[count:])
+            return call(layer, inputs, weights, {**options, **more})
 
         def function(*tensors):
-            out = call(layer, tensors[:count], list(tensors[count:]), options)
-            return out[0] if isinstance(out, tuple) else out
+            # The stock layer is the reference where it writes scores out.
+            return (
+                run(*tensors) if layer is ours else run(*tensors, **scores)[0]
+            )
 
-        output, gradients = compiled(
-            lambda *tensors: vjp(function, list(tensors), cotangent)
-        )(*inputs, *weights)
-        return [output, *gradients]
+        def everything(*tensors):
+            output, gradients = vjp(function, list(tensors), cotangent)
+            return [output, *gradients, run(*tensors, **scores)[1]]
 
-    want = results(layer, {**options, **scores})
-    have = results(ours, ours_options)
+        return compiled(everything)(*inputs, *weights)
+
+    want, have = results(layer, options), results(ours, ours_options)
     names = ["output", *["query", "value", "key"][:count]]
-    names += [v.path for v in layer.trainable_variables]
+    names += [*(v.path for v in layer.trainable_variables), "scores"]
     for name, ours_has, stock_has in zip(names, have, want, strict=True):
         compare(ours_has, stock_has, name)
-    have, want = (
-        attention(*inputs, **given, **scores)[1]
-        for attention, given in ((ours, ours_options), (layer, options))
-    )
-    compare(have, want, "scores")
 
 
 def compiled(function):
@@ -95,16 +83,13 @@ def compiled(function):
     if keras.backend.backend() == "jax":
         import jax
 
-        return jax.jit(function)
+        # Compiling takes longer than running: as little of it as there is.
+        quick = {
+            "xla_backend_optimization_level": 0,
+            "xla_llvm_disable_expensive_passes": True,
+        }
+        return jax.jit(function, compiler_options=quick)
     return function
-
-
-def compare(have, want, name):
-    have, want = (ops.convert_to_numpy(t) for t in (have, want))
-    assert have.dtype == want.dtype, name
-    np.testing.assert_allclose(
-        have, want, rtol=TOLERANCE, atol=TOLERANCE, err_msg=name
-    )
 
 
 X = normal(1, BATCH, QUERIES, WIDTH)
@@ -210,12 +195,8 @@ def test_equals_the_stock_layer(name):
 
 
 def test_causal_at_construction_is_causal_in_every_call():
-    layer = stock(MHA)
-    layer.build(X.shape, X.shape)
-    ours = RingAttention(**MHA, causal=True)
-    ours.build(X.shape, X.shape)
-    ours.set_weights(layer.get_weights())
-    check_equals_stock(layer, [X, X], {"use_causal_mask": True}, ours, {})
+    ours = fill(RingAttention(**MHA, causal=True), X.shape)
+    check_equals_stock(stock(MHA), [X, X], {"use_causal_mask": True}, ours, {})
 
 
 def test_scale_multiplies_the_scores():
@@ -298,8 +279,7 @@ def test_dtype_policies(dtype, tolerance):
 
 
 def check_dtype(dtype, tolerance):
-    layer = stock(GQA, dtype)
-    layer.build(X.shape, X.shape)
+    layer = fill(stock(GQA, dtype), X.shape, X.shape)
     ours = RingAttention.from_keras_layer(layer)
     options = {"use_causal_mask": True, "return_attention_scores": True}
     want = [ops.cast(t, "float64") for t in layer(X, X, **options)]
@@ -473,7 +453,7 @@ def test_from_keras_layer(options):
     layer = stock({**options, "kernel_regularizer": "l2", "use_gate": True})
     unbuilt = RingAttention.from_keras_layer(layer)
     assert not unbuilt.built
-    layer(X, MEMORY, KEY)
+    fill(layer, X.shape, MEMORY.shape, KEY.shape)
     layer.weights[0].trainable = False
     ours = RingAttention.from_keras_layer(layer)
     assert ours.name == layer.name
@@ -489,3 +469,30 @@ def test_from_keras_layer(options):
     assert config.items() <= {**config, **ours.get_config()}.items()
     layer.trainable = False
     assert not RingAttention.from_keras_layer(layer).trainable
+
+
+def test_from_keras_layer_refuses_what_it_cannot_take_over():
+    class Changed(keras.layers.MultiHeadAttention):
+        pass
+
+    with pytest.raises(ValueError, match=r"subclass.*Received.*Changed"):
+        RingAttention.from_keras_layer(Changed(**MHA))
+    with pytest.raises(ValueError, match=r"itself.*Received.*Dense"):
+        RingAttention.from_keras_layer(keras.layers.Dense(3))
+    layer = stock(MHA)
+    layer.build(X.shape, X.shape)
+    layer.query_dense.enable_lora(2)
+    with pytest.raises(ValueError, match="Merge or remove LoRA"):
+        RingAttention.from_keras_layer(layer)
+    with pytest.raises(NotImplementedError, match="activity_regularizer"):
+        RingAttention.from_keras_layer(
+            stock({**GQA, "activity_regularizer": "l2"})
+        )
+
+
+def test_an_overridden_attention_is_used():
+    layer = fill(RingAttention(**MHA, causal=True, use_bias=False), X.shape)
+    halved = Halved(**MHA, causal=True, use_bias=False)
+    halved.build(X.shape)
+    halved.set_weights(layer.get_weights())
+    compare(halved(X) * 2, layer(X), "output")

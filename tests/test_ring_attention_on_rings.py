@@ -1,0 +1,145 @@
+"""`RingAttention` on rings of real devices equals it on one device."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_ring
+from keras_ring.layers import RingAttention
+from tests.attention_layers import (
+    BATCH,
+    GQA,
+    MHA,
+    QUERIES,
+    WIDTH,
+    call,
+    compare,
+    fill,
+    normal,
+    some,
+)
+from tests.gradients import vjp
+
+# name: (constructor options, names of the masks that the call gets)
+RING_CASES = {
+    "full": (MHA, ()),
+    "causal": ({**GQA, "causal": True}, ()),
+    "window": ({**MHA, "sliding_window": 4}, ()),
+    "value-mask": (GQA, ("value_mask",)),
+    "query-mask": ({**MHA, "use_gate": True}, ("query_mask",)),
+    "pairs": (MHA, ("attention_mask",)),
+    "cross": ({**MHA, "value_dim": 3}, ("key_mask",)),
+}
+SIZES = [2, 3, 4]
+
+
+def ring_problem(name):
+    options, names = RING_CASES[name]
+    keys = 2 * QUERIES if name == "cross" else QUERIES
+    masks = {
+        "query_mask": some(40, BATCH, QUERIES),
+        "value_mask": some(41, BATCH, keys),
+        "key_mask": some(42, BATCH, keys),
+        "attention_mask": some(43, BATCH, QUERIES, keys),
+    }
+    inputs = [normal(44, BATCH, QUERIES, WIDTH)]
+    if name == "cross":
+        inputs.append(normal(45, BATCH, keys, 6))
+    return options, inputs, {n: masks[n] for n in names}
+
+
+def check_ring(size, name):
+    options, inputs, masks = ring_problem(name)
+    shapes = [tensor.shape for tensor in inputs]
+    want = fill(RingAttention(**options), *shapes)(*inputs, **masks)
+    ring = keras_ring.DistributedStrategy(sequence_parallel=size)
+    with ring.scope():
+        layer = fill(RingAttention(**options), *shapes)
+
+    def attend(*tensors):
+        given = tensors[len(inputs) :]
+        return layer(
+            *tensors[: len(inputs)], **dict(zip(masks, given, strict=True))
+        )
+
+    compare(ring.run(attend, *inputs, *masks.values()), want, name)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", RING_CASES)
+def test_a_ring_equals_one_device(on_devices, size, name):
+    on_devices(size, check_ring, size, name)
+
+
+def check_ring_gradients(size):
+    """Gradients of input and weights, with every mask at once."""
+    options = {**GQA, "causal": True, "sliding_window": 9, "use_gate": True}
+    x = normal(46, BATCH, QUERIES, WIDTH)
+    cotangent = normal(47, BATCH, QUERIES, WIDTH)
+    masks = {
+        "query_mask": some(40, BATCH, QUERIES),
+        "value_mask": some(41, BATCH, QUERIES),
+        "attention_mask": some(43, BATCH, QUERIES, QUERIES),
+    }
+
+    def gradients(layer):
+        def function(x, cotangent, *given):
+            given = dict(zip(masks, given, strict=True))
+            weights = [v.value for v in layer.trainable_variables]
+            output, grads = vjp(
+                lambda x, *weights: call(layer, [x], list(weights), given),
+                [x, *weights],
+                cotangent,
+            )
+            # Of each weight's gradient one number, which `run` averages.
+            probes = [
+                ops.sum(g * normal(50 + i, *g.shape))
+                for i, g in enumerate(grads[1:])
+            ]
+            return output, grads[0], probes
+
+        return function
+
+    tensors = [x, cotangent, *masks.values()]
+    want = gradients(fill(RingAttention(**options), x.shape))(
+        *(ops.convert_to_tensor(t) for t in tensors)
+    )
+    ring = keras_ring.DistributedStrategy(sequence_parallel=size)
+    with ring.scope():
+        layer = fill(RingAttention(**options), x.shape)
+    have = ring.run(gradients(layer), *tensors)
+    compare(have[0], want[0], "output")
+    compare(have[1], want[1], "gradient of the query")
+    # Where a layer sees a shard, its gradients are that shard's share.
+    parts = size if ring.world.layers_see_shards else 1
+    for weight, ours, alone in zip(
+        layer.weights, have[2], want[2], strict=True
+    ):
+        # Each sums some hundred gradients, each with its own rounding.
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(ours) * parts,
+            ops.convert_to_numpy(alone),
+            rtol=1e-4,
+            atol=1e-4,
+            err_msg=weight.path,
+        )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_on_a_ring_equal_one_device(on_devices, size):
+    on_devices(size, check_ring_gradients, size)
+
+
+def check_free_axes(size):
+    """Attention over axis 1 with another axis beside it."""
+    x = normal(48, BATCH, QUERIES, 3, WIDTH)
+    options = {**MHA, "attention_axes": 1, "causal": True}
+    want = fill(RingAttention(**options), x.shape)(x)
+    ring = keras_ring.DistributedStrategy(sequence_parallel=size)
+    with ring.scope():
+        layer = fill(RingAttention(**options), x.shape)
+    compare(ring.run(layer, x), want, "output")
+
+
+def test_free_axes_on_a_ring(on_devices):
+    on_devices(2, check_free_axes, 2)
