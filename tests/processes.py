@@ -60,19 +60,30 @@ class Pool:
             The error of the rank that failed first, with its traceback;
             AssertionError if a process died or did not finish in time.
         """
-        task = (
-            function.__module__,
-            function.__qualname__,
-            pickle.dumps(arguments),
-        )
         try:
-            for connection in self.connections:
-                connection.send(task)
+            self.send(function, arguments)
             answers = self._collect(time.monotonic() + limit)
         except BaseException:
             self.close()
             raise
         return answers[0]
+
+    def send(self, function, arguments):
+        """Let every process start with `function(*arguments)`."""
+        task = (
+            function.__module__,
+            function.__qualname__,
+            pickle.dumps(arguments),
+        )
+        for connection in self.connections:
+            connection.send(task)
+
+    def receive(self, rank, limit=LIMIT):
+        """Whether the function succeeded on one rank, and its result or
+        error. For tests in which the others never answer."""
+        if not self.connections[rank].poll(limit):
+            raise AssertionError(f"rank {rank} did not finish in time")
+        return pickle.loads(self.connections[rank].recv_bytes())
 
     def _collect(self, deadline):
         waiting = dict(zip(self.connections, range(self.size), strict=True))

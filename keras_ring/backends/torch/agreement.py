@@ -45,8 +45,6 @@ class Agreement:
         self._check_weights = False
         self._check_data = False
         self._check_gradients = False
-        self._seed = 0
-        self._steps = 0
 
     def start(self, model: Any) -> None:
         """Called when fit, evaluate, predict or a *_on_batch starts."""
@@ -71,7 +69,6 @@ class Agreement:
         np.random.set_state(states[1])
         random.setstate(states[2])
         hooks.set_global_seed(states[3])
-        self._seed = zlib.crc32(states[0].numpy().tobytes())
 
     def check(self, model: Any, batch: Any) -> None:
         """Before a step: compare, once after each start, what this process
@@ -153,7 +150,6 @@ class Agreement:
     def own_seeds(self, model: Any) -> Iterator[None]:
         """Random numbers of a step: others on every process, the same in
         every run, and afterwards the generators stand as on one device."""
-        self._steps += 1
         rank = self.world.rank
         if self.world.size == 1:
             yield
@@ -168,9 +164,7 @@ class Agreement:
         ]
         with (
             hooks.forked_global_seed(offset),
-            _forked_torch_seed(
-                hash((self._seed, self._steps, rank)) & 0xFFFFFFFF
-            ),
+            _forked_torch_seed(rank),
         ):
             for state in states:
                 state[0] += offset
@@ -209,12 +203,29 @@ def _compare(values: Sequence[Any], rule: str, fix: str) -> None:
 
 
 @contextlib.contextmanager
-def _forked_torch_seed(seed: int) -> Iterator[None]:
-    """PyTorch's own generator, for layers that draw from it."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+def _forked_torch_seed(rank: int) -> Iterator[None]:
+    """PyTorch's own generator, from which Keras' Dropout without a seed
+    draws. A step starts from a seed of its own on every process; one that
+    drew numbers moves the generator on by one number on all of them."""
+    seed = _crc(torch.get_rng_state())
+    cuda = torch.cuda.is_available()
+    devices = [torch.cuda.current_device()] if cuda else []
+
+    def states() -> list[int]:
+        own = [torch.get_rng_state()]
+        return [_crc(s) for s in own + [torch.cuda.get_rng_state()] * cuda]
+
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.manual_seed(zlib.crc32(f"{seed} {rank}".encode()))
+        before = states()
         yield
+        used = states() != before
+    if used:
+        torch.rand(())
+
+
+def _crc(state: torch.Tensor) -> int:
+    return zlib.crc32(state.numpy().tobytes())
 
 
 def _data_digest(batch: Any) -> str:

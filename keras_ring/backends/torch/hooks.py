@@ -2,9 +2,9 @@
 
 Every step of Keras passes through a step function, `optimizer.apply` and
 `get_metrics_result`; these, the reduction of a loss and the list of
-callbacks are wrapped once. Without an active strategy of more than one
-process each wrapper only calls what it wraps. All private names of Keras on
-PyTorch are in this file.
+callbacks are wrapped once, and so is saving. Without an active strategy of
+more than one process each wrapper only calls what it wraps. All private
+names of Keras on PyTorch are in this file.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 import torch
+
+from keras_ring.backends.torch import saving
 
 if TYPE_CHECKING:
     from keras_ring.backends.torch.runtime import World
@@ -50,6 +52,8 @@ def install(current: Current) -> None:
             (LossScaleOptimizer, "apply", _apply),
             (loss_module, "reduce_weighted_values", _reduced_loss),
             (keras.callbacks.CallbackList, "__init__", _callback_list),
+            (keras.Model, "save", _save),
+            (keras.Model, "save_weights", _save),
         ]
         originals = [getattr(owner, name) for owner, name, _ in targets]
     except (ImportError, AttributeError) as error:
@@ -94,6 +98,13 @@ def _step(
         world = current()
         if world is None or world.size == 1:
             return function(data)
+        if world.inside():
+            raise NotImplementedError(
+                "A step cannot run inside another one under a strategy: it "
+                "would take a part of a batch for a whole one. Call the "
+                "model itself inside `train_step`, not its fit, evaluate, "
+                "predict or *_on_batch."
+            )
         (batch,) = data
         return run(world, model, function, batch)
 
@@ -195,6 +206,12 @@ def _callback_list(
         original(self, callbacks, add_history, add_progbar, model, **params)
 
     return initialise
+
+
+def _save(original: Callable[..., Any], current: Current) -> Callable[..., Any]:
+    """One whole file, whichever processes save."""
+    del current
+    return saving.whole_files(original)
 
 
 def _running_step(current: Current) -> Any:

@@ -1,0 +1,52 @@
+"""Saving from several processes to one path without mixing their files."""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from keras_ring.backends.torch import launch
+
+
+def whole_files(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A saving method of a model that several processes may call at once.
+
+    Every process writes a file of its own next to the target and then puts
+    it in its place in one operation. The target is whole at any time, and
+    after its own call a process finds it, also on a disk of its own. What is
+    no single local file is written by rank 0 alone.
+
+    Args:
+        method: `Model.save` or `Model.save_weights`.
+    """
+
+    @functools.wraps(method)
+    def save(
+        self: Any, filepath: Any, overwrite: bool = True, **kwargs: Any
+    ) -> Any:
+        if launch.process_count() == 1:
+            return method(self, filepath, overwrite=overwrite, **kwargs)
+        single = (
+            isinstance(filepath, str | os.PathLike)
+            and "://" not in str(filepath)
+            and kwargs.get("zipped") is not False
+            and kwargs.get("max_shard_size") is None
+        )
+        if not single:
+            if launch.rank() != 0:
+                return None
+            return method(self, filepath, overwrite=overwrite, **kwargs)
+        target = Path(filepath)
+        if target.exists() and not overwrite:
+            # Keras asks or refuses.
+            return method(self, filepath, overwrite=overwrite, **kwargs)
+        own = target.with_name(f".rank{launch.rank()}-{target.name}")
+        try:
+            result = method(self, str(own), overwrite=True, **kwargs)
+            os.replace(own, target)
+        finally:
+            own.unlink(missing_ok=True)
+        return result
+
+    return save
