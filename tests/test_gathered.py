@@ -138,3 +138,173 @@ def test_a_pooled_result_stays_whole(on_devices, kind, size):
 def run_kind(size, table, kind, x, options, pooled):
     table = {"SEQUENCE": SEQUENCE, "POOLED": POOLED}[table]
     return run_layer(size, table[kind], x, options, pooled)
+
+
+def run_masked(size, kind, tokens):
+    """Both kinds of result of masked tokens, on a ring and on one device."""
+    keras.utils.set_random_seed(1)
+    alone = [L.Embedding(9, 4, mask_zero=True), make_masked(kind)]
+    expected = alone[1](alone[0](tokens))
+    strategy = kr.DistributedStrategy(sequence_parallel=size)
+    with strategy.scope():
+        layers = [
+            L.Embedding(9, 4, mask_zero=True),
+            kr.layers.Gathered(make_masked(kind)),
+        ]
+        layers[1](layers[0](tokens))
+    for to, source in zip(layers, alone, strict=True):
+        to.set_weights(source.get_weights())
+
+    def function(tokens):
+        x = layers[0](tokens)
+        out = layers[1](x)
+        if kind == "pooled":
+            return everyones(out)
+        # What comes after sees the mask of its own part.
+        pooled = kr.layers.Gathered(L.GlobalAveragePooling1D())(out)
+        return out, everyones(pooled)
+
+    result = strategy.run(function, tokens)
+    numpy = ops.convert_to_numpy
+    if kind == "pooled":
+        return np.abs(numpy(result) - numpy(expected)).max()
+    after = L.GlobalAveragePooling1D()(expected)
+    return max(
+        np.abs(numpy(result[0]) - numpy(expected)).max(),
+        np.abs(numpy(result[1]) - numpy(after)).max(),
+    )
+
+
+def make_masked(kind):
+    if kind == "pooled":
+        return L.GlobalAveragePooling1D()
+    return L.SimpleRNN(3, return_sequences=True)
+
+
+@pytest.mark.parametrize("kind", ["pooled", "sequence"])
+def test_masks_are_gathered_and_passed_on(on_devices, kind):
+    tokens = np.random.default_rng(3).integers(1, 9, (2, 12)).astype("int32")
+    tokens[0, 7:] = 0
+    tokens[1, 3:] = 0
+    assert on_devices(4, run_masked, 4, kind, tokens) <= TOLERANCE
+
+
+def train(model, x, y):
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    # Two epochs: a wrong gradient or a wrong statistic shows in the second.
+    history = model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    return history.history["loss"], model.predict(x, verbose=0)
+
+
+def build_model(wrap):
+    x = keras.Input((None, FEATURES))
+    y = wrap(L.Conv1D(4, 3, padding="same"))(L.Dense(4)(x))
+    y = wrap(L.BatchNormalization())(y)
+    y = wrap(L.Bidirectional(L.SimpleRNN(3, return_sequences=True)))(y)
+    y = wrap(L.GlobalAveragePooling1D())(y)
+    return keras.Model(x, L.Dense(1)(y))
+
+
+def run_training(size):
+    keras.utils.set_random_seed(2)
+    x, y = normal(8, 12, FEATURES), normal(8, 1, seed=1)
+    alone = build_model(lambda layer: layer)
+    strategy = kr.DistributedStrategy(sequence_parallel=size)
+    with strategy.scope():
+        model = build_model(kr.layers.Gathered)
+        model.set_weights(alone.get_weights())
+        mine = train(model, x, y)
+        again = keras.Model.from_config(model.get_config())
+        again.set_weights(model.get_weights())
+    other = train(alone, x, y)
+    numpy = ops.convert_to_numpy
+    errors = {
+        "loss": np.abs(np.subtract(mine[0], other[0])).max(),
+        "prediction": np.abs(mine[1] - other[1]).max(),
+        "reload": np.abs(numpy(again(x)) - other[1]).max(),
+    }
+    for one, two in zip(model.weights, alone.weights, strict=True):
+        errors[one.path] = np.abs(numpy(one.value) - numpy(two.value)).max()
+    return errors
+
+
+def test_training_is_that_of_one_device(on_devices):
+    # Four steps in float32, each a sum in another order.
+    errors = on_devices(4, run_training, 4)
+    wrong = {n: float(e) for n, e in errors.items() if not e <= 5e-5}
+    assert not wrong, wrong
+
+
+def test_without_a_strategy_it_is_the_layer(tmp_path):
+    layer = L.Conv1D(3, 3)
+    gathered = kr.layers.Gathered(layer)
+    x = keras.Input((None, FEATURES))
+    model = keras.Model(x, gathered(x))
+    assert tuple(model.output.shape) == (None, None, 3)
+    assert gathered.compute_output_shape((2, 7, 4)) == (2, 5, 3)
+    assert all(gathered.name in w.path for w in gathered.weights)
+    given = normal(2, 7, FEATURES)
+    expected = ops.convert_to_numpy(layer(given))
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(gathered(given)), expected
+    )
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(ops.convert_to_numpy(loaded(given)), expected)
+
+
+def test_the_dtype_policy_is_that_of_the_layer():
+    layer = L.BatchNormalization(dtype="float32")
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        gathered = kr.layers.Gathered(layer)
+        kept = L.Conv1D(1, 1)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert gathered.dtype_policy.name == "float32"
+    assert kr.layers.Gathered(kept).compute_dtype == "bfloat16"
+
+
+def test_a_ring_layer_inside_is_refused():
+    with pytest.raises(ValueError, match="RingAttention"):
+        kr.layers.Gathered(kr.layers.RingAttention(2, 4))
+    with pytest.raises(ValueError, match="isn't a supported layer"):
+        kr.layers.Gathered("conv")
+
+
+def run_refusals(size):
+    """Messages of what is refused where a layer sees a shard."""
+    strategy = kr.DistributedStrategy(sequence_parallel=size)
+    with strategy.scope():
+        odd = kr.layers.Gathered(L.Conv1D(3, 2))
+        odd(np.zeros((2, 12, 4), "float32"))
+        state = kr.layers.Gathered(L.SimpleRNN(4))
+        state(np.zeros((2, 12, 4), "float32"))
+        fixed = kr.layers.Gathered(L.Conv1D(3, 2))
+        calls = [
+            lambda: strategy.run(odd, normal(2, 12, 4)),
+            lambda: strategy.run(
+                lambda x: state(x, initial_state=x[:, 0]), normal(2, 12, 4)
+            ),
+            lambda: fixed(keras.Input((12, 4))),
+        ]
+        messages = []
+        for call in calls:
+            try:
+                call()
+                messages.append("")
+            except ValueError as error:
+                messages.append(str(error))
+        return strategy.world.layers_see_shards, messages
+
+
+def test_what_cannot_be_split_is_refused(on_devices):
+    see_shards, messages = on_devices(2, run_refusals, 2)
+    if not see_shards:
+        # There the layer is given the whole, as without a strategy. (The
+        # odd length is refused by `run`, which joins the results.)
+        assert messages[2] == ""
+        return
+    assert "length=11, sequence_parallel=2" in messages[0]
+    assert "initial_state=a tensor" in messages[1]
+    assert "Declare the length as None" in messages[2]
