@@ -68,7 +68,10 @@ class Agreement:
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
-        hooks.set_global_seed(states[3])
+        if states[3] is None:
+            hooks.forget_global_seed()
+        else:
+            hooks.set_global_seed(states[3])
 
     def check(self, model: Any, batch: Any) -> None:
         """Before a step: compare, once after each start, what this process
@@ -176,7 +179,7 @@ class Agreement:
 
     def from_rank_0(self, own: Any) -> Any:
         """A picklable object as rank 0 has it."""
-        box = [pickle.dumps(own) if self.world.rank == 0 else None]
+        box: list[Any] = [pickle.dumps(own) if self.world.rank == 0 else None]
         with reporting(self.world.strategy.timeout):
             dist.broadcast_object_list(box, src=0, group=self._group)
         return pickle.loads(box[0])
@@ -213,7 +216,9 @@ def _forked_torch_seed(rank: int) -> Iterator[None]:
 
     def states() -> list[int]:
         own = [torch.get_rng_state()]
-        return [_crc(s) for s in own + [torch.cuda.get_rng_state()] * cuda]
+        if cuda:
+            own.append(torch.cuda.get_rng_state())
+        return [_crc(state) for state in own]
 
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(zlib.crc32(f"{seed} {rank}".encode()))

@@ -236,27 +236,31 @@ def global_seed() -> list[int] | None:
     return None if state is None else state.tolist()
 
 
-def set_global_seed(seed: list[int] | None) -> None:
-    """Set what `global_seed` tells; None leaves it to be drawn."""
+def set_global_seed(seed: list[int]) -> torch.Tensor:
+    """Set what `global_seed` tells; gives the state itself."""
+    from keras.src.random import seed_generator
+
+    state = seed_generator.global_seed_generator().state.value.detach()
+    return state.copy_(torch.tensor(seed))
+
+
+def forget_global_seed() -> None:
+    """Leave the global seed to be drawn when it is needed."""
     from keras.src.backend.common import global_state
     from keras.src.random import seed_generator
 
-    if seed is None:
-        global_state.set_global_attribute(
-            seed_generator.GLOBAL_SEED_GENERATOR, None
-        )
-        return
-    state = seed_generator.global_seed_generator().state.value.detach()
-    state.copy_(torch.tensor(seed))
+    global_state.set_global_attribute(
+        seed_generator.GLOBAL_SEED_GENERATOR, None
+    )
 
 
 @contextlib.contextmanager
 def forked_global_seed(offset: int) -> Iterator[None]:
     """Another global seed on this process for the length of a step, and the
     same one as on every process afterwards."""
-    if _seed_state() is None:
-        set_global_seed([_derived_seed(), 0])
     state = _seed_state()
+    if state is None:
+        state = set_global_seed([_derived_seed(), 0])
     after = [(value + 1) * 5387 % 933199 for value in state.tolist()]
     state[0] += offset
     try:
