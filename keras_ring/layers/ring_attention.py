@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_ring import strategy
 from keras_ring.layers import attention_arguments as arguments
+from keras_ring.layers import attention_limits as limits
 from keras_ring.layers import keras_attention
 from keras_ring.layers.attention_axes import AttentionAxes
 from keras_ring.layers.attention_masks import AttentionMasks, dense_attention
@@ -242,12 +243,7 @@ class RingAttention(Projections, keras.layers.Layer):
         value = query if value is None else value
         key = value if key is None else key
         axes = self._check_call(query, value, key, return_attention_scores)
-        if training and self._dropout > 0:
-            raise NotImplementedError(
-                "Dropout on the attention probabilities is not supported yet "
-                f"in training. Received: dropout={self._dropout}. Set it to "
-                "0.0 and put keras.layers.Dropout on the output instead."
-            )
+        limits.check_dropout(training, self._dropout)
         masks = self._masks(
             axes,
             {
@@ -347,22 +343,14 @@ class RingAttention(Projections, keras.layers.Layer):
             if mask is not None
         }
         query, key = padding["query_mask"][1], padding["key_mask"][1]
-        if (causal or self._sliding_window is not None) and len(axes.axes) > 1:
-            raise NotImplementedError(
-                "A causal mask and a sliding window need one sequence axis. "
-                f"Received: attention over the axes {axes.axes}, "
-                f"causal={causal}, sliding_window={self._sliding_window}. "
-                "Pass the allowed pairs as `attention_mask`."
-            )
+        limits.check_positions(axes, causal, self._sliding_window)
         pairs = None
         if attention_mask is not None:
             world = strategy.current()
-            shards = world is not None and (
-                world.layers_see_shards and world.inside()
-            )
-            lengths = axes.lengths(ops.shape(key))
-            if shards:
-                lengths = tuple(n * world.sequence_size for n in lengths)
+            shards = 1
+            if world is not None and world.inside():
+                shards = world.sequence_size
+            lengths = tuple(n * shards for n in axes.lengths(ops.shape(key)))
             pairs = axes.fold_pairs(
                 attention_mask,
                 (*ops.shape(query)[:-1], self._num_heads),
@@ -393,33 +381,8 @@ class RingAttention(Projections, keras.layers.Layer):
         """Refuse a call that cannot be computed here."""
         shapes = self._check_shapes(query.shape, value.shape, key.shape)
         axes = AttentionAxes.of(len(shapes[0]), self._attention_axes)
-        if scores and self._flash_attention:
-            raise ValueError(
-                "Returning attention scores is not supported when flash "
-                "attention is enabled. Please disable flash attention to "
-                "access attention scores. Received: flash_attention=True, "
-                "return_attention_scores=True."
-            )
-        world = strategy.current()
-        if world is None or world.sequence_size == 1:
-            return axes
-        size = f"Received: sequence_parallel={world.sequence_size}"
-        if scores or self._overridden():
-            raise NotImplementedError(
-                "Attention scores are not supported around a ring, where no "
-                f"device holds them. {size}, return_attention_scores="
-                f"{bool(scores)}, _compute_attention overridden: "
-                f"{self._overridden()}. Ask for them outside the strategy's "
-                "scope, on one device."
-            )
-        if axes.axes != (1,):
-            raise NotImplementedError(
-                "Attention around a ring is over axis 1, the one that is "
-                f"spread over the devices. {size}, attention over the axes "
-                f"{axes.axes} of inputs of rank {axes.rank}. Set "
-                "attention_axes=1, or flatten the axes into one sequence "
-                "before the layer."
-            )
+        limits.check_scores(scores, self._flash_attention)
+        limits.check_ring(axes, scores, self._overridden())
         return axes
 
     def compute_output_shape(
@@ -449,9 +412,7 @@ class RingAttention(Projections, keras.layers.Layer):
         value = query if value is None else value
         key = value if key is None else key
         axes = self._check_call(query, value, key, return_attention_scores)
-        world = strategy.current()
-        if world is not None:
-            _check_symbolic_lengths(world, query, value, key)
+        limits.check_open_lengths(query, value, key)
         output = keras.KerasTensor(
             self.compute_output_shape(query.shape, value.shape, key.shape),
             dtype=self.compute_dtype,
@@ -504,18 +465,3 @@ class RingAttention(Projections, keras.layers.Layer):
         if layer.built:
             keras_attention.copy_weights(layer, ours)
         return ours
-
-
-def _check_symbolic_lengths(world: Any, *inputs: Any) -> None:
-    """Refuse a fixed sequence length where a step sees a part of it."""
-    if not world.layers_see_shards or world.sequence_size == 1:
-        return
-    for tensor in inputs:
-        if tensor.shape[1] is not None:
-            raise ValueError(
-                "The sequence length of a model must be left open under a "
-                "strategy, because every device sees a part of the sequence. "
-                f"Received: an input of shape {tuple(tensor.shape)}, "
-                f"sequence_parallel={world.sequence_size}. Use "
-                "keras.Input((None, ...))."
-            )

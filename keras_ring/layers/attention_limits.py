@@ -1,0 +1,91 @@
+"""What an attention layer does not do, refused with the way out."""
+
+from typing import Any
+
+from keras_ring import strategy
+from keras_ring.layers.attention_axes import AttentionAxes
+
+
+def check_dropout(training: bool | None, dropout: float) -> None:
+    """Refuse dropout where it would have to be applied."""
+    if training and dropout > 0:
+        raise NotImplementedError(
+            "Dropout on the attention probabilities is not supported yet in "
+            f"training. Received: dropout={dropout}. Set it to 0.0 and put "
+            "keras.layers.Dropout on the output instead."
+        )
+
+
+def check_scores(scores: bool, flash_attention: bool | None) -> None:
+    """Refuse to write out scores where it was promised not to."""
+    if scores and flash_attention:
+        raise ValueError(
+            "Returning attention scores is not supported when flash "
+            "attention is enabled. Please disable flash attention to access "
+            "attention scores. Received: flash_attention=True, "
+            "return_attention_scores=True."
+        )
+
+
+def check_positions(
+    axes: AttentionAxes, causal: bool, sliding_window: int | None
+) -> None:
+    """Refuse masks by position where there is more than one position."""
+    if (causal or sliding_window is not None) and len(axes.axes) > 1:
+        raise NotImplementedError(
+            "A causal mask and a sliding window need one sequence axis. "
+            f"Received: attention over the axes {axes.axes}, causal="
+            f"{bool(causal)}, sliding_window={sliding_window}. Pass the "
+            "allowed pairs as `attention_mask`."
+        )
+
+
+def check_ring(axes: AttentionAxes, scores: bool, overridden: bool) -> None:
+    """Refuse what needs the whole sequence, where no device holds it.
+
+    Args:
+        axes: the axes attended over.
+        scores: whether the scores are asked for.
+        overridden: whether a subclass computes its own attention.
+    """
+    world = strategy.current()
+    if world is None or world.sequence_size == 1:
+        return
+    size = f"Received: sequence_parallel={world.sequence_size}"
+    if scores or overridden:
+        raise NotImplementedError(
+            "Attention scores are not supported around a ring, where no "
+            f"device holds them. {size}, return_attention_scores="
+            f"{bool(scores)}, _compute_attention overridden: {overridden}. "
+            "Ask for them outside the strategy's scope, on one device."
+        )
+    if axes.axes != (1,):
+        raise NotImplementedError(
+            "Attention around a ring is over axis 1, the one that is spread "
+            f"over the devices. {size}, attention over the axes {axes.axes} "
+            f"of inputs of rank {axes.rank}. Set attention_axes=1, or flatten "
+            "the axes into one sequence before the layer."
+        )
+
+
+def check_open_lengths(*inputs: Any) -> None:
+    """Refuse a symbolic input with a fixed sequence length, where a step
+    sees a part of it.
+
+    Args:
+        *inputs: `keras.KerasTensor`s `(batch, length, ...)`.
+    """
+    world = strategy.current()
+    if world is None or not world.layers_see_shards:
+        return
+    if world.sequence_size == 1:
+        return
+    for tensor in inputs:
+        if tensor.shape[1] is not None:
+            raise ValueError(
+                "The sequence length of a model must be left open under a "
+                "strategy, because every device sees a part of the sequence. "
+                f"Received: an input of shape {tuple(tensor.shape)}, "
+                f"sequence_parallel={world.sequence_size}. Use "
+                "keras.Input((None, ...))."
+            )
