@@ -100,10 +100,8 @@ class Ring:
         visiting = [key, value, *key_tensors]
         if size == 1:
             return visit(0, visiting)
-        arriving = self.transport.start_shift(visiting)
-        partial = visit(0, visiting)
         visiting, partial = self.transport.repeat(
-            size - 2, hop_body, (arriving.wait(), partial), first=1
+            size - 1, hop_body, (visiting, _nothing(query, value))
         )
         return numerics.merge(partial, visit(size - 1, visiting))
 

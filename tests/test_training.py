@@ -85,18 +85,18 @@ def compare(got, want):
 
 
 @functools.cache
-def one_device(samples):
+def one_device(samples, optimizer):
     """Training with stock attention on one device, once per process."""
     keras.utils.set_random_seed(7)
     return train(
-        language_model("stock"),
+        language_model("stock", optimizer=optimizer),
         batch(samples, LENGTH),
         batch(BATCH, LENGTH, seed=1),
     )
 
 
-def check_parity(data_size, sequence_size, samples):
-    want = one_device(samples)
+def check_parity(data_size, sequence_size, samples, optimizer):
+    want = one_device(samples, optimizer)
     assert len(want["losses"]) == 10
     assert want["losses"][-1] < want["losses"][0]
     keras.utils.set_random_seed(7)
@@ -105,7 +105,7 @@ def check_parity(data_size, sequence_size, samples):
     )
     with strategy.scope():
         got = train(
-            language_model("ring"),
+            language_model("ring", optimizer=optimizer),
             batch(samples, LENGTH),
             batch(BATCH, LENGTH, seed=1),
         )
@@ -114,11 +114,11 @@ def check_parity(data_size, sequence_size, samples):
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
 def test_training_equals_one_device(on_devices, mesh):
-    on_devices(mesh[0] * mesh[1], check_parity, *mesh, 5 * BATCH)
+    on_devices(mesh[0] * mesh[1], check_parity, *mesh, 5 * BATCH, "adam")
 
 
 def test_training_with_a_smaller_last_batch(on_devices):
-    on_devices(4, check_parity, 2, 2, 5 * BATCH - 2)
+    on_devices(4, check_parity, 2, 2, 5 * BATCH - 2, "sgd")
 
 
 def check_same_loss(sequence_size):
@@ -126,7 +126,7 @@ def check_same_loss(sequence_size):
     tokens, labels, weights = batch(4, LENGTH)
     strategy = keras_ring.DistributedStrategy(sequence_parallel=sequence_size)
     with strategy.scope():
-        model = language_model("ring", dense=True)
+        model = language_model("ring", dense=True, optimizer="sgd")
         model.set_weights(initial_weights(model))
         loss = model.evaluate(
             tokens, labels, sample_weight=weights, batch_size=4, verbose=0
@@ -181,14 +181,11 @@ def check_sources(data_size, sequence_size):
         data_parallel=data_size, sequence_parallel=sequence_size
     )
     with strategy.scope():
-        model = language_model("ring")
+        model = language_model("ring", optimizer="sgd")
         weights = initial_weights(model)
 
         def outcome(source, **options):
             model.set_weights(weights)
-            for variable in model.optimizer.variables:
-                variable.assign(keras.ops.zeros_like(variable))
-            model.optimizer.learning_rate = 1e-2
             history = model.fit(source, verbose=0, shuffle=False, **options)
             return history.history["loss"], model.get_weights()
 
@@ -231,7 +228,7 @@ def check_save_and_load(size, folder):
     with strategy.scope():
         model = language_model("ring")
         model.set_weights(initial_weights(model))
-        model.fit(*data[:2], batch_size=4, verbose=0)
+        model.fit(*data[:2], batch_size=4, epochs=2, verbose=0)
         path = f"{folder}/model.keras"
         model.save(path)
         want = model.predict(data[0], verbose=0)
