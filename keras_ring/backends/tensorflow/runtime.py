@@ -98,7 +98,12 @@ class World(world.World):
                 f"{self.workers} workers. Leave `devices` out and limit what "
                 "a worker sees with tf.config.set_visible_devices."
             )
-        self.tf_strategy = MultiWorkerMirrored()
+        self._communication = tf.distribute.experimental.CommunicationOptions(
+            timeout_seconds=strategy.timeout
+        )
+        self.tf_strategy = MultiWorkerMirrored(
+            communication_options=self._communication
+        )
         count = self.tf_strategy.num_replicas_in_sync
         self.data_size, self.sequence_size = strategy.mesh_shape(count)
         if self.data_size * self.sequence_size != count:
@@ -200,7 +205,9 @@ class World(world.World):
         if self.workers == 1:
             return tensor
         context = tf.distribute.get_replica_context()
-        return context.all_gather(tensor[None], axis=0)
+        return context.all_gather(
+            tensor[None], axis=0, options=self._communication
+        )
 
     def everyones(self, value: Any) -> list[tf.Tensor]:
         """The results of all replicas, in mesh order, on every worker."""

@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 
 _MARK = "keras_ring_step"
 
+# What a collective raises when its other side is gone.
+_TRANSFER_ERRORS = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.InternalError,
+    tf.errors.UnavailableError,
+    tf.errors.UnknownError,
+)
+
 
 def prepare(world: "World", model: Any) -> None:
     """Give a model the steps of its world."""
@@ -122,9 +132,35 @@ def compiled(
 ) -> Callable[..., Any]:
     """A program over all replicas as a `tf.function`, unless eager."""
     if eager:
+        if not world.placed:
+            raise NotImplementedError(
+                "A ring across processes runs in compiled functions only, "
+                "because every transfer waits for its other side. Received: "
+                "run_eagerly=True. Compile the model without it."
+            )
         return program
     # Placed copies take any size; a broadcast is best off with known ones.
-    return tf.function(program, autograph=False, reduce_retracing=world.placed)
+    program = tf.function(
+        program, autograph=False, reduce_retracing=world.placed
+    )
+
+    def guarded(*arguments: Any) -> Any:
+        try:
+            return program(*arguments)
+        except _TRANSFER_ERRORS as error:
+            if world.placed:
+                raise
+            raise RuntimeError(
+                "A transfer between the members of the ring failed or did "
+                "not finish in time: another worker has died, hangs or has "
+                "raised an error of its own, which its log shows. Received: "
+                f"timeout={world.strategy.timeout}, {world.workers} workers, "
+                f"{type(error).__name__}: {error.message[:300]} Transfers stay "
+                "broken after this. Restart all workers, from a checkpoint, "
+                "and raise the strategy's `timeout` if a step takes longer."
+            ) from error
+
+    return guarded
 
 
 def _cut(world: "World", model: Any, batch: Any) -> tuple[Any, int | None]:
@@ -179,7 +215,7 @@ def distribute(
             tensor = tensor[:, index * length : (index + 1) * length]
         return tf.convert_to_tensor(tensor)
 
-    values = []
+    values: list[Any] = []
     for tensor, has_length in zip(tensors, split, strict=True):
         if tensor is None:
             values.append(None)
