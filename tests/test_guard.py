@@ -211,6 +211,13 @@ def test_counting_tokens_is_refused():
         guard.check(model_of(layer, (None,), dtype="int32"), SHARDS)
 
 
+def test_gathering_what_is_whole_is_refused():
+    model = model_of(kr.layers.Gathered(L.Conv1D(3, 2)), (12, 4))
+    with pytest.raises(ValueError, match="declare the length as None"):
+        guard.check(model, SHARDS)
+    guard.check(model, WHOLE)
+
+
 def test_inputs_without_a_sequence_are_free():
     """A fixed size of axis 1 is no sequence."""
     tokens, features = keras.Input((None,)), keras.Input((6,))

@@ -19,10 +19,19 @@ import keras
 
 from keras_ring.guard import operation_rules
 from keras_ring.guard.layer_rules import GATHERED, Rule, Shape, rules_for
+from keras_ring.layers.gathered import Gathered
 from keras_ring.world import World
 
 _OWN = "sequence_parallel_safe"
 _KNOWN_PACKAGES = ("keras", "keras_hub", "keras_ring")
+
+
+_WHOLE_ALREADY = Rule(
+    (),
+    "it is given a tensor whose axis 1 has a fixed size and is no sequence",
+    instead="call the layer without Gathered, or declare the length as None "
+    "in keras.Input",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +125,8 @@ class _Walk:
             nodes = getattr(part, "_inbound_nodes", [])
             if not isinstance(part, keras.layers.Layer):
                 yield from self._operation(part, nodes)
+            elif isinstance(part, Gathered):
+                yield from self._gathered(part, nodes)
             elif nodes:
                 for node in nodes:
                     yield from self._layer(
@@ -140,6 +151,13 @@ class _Walk:
                     wrong_when_whole=operation_rules.wrong_when_whole,
                 )
                 yield Finding(part, None, rule)
+
+    def _gathered(self, part: Any, nodes: Any) -> Iterator[Finding]:
+        """What is whole already must not be gathered once more."""
+        for node in nodes:
+            for tensor in node.input_tensors:
+                if self._sees_shards and not self._is_sequence(tensor.shape):
+                    yield Finding(part, tuple(tensor.shape), _WHOLE_ALREADY)
 
     def _layer(self, layer: Any, shapes: list[Shape]) -> Iterator[Finding]:
         sequences = [s for s in shapes if s is None or self._is_sequence(s)]

@@ -58,9 +58,10 @@ class Gathered(keras.layers.Wrapper):
         sequence on axis 1, with its mask; the others whole.
 
     Raises:
-        ValueError: for a layer that knows the ring itself, for an input
-            without a sequence axis, for another tensor given by name, and
-            for a result whose length the ring cannot split.
+        ValueError: for a layer that knows the ring itself, for another
+            tensor given by name, and for a result whose length the ring
+            cannot split. When a functional model is trained, for an input
+            without a sequence axis.
 
     Example:
 
@@ -110,11 +111,6 @@ class Gathered(keras.layers.Wrapper):
     def compute_output_spec(
         self, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        world = strategy.current()
-        if world is not None and world.layers_see_shards:
-            _check_options(kwargs)
-            for tensor in tree.flatten((inputs, *args)):
-                _check_has_length(tensor)
         return self._spec((inputs, *args), kwargs)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -241,14 +237,3 @@ def _check_options(kwargs: dict[str, Any]) -> None:
             "known to carry the sequence; others cannot be split. Received: "
             f"{name}=a tensor. Put `Gathered` around a layer that makes it."
         )
-
-
-def _check_has_length(tensor: Any) -> None:
-    if tensor is None or (len(tensor.shape) > 1 and tensor.shape[1] is None):
-        return
-    raise ValueError(
-        "An input of `Gathered` must have the sequence, of any length, on "
-        f"axis 1. Received: shape={tuple(tensor.shape)}. Declare the length "
-        "as None in `keras.Input`, or, if this is no sequence, call the "
-        "layer without `Gathered`."
-    )
