@@ -105,7 +105,9 @@ def build_model(steps: int, stock: bool = False) -> keras.Model:
     """Two blocks of pre-norm attention and feed-forward, compiled."""
     layers = keras.layers
     tokens = keras.Input((None,), dtype="int32")
-    x = layers.Embedding(256, 128)(tokens)
+    # As large as what the blocks add, so that the byte itself is not drowned.
+    spread = keras.initializers.RandomNormal(stddev=1.0)
+    x = layers.Embedding(256, 128, embeddings_initializer=spread)(tokens)
     for _ in range(2):
         y = layers.LayerNormalization()(x)
         turned = keras_ring.layers.RotaryEmbedding()(y)
@@ -385,7 +387,8 @@ def train(length: int, steps: int) -> int:
         say(f"  {name:28} {size / 2**20:10,.1f} MiB")
     say(f"  ({how})")
 
-    title = f"{length:,} bytes per sequence over {SIMULATED} devices, {BACKEND}"
+    count = strategy.world.sequence_size
+    title = f"{length:,} bytes per sequence over {count} devices ({BACKEND})"
     path = plot(bits, validation, baseline, memory, title)
     say(f"\nPlot: {path.relative_to(OUT.parent)}")
     say(f"Took {time.monotonic() - start:.0f} s.")
