@@ -105,6 +105,9 @@ def fit(folder):
         )
         evaluated = model.evaluate(*data[:2], batch_size=4, verbose=0)
         predicted = model.predict(data[0], batch_size=4, verbose=0)
+        worker = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+        with pytest.raises(ValueError, match="the same whole batches"):
+            model.predict(data[0] + worker, verbose=0)
     np.savez(
         folder / f"fit{os.getpid()}.npz",
         loss=history.history["loss"],

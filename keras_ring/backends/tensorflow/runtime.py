@@ -7,6 +7,7 @@ part of every batch and sequence; see `training.py`. The world hangs on the
 """
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -88,7 +89,14 @@ class World(world.World):
             512 * name.startswith("cpu") + int(name.split(":")[1])
             for name in self.devices
         ]
-        self.tf_strategy = Mirrored([name.upper() for name in self.devices])
+        # The collective all-reduce, TensorFlow's default, numbers its meetings
+        # per strategy: two strategies in one process mix them up, and then
+        # every collective fails. GPUs need its speed, a CPU does not.
+        on_cpu = self.devices[0].startswith("cpu")
+        self.tf_strategy = Mirrored(
+            [name.upper() for name in self.devices],
+            tf.distribute.ReductionToOneDevice() if on_cpu else None,
+        )
 
     def _join_workers(self, strategy: DistributedStrategy) -> None:
         if strategy.devices is not None:
@@ -198,6 +206,19 @@ class World(world.World):
         )
         return tree.map_structure(
             lambda t: None if t is None else next(joined), results[-1]
+        )
+
+    def numbers_of_all(self, number: int) -> list[int]:
+        """The number that each replica's worker gave, on every worker."""
+        values = self.tf_strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(number, tf.int32)
+        )
+        return [int(n) for n in self.everyones(self._tell(values))]
+
+    @functools.cached_property
+    def _tell(self) -> Callable[..., Any]:
+        return training.compiled(
+            self, lambda value: self.tf_strategy.run(self.gathered, (value,))
         )
 
     def gathered(self, tensor: tf.Tensor) -> tf.Tensor:

@@ -8,9 +8,12 @@ all replicas, predictions are joined in natural order.
 """
 
 import functools
+import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import keras
+import numpy as np
 import tensorflow as tf
 from keras import tree
 
@@ -35,6 +38,8 @@ _TRANSFER_ERRORS = (
 def prepare(world: "World", model: Any) -> None:
     """Give a model the steps of its world."""
     _check_model(world, model)
+    if len(world.devices) > 1:
+        _check_compiled(model)
     for name, make in (
         ("train_function", functools.partial(_step, name="train_step")),
         ("test_function", functools.partial(_step, name="test_step")),
@@ -62,6 +67,56 @@ def _check_model(world: "World", model: Any) -> None:
             f"elsewhere, such as {outside[0]!r}. Build and compile the model "
             "inside `with strategy.scope():`."
         )
+
+
+def _check_compiled(model: Any) -> None:
+    """Refuse what would be silently wrong when each replica does its part."""
+    if model.compiled and model.jit_compile:
+        raise ValueError(
+            "TensorFlow cannot compile a step over several replicas with XLA. "
+            f"Received: jit_compile=True on the model {model.name!r}. Compile "
+            "the model with jit_compile='auto' or False."
+        )
+    for loss in _losses(model):
+        # Each replica divides by what it counts in its own part, and the
+        # mean over the replicas is taken: exact where all count the same.
+        reduction = getattr(loss, "reduction", "sum_over_batch_size")
+        ignored = getattr(loss, "ignore_class", None)
+        if reduction in ("sum", "mean_with_sample_weight", "none", None):
+            raise NotImplementedError(
+                "A loss under a strategy must be the mean over all elements, "
+                "so that the mean over the devices is the loss of the whole "
+                f"batch. Received: reduction={reduction!r} of {loss.name!r}. "
+                "Use reduction='sum_over_batch_size'."
+            )
+        if ignored is not None:
+            raise NotImplementedError(
+                "A loss that leaves out a class divides by the number of the "
+                "rest, which differs from device to device. Received: "
+                f"ignore_class={ignored} of {loss.name!r}. Give a "
+                "sample_weight of zero to those elements instead."
+            )
+    for output in tree.flatten(getattr(model, "outputs", None) or []):
+        if getattr(output, "_keras_mask", None) is not None and _losses(model):
+            raise NotImplementedError(
+                "A loss over masked outputs divides by the number of valid "
+                "elements, which differs from device to device. Received: "
+                f"the output {output.name!r} of the model {model.name!r} with "
+                "a mask. Remove the mask before the loss, and give a "
+                "sample_weight of zero to the padding instead."
+            )
+
+
+def _losses(model: Any) -> list[Any]:
+    """The loss objects that a model was compiled with."""
+    given = getattr(model, "loss", None) if model.compiled else None
+    if given is None or callable(getattr(given, "__func__", None)):
+        return []
+    return [
+        loss
+        for loss in tree.flatten(given)
+        if isinstance(loss, keras.losses.Loss)
+    ]
 
 
 def _step(world: "World", model: Any, name: str) -> Callable[[Any], Any]:
@@ -169,6 +224,8 @@ def _cut(world: "World", model: Any, batch: Any) -> tuple[Any, int | None]:
         batch = tuple(batch)
     batch = tree.map_structure(_present, batch)
     splits = batches.split_batch(world, model, batch)
+    if world.workers > 1:
+        _check_same(world, batch)
     leaves, flags = tree.flatten(batch), tree.flatten(splits)
     lengths = {
         leaf.shape[1] for leaf, flag in zip(leaves, flags, strict=True) if flag
@@ -178,6 +235,24 @@ def _cut(world: "World", model: Any, batch: Any) -> tuple[Any, int | None]:
         lengths.pop() // world.sequence_size if len(lengths) == 1 else None
     )
     return tree.pack_sequence_as(batch, parts), local_length
+
+
+def _check_same(world: "World", batch: Any) -> None:
+    """Refuse batches that differ between the workers."""
+    check = 0
+    for leaf in tree.flatten(batch):
+        if leaf is not None:
+            array = np.ascontiguousarray(leaf)
+            check = zlib.crc32(repr((array.shape, array.dtype)).encode(), check)
+            check = zlib.crc32(array.tobytes(), check)
+    everyones = world.numbers_of_all(check & 0x7FFFFFFF)
+    if len(set(everyones)) > 1:
+        raise ValueError(
+            "Every worker must be fed the same whole batches, of which it "
+            "takes its own part. Received: batches with the checksums "
+            f"{everyones}. Call keras.utils.set_random_seed with the same "
+            "seed on every worker, or use shuffle=False."
+        )
 
 
 def _present(leaf: Any) -> Any:
