@@ -6,10 +6,11 @@ import pytest
 from keras import ops
 
 import keras_ring as kr
-from tests import gradients, worlds
+from tests import gradients
 from tests.members import everyones, from_each, total
 
-RINGS = [size for size in (1, 2, 4, 8) if size <= worlds.DEVICES]
+# On JAX the compiler does the gathering, the same for every size.
+RINGS = (2, 4) if keras.backend.backend() == "jax" else (1, 2, 4)
 BATCH, LENGTH, FEATURES = 2, 24, 4
 
 # float32 rounding of sums over up to 24 positions in another order.
@@ -121,8 +122,6 @@ def check(errors):
 @pytest.mark.parametrize("size", RINGS)
 @pytest.mark.parametrize("kind", SEQUENCE)
 def test_a_layer_over_the_sequence(on_devices, kind, size):
-    if kind == "strided" and LENGTH // 2 % size:
-        pytest.skip("12 does not divide by 8; refused, tested below")
     x = normal(BATCH, LENGTH, FEATURES)
     options = {"training": True} if "batch" in kind else {}
     check(on_devices(size, run_kind, size, "SEQUENCE", kind, x, options, False))
