@@ -83,8 +83,7 @@ class Ring:
 
         def visit(hop: Any, visiting: list[Tensor]) -> Partial:
             key, value, *tensors = visiting
-            block = self._block(hop, query, key, query_tensors, tensors)
-            some, _ = block.relation(ops.shape(query)[2], ops.shape(key)[2])
+            some, block = self._block(hop, query, key, query_tensors, tensors)
             return self.kernel.branch(
                 some,
                 lambda: self.kernel.block_forward(query, key, value, block),
@@ -137,8 +136,7 @@ class Ring:
 
         def visit(hop: Any, visiting: list[Tensor]) -> tuple:
             key, value, *tensors = visiting
-            block = self._block(hop, query, key, query_tensors, tensors)
-            some, _ = block.relation(ops.shape(query)[2], ops.shape(key)[2])
+            some, block = self._block(hop, query, key, query_tensors, tensors)
             return self.kernel.branch(
                 some,
                 lambda: self.kernel.block_backward(
@@ -189,18 +187,25 @@ class Ring:
         key: Tensor,
         query_tensors: tuple[Tensor, ...],
         key_tensors: list[Tensor],
-    ) -> Block:
+    ) -> tuple[Any, Block]:
+        """Whether some pair of a visit is allowed, and the visit's block."""
         index = self.transport.index()
         source = placement.source(index, hop, self.transport.size)
+        lengths = ops.shape(query)[2], ops.shape(key)[2]
         mask = self.mask
         if mask is not None:
             mask = mask.replace(tuple(query_tensors), tuple(key_tensors))
-        return Block(
-            query_start=placement.start(index, ops.shape(query)[2]),
-            key_start=placement.start(source, ops.shape(key)[2]),
+        block = Block(
+            query_start=placement.start(index, lengths[0]),
+            key_start=placement.start(source, lengths[1]),
             scale=self.scale,
             mask=mask,
         )
+        some, every = block.relation(*lengths)
+        if every is True:
+            # Known before anything runs: nothing is masked in this visit.
+            block = dataclasses.replace(block, mask=None)
+        return some, block
 
 
 def _nothing(query: Tensor, value: Tensor) -> Partial:

@@ -35,6 +35,11 @@ class Mask(abc.ABC):
         """Tensors `(batch, key_length, ...)` that travel with the keys."""
         return ()
 
+    def structure(self) -> Any:
+        """What is left of the mask without its tensors: equal and hashable
+        for masks that differ in their tensors only."""
+        return self
+
     def replace(
         self, query_tensors: tuple[Tensor, ...], key_tensors: tuple[Tensor, ...]
     ) -> "Mask":
@@ -171,6 +176,9 @@ class Padding(Mask):
 
     valid: Tensor
 
+    def structure(self) -> Any:
+        return Padding
+
     def key_tensors(self) -> tuple[Tensor, ...]:
         return (self.valid,)
 
@@ -197,6 +205,9 @@ class Explicit(Mask):
     """
 
     pairs: Tensor
+
+    def structure(self) -> Any:
+        return Explicit
 
     def query_tensors(self) -> tuple[Tensor, ...]:
         return (self.pairs,)
@@ -238,6 +249,9 @@ class And(Mask):
 
     first: Mask
     second: Mask
+
+    def structure(self) -> Any:
+        return And, self.first.structure(), self.second.structure()
 
     def query_tensors(self) -> tuple[Tensor, ...]:
         return self.first.query_tensors() + self.second.query_tensors()

@@ -33,7 +33,7 @@ class Kernel(Primitives):
     def block_forward(
         self, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, block: Block
     ) -> Partial:
-        return blockwise.block_forward(self, query, key, value, block)
+        return Partial(*_visit("forward", block, query, key, value))
 
     def block_backward(
         self,
@@ -47,8 +47,8 @@ class Kernel(Primitives):
         block: Block,
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         del out  # Already in delta.
-        return blockwise.block_backward(
-            self, query, key, value, lse, delta, grad_out, block
+        return tuple(
+            _visit("backward", block, query, key, value, lse, delta, grad_out)
         )
 
     def loop(self, count: Any, body: Callable, carry: Any) -> Any:
@@ -172,3 +172,53 @@ def _dressed(structure: Any, tensors: list[tf.Tensor]) -> Any:
 
 
 KERNEL = Kernel()
+
+
+def _visit(name: str, block: Block, *tensors: tf.Tensor) -> list[tf.Tensor]:
+    """One visit by the program that all visits of its kind share.
+
+    A step has one visit for every replica, hop, layer and direction. Traced
+    each by itself they would take minutes; as calls of one function that
+    is traced once, they take seconds.
+    """
+    mask = block.mask
+    sides: tuple[tuple, tuple] = ((), ())
+    if mask is not None:
+        sides = mask.query_tensors(), mask.key_tensors()
+        # The program must not hold on to the tensors of its first visit.
+        mask = mask.replace(*(tuple(None for _ in side) for side in sides))
+    structure = None if mask is None else mask.structure()
+    program = _PROGRAMS.setdefault(
+        (name, block.scale, structure),
+        _program(name, block.scale, mask, [len(side) for side in sides]),
+    )
+    return program(
+        tf.convert_to_tensor(block.query_start, tf.int32),
+        tf.convert_to_tensor(block.key_start, tf.int32),
+        *(tensor for side in sides for tensor in side),
+        *tensors,
+    )
+
+
+# Programs by what they compute; never a different result for the same name.
+_PROGRAMS: dict[Any, Callable[..., list[tf.Tensor]]] = {}
+
+
+def _program(
+    name: str, scale: float, mask: Any, counts: list[int]
+) -> Callable[..., list[tf.Tensor]]:
+    compute = {
+        "forward": blockwise.block_forward,
+        "backward": blockwise.block_backward,
+    }[name]
+    at_query, at_key = counts[0], sum(counts)
+
+    @tf.function(autograph=False, reduce_retracing=True)
+    def visit(query_start: Any, key_start: Any, *tensors: Any) -> Any:
+        bound = mask
+        if mask is not None:
+            bound = mask.replace(tensors[:at_query], tensors[at_query:at_key])
+        block = Block(query_start, key_start, scale, bound)
+        return list(compute(KERNEL, *tensors[at_key:], block))
+
+    return visit
