@@ -243,7 +243,8 @@ class _Tiling:
                 mask.allowed(query_positions, self.block.key_start + key_local),
             )
         shape = ops.shape(allowed)
-        if shape[0] == 1 and shape[1] == 1:
+        for_all = isinstance(shape[0], int) and shape[:2] == (1, 1)
+        if for_all:
             batch, key_heads = 1, 1
         else:
             batch, key_heads = self.batch, self.key_heads

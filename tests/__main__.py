@@ -49,7 +49,7 @@ def run(backend: str, arguments: list[str]) -> Outcome:
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "pytest", "tests", "--durations=5"),
-                *(f"--numprocesses={WORKERS[backend]}", "--dist=loadfile"),
+                *(f"--numprocesses={WORKERS[backend]}", "--dist=worksteal"),
                 f"--junit-xml={report}",
                 *arguments,
             ],

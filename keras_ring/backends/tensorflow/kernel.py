@@ -207,13 +207,14 @@ _PROGRAMS: dict[Any, Callable[..., list[tf.Tensor]]] = {}
 def _program(
     name: str, scale: float, mask: Any, counts: list[int]
 ) -> Callable[..., list[tf.Tensor]]:
-    compute = {
+    compute: Callable[..., Any] = {
         "forward": blockwise.block_forward,
         "backward": blockwise.block_backward,
     }[name]
     at_query, at_key = counts[0], sum(counts)
 
-    @tf.function(autograph=False, reduce_retracing=True)
+    # Not with `reduce_retracing`, which would forget the number of heads.
+    @tf.function(autograph=False)
     def visit(query_start: Any, key_start: Any, *tensors: Any) -> Any:
         bound = mask
         if mask is not None:

@@ -12,7 +12,7 @@ import random
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from keras import tree
 
 from keras_ring.backends.torch import hooks
-from keras_ring.backends.torch.transport import reporting
+from keras_ring.backends.torch.transport import RingTransport, reporting
 
 if TYPE_CHECKING:
     from keras_ring.backends.torch.runtime import World
@@ -193,7 +193,8 @@ class Agreement:
 
     @property
     def _group(self) -> dist.ProcessGroup:
-        return self.world.everyone.group
+        # Asked for only where there are several processes.
+        return cast("RingTransport", self.world.everyone).group
 
 
 def _compare(values: Sequence[Any], rule: str, fix: str) -> None:
