@@ -16,6 +16,7 @@ from typing import Any
 import keras
 
 from keras_ring import backends, batches, guard, strategy
+from keras_ring.keras_internals import sublayers
 from keras_ring.world import World
 
 _MARK = "_keras_ring_wrapped"
@@ -51,7 +52,7 @@ def model_world(model: Any) -> World | None:
     active = strategy.current()
     built = {
         id(layer._ring_world): layer
-        for layer in model._flatten_layers()
+        for layer in sublayers(model, recursive=True)
         if getattr(layer, "built", False) and hasattr(layer, "_ring_world")
     }
     worlds = [layer._ring_world for layer in built.values()]

@@ -54,7 +54,7 @@ def language_model(attention, *, dense=False, optimizer="adam"):
     model.compile(
         keras.optimizers.Adam(1e-3)
         if optimizer == "adam"
-        else keras.optimizers.SGD(0.1),
+        else keras.optimizers.SGD(0.03),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         weighted_metrics=["accuracy"],
     )

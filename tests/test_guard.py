@@ -95,6 +95,9 @@ WRONG = {
     "einsum": lambda: L.EinsumDense("abc,cd->adb", (4, None)),
     "regularizer": lambda: L.Dense(4, activity_regularizer="l2"),
     "activity": lambda: L.ActivityRegularization(0.1),
+    "regularizer-of-ours": lambda: kr.layers.RingAttention(
+        2, 4, activity_regularizer="l2"
+    ),
     "position": PositionEmbedding,
     "in-a-block": lambda: Block(L.Dense(8), L.Conv1D(4, 3)),
     "in-a-model": lambda: keras.Sequential(

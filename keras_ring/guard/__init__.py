@@ -18,7 +18,14 @@ from typing import Any
 import keras
 
 from keras_ring.guard import operation_rules
-from keras_ring.guard.layer_rules import GATHERED, Rule, Shape, rules_for
+from keras_ring.guard.layer_rules import (
+    ACTIVITY_REGULARIZER,
+    GATHERED,
+    Rule,
+    Shape,
+    rules_for,
+)
+from keras_ring.keras_internals import calls, sublayers
 from keras_ring.layers.gathered import Gathered
 from keras_ring.world import World
 
@@ -122,7 +129,7 @@ class _Walk:
     def model(self, model: Any) -> Iterator[Finding]:
         """What a model's layers and operations do to the sequence."""
         for part in getattr(model, "operations", None) or model.layers:
-            nodes = getattr(part, "_inbound_nodes", [])
+            nodes = calls(part)
             if not isinstance(part, keras.layers.Layer):
                 yield from self._operation(part, nodes)
             elif isinstance(part, Gathered):
@@ -164,7 +171,13 @@ class _Walk:
         if not sequences or id(layer) in self._seen:
             return
         self._seen.add(id(layer))
-        if getattr(layer, _OWN, False) or _package(layer, "keras_ring"):
+        if getattr(layer, _OWN, False):
+            return
+        if _package(layer, "keras_ring"):
+            # It knows the ring, but Keras applies its regularizers.
+            parts = [layer, *sublayers(layer, recursive=True)]
+            if any(ACTIVITY_REGULARIZER.when(p, None) for p in parts):
+                yield Finding(layer, sequences[0], ACTIVITY_REGULARIZER)
             return
         rules = list(rules_for(layer, sequences[0]))
         if rules:
@@ -176,7 +189,7 @@ class _Walk:
 
     def _parts(self, layer: Any) -> Iterator[Finding]:
         """The layers that a layer is made of."""
-        parts = layer._flatten_layers(include_self=False, recursive=False)
+        parts = sublayers(layer, recursive=False)
         for part in parts:
             yield from self._layer(part, _inner_shapes(part))
         known = type(layer).__module__.split(".")[0] in _KNOWN_PACKAGES

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from keras_ring.keras_internals import sublayers
+
 Shape = tuple[int | None, ...] | None
 
 GATHERED = "wrap it in keras_ring.layers.Gathered(layer)"
@@ -162,7 +164,7 @@ def _noise_is_shared(layer: Any, shape: Shape) -> bool:
 
 def _has_batch_statistics(layer: Any, shape: Shape) -> bool:
     del shape
-    parts = layer._flatten_layers()
+    parts = [layer, *sublayers(layer, recursive=True)]
     return any(
         type(part).__name__ == "BatchNormalization" and part.trainable
         for part in parts
@@ -175,6 +177,14 @@ _DIMENSIONS = ("1D", "2D", "3D")
 def _each(*names: str) -> tuple[str, ...]:
     return tuple(name + d for name in names for d in _DIMENSIONS)
 
+
+ACTIVITY_REGULARIZER = Rule(
+    ("Layer",),
+    "its activity_regularizer sums over the shard only",
+    lambda layer, shape: (
+        getattr(layer, "activity_regularizer", None) is not None
+    ),
+)
 
 RULES = (
     Rule(
@@ -326,13 +336,7 @@ RULES = (
         "use Dropout without `noise_shape` to be independent of the ring",
         fatal=False,
     ),
-    Rule(
-        ("Layer",),
-        "its activity_regularizer sums over the shard only",
-        lambda layer, shape: (
-            getattr(layer, "activity_regularizer", None) is not None
-        ),
-    ),
+    ACTIVITY_REGULARIZER,
 )
 
 

@@ -8,6 +8,7 @@ import keras
 from keras import tree
 
 from keras_ring import strategy
+from keras_ring.keras_internals import sublayers
 from keras_ring.ops.sequence import gather_sequence, own_chunk, shard_ring
 
 Tensor = Any
@@ -217,7 +218,7 @@ def _takes_several(build: Callable[..., None]) -> bool:
 
 
 def _refuse_ring_layers(layer: keras.layers.Layer) -> None:
-    for part in [layer, *getattr(layer, "_flatten_layers", list)()]:
+    for part in [layer, *sublayers(layer, recursive=True)]:
         if type(part).__module__.split(".")[0] == "keras_ring":
             raise ValueError(
                 "A layer inside `Gathered` is given the whole sequence, so "

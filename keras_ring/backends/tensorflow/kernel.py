@@ -207,7 +207,7 @@ _PROGRAMS: dict[Any, Callable[..., list[tf.Tensor]]] = {}
 def _program(
     name: str, scale: float, mask: Any, counts: list[int]
 ) -> Callable[..., list[tf.Tensor]]:
-    compute: Callable[..., Any] = {
+    compute: Any = {
         "forward": blockwise.block_forward,
         "backward": blockwise.block_backward,
     }[name]

@@ -18,6 +18,7 @@ import torch
 from keras import tree
 
 from keras_ring import batches
+from keras_ring.keras_internals import sublayers
 
 if TYPE_CHECKING:
     from keras_ring.backends.torch.runtime import World
@@ -222,7 +223,9 @@ def predict_step(
     world: "World", model: Any, function: Callable[..., Any], batch: Any
 ) -> Any:
     """The global predictions for a global batch."""
-    if not all(layer.built for layer in model._flatten_layers()):
+    if not all(
+        layer.built for layer in (model, *sublayers(model, recursive=True))
+    ):
         _build(model, batch)
     world.agreement.check(model, batch)
     splits = batches.split_batch(world, model, batch)

@@ -1,0 +1,38 @@
+"""What the shared code needs of Keras and Keras does not publish.
+
+The layers that a layer is made of, and the calls that made a functional
+model. Both have been in every Keras 3 release; a release without them is
+named in the error. Private names that only one backend needs are in that
+backend's folder.
+"""
+
+from typing import Any
+
+import keras
+
+
+def sublayers(layer: Any, *, recursive: bool) -> list[Any]:
+    """The layers inside a layer or model, itself left out.
+
+    Args:
+        layer: a Keras layer or model.
+        recursive: those inside of those as well.
+
+    Raises:
+        NotImplementedError: for a release of Keras that keeps them elsewhere.
+    """
+    flatten = getattr(layer, "_flatten_layers", None)
+    if flatten is None:
+        raise NotImplementedError(
+            "This release of Keras does not list the layers of a layer in a "
+            f"way that keras_ring knows. Received: keras {keras.__version__}, "
+            f"{type(layer).__name__}. Use Keras 3.15."
+        )
+    return list(flatten(include_self=False, recursive=recursive))
+
+
+def calls(part: Any) -> list[Any]:
+    """The calls of a layer or operation in functional models, as nodes with
+    `input_tensors` and `output_tensors`; none for one that was never called
+    symbolically."""
+    return list(getattr(part, "_inbound_nodes", []))
