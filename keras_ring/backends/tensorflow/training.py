@@ -282,7 +282,7 @@ def distribute(
 
     def part(tensor: Any, has_length: bool, replica: int) -> tf.Tensor:
         group, index = divmod(replica, world.sequence_size)
-        if tensor.shape:
+        if len(tensor.shape):
             rows = tensor.shape[0] // world.data_size
             tensor = tensor[group * rows : (group + 1) * rows]
         if has_length:

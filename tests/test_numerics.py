@@ -1,0 +1,116 @@
+"""Merging partial results, and what masks tell of blocks."""
+
+import itertools
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_ring import masks, numerics
+from keras_ring.numerics import Partial
+
+
+def partial_of(scores, values):
+    """Attention over some keys, in NumPy."""
+    scores = np.asarray(scores, "float32")
+    top = scores.max(-1, keepdims=True, initial=-np.inf)
+    safe = np.where(np.isinf(top), 0, top)
+    weights = np.exp(scores - safe)
+    total = weights.sum(-1, keepdims=True)
+    out = weights @ values / np.where(total == 0, 1, total)
+    with np.errstate(divide="ignore"):
+        lse = (safe + np.log(total))[..., 0]
+    return Partial(
+        ops.convert_to_tensor(out.astype("float32")),
+        ops.convert_to_tensor(lse.astype("float32")),
+    )
+
+
+def test_merge_is_attention_over_the_union():
+    draw = np.random.default_rng(0)
+    scores = draw.normal(size=(1, 2, 5, 12)) * 20
+    scores[0, 0, 0, :4] = -np.inf  # One side empty.
+    scores[0, 0, 1, 4:] = -np.inf  # The other side empty.
+    scores[0, 1, 2] = -np.inf  # Both.
+    scores[0, 1, 3, :4] = 1e5  # Sides that are far apart.
+    values = draw.normal(size=(1, 2, 12, 3)).astype("float32")
+    merged = numerics.merge(
+        partial_of(scores[..., :4], values[..., :4, :]),
+        partial_of(scores[..., 4:], values[..., 4:, :]),
+    )
+    whole = partial_of(scores, values)
+    for got, want in zip(merged, whole, strict=True):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(got),
+            ops.convert_to_numpy(want),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+    assert not np.isnan(ops.convert_to_numpy(merged.out)).any()
+    assert (ops.convert_to_numpy(merged.out)[0, 1, 2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("float64", "float64"),
+        ("float32", "float32"),
+        ("bfloat16", "float32"),
+        ("float16", "float32"),
+    ],
+)
+def test_accumulation_dtype(dtype, expected):
+    assert numerics.accumulation_dtype(dtype) == expected
+
+
+POSITIONAL = {
+    "causal": masks.Causal(),
+    "window": masks.SlidingWindow(3),
+    "own-position": masks.SlidingWindow(1),
+    "causal-window": masks.Causal() & masks.SlidingWindow(4),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_relation_agrees_with_the_pairs(name):
+    """For every block of up to 4 x 4 positions: `some` and `every` are what
+    the pairs say. A block that is not empty may be called partial only."""
+    mask = POSITIONAL[name]
+    simple = not isinstance(mask, masks.And)
+    for first_query, first_key in itertools.product(range(8), repeat=2):
+        for queries, keys in itertools.product((1, 2, 4), repeat=2):
+            pairs = ops.convert_to_numpy(
+                mask.allowed(
+                    first_query + ops.arange(queries, dtype="int32"),
+                    first_key + ops.arange(keys, dtype="int32"),
+                )
+            )
+            some, every = mask.relation(
+                (first_query, first_query + queries - 1),
+                (first_key, first_key + keys - 1),
+            )
+            assert every == pairs.all()
+            assert some >= pairs.any()
+            if simple:
+                assert some == pairs.any()
+
+
+def test_masks_combine_with_masks_only():
+    with pytest.raises(TypeError):
+        masks.Causal() & True
+
+
+def test_structure_tells_masks_apart_but_not_their_tensors():
+    first = masks.Causal() & masks.Padding(ops.ones((1, 4), "bool"))
+    second = masks.Causal() & masks.Padding(ops.zeros((2, 8), "bool"))
+    assert first.structure() == second.structure()
+    assert hash(first.structure()) == hash(second.structure())
+    third = masks.SlidingWindow(2) & masks.Padding(ops.ones((1, 4), "bool"))
+    assert first.structure() != third.structure()
+    assert masks.SlidingWindow(2).structure() != masks.SlidingWindow(3)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True])
+def test_a_window_of_no_size_is_refused(size):
+    with pytest.raises(ValueError, match="positive integer"):
+        masks.SlidingWindow(size)

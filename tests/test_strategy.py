@@ -1,0 +1,116 @@
+"""`DistributedStrategy`: what it refuses, and what it does by itself."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_ring
+from keras_ring import strategy as strategy_module
+
+REFUSED = {
+    "zero": ({"sequence_parallel": 0}, "positive integer"),
+    "float": ({"sequence_parallel": 2.0}, "sequence_parallel=2.0"),
+    "bool": ({"data_parallel": True}, "data_parallel=True"),
+    "all-data": ({"data_parallel": -1}, "data_parallel=-1"),
+    "device-name": ({"devices": "cpu:0"}, "devices='cpu:0'"),
+    "device-type": ({"devices": [0, 1]}, "device names"),
+    "timeout": ({"timeout": 0}, "timeout=0"),
+    "endless": ({"timeout": float("inf")}, "timeout=inf"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_arguments_are_refused(name):
+    arguments, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        keras_ring.DistributedStrategy(**arguments)
+
+
+def test_model_parallel_is_not_supported_yet():
+    with pytest.raises(NotImplementedError, match="model_parallel=2"):
+        keras_ring.DistributedStrategy(model_parallel=2)
+
+
+def test_it_is_frozen():
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        strategy.sequence_parallel = 4
+
+
+def test_the_mesh_takes_the_devices_that_are_left():
+    strategy = keras_ring.DistributedStrategy(data_parallel=2)
+    assert strategy.mesh_shape(8) == (2, 4)
+    with pytest.raises(ValueError, match="data_parallel=2 with 7 devices"):
+        strategy.mesh_shape(7)
+    strategy = keras_ring.DistributedStrategy(3, 2)
+    with pytest.raises(ValueError, match="= 6 devices"):
+        strategy.mesh_shape(4)
+
+
+def check_run():
+    strategy = keras_ring.DistributedStrategy(
+        data_parallel=2, sequence_parallel=2
+    )
+    array = np.arange(48, dtype="float32").reshape(4, 6, 2)
+    rows = np.arange(4, dtype="float32")
+    factor = np.float32(3.0)
+
+    def function(array, rows, factor):
+        assert strategy_module.current() is strategy.world
+        return {
+            "scaled": array * factor,
+            "rows": rows + 1.0,
+            "mean": ops.mean(array),
+            "pair": (array[:, :, 0], array[:, :, 1]),
+        }
+
+    result = strategy.run(function, array, rows, factor)
+    result = keras.tree.map_structure(ops.convert_to_numpy, result)
+    np.testing.assert_array_equal(result["scaled"], array * 3)
+    np.testing.assert_array_equal(result["rows"], rows + 1)
+    np.testing.assert_allclose(result["mean"], array.mean(), rtol=1e-6)
+    np.testing.assert_array_equal(result["pair"][0], array[:, :, 0])
+    np.testing.assert_array_equal(result["pair"][1], array[:, :, 1])
+    assert strategy_module.current() is None
+    with pytest.raises(ValueError, match=r"tensor 0 with shape=\(3, 6\)"):
+        strategy.run(lambda t: t, np.zeros((3, 6)))
+
+
+def test_run_takes_and_gives_global_tensors(on_devices):
+    on_devices(4, check_run)
+
+
+def check_scope():
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
+    other = keras_ring.DistributedStrategy(sequence_parallel=2)
+    with strategy.scope():
+        assert strategy_module.current() is strategy.world
+        with strategy.scope():
+            assert strategy_module.current() is strategy.world
+        assert strategy_module.current() is strategy.world
+        with pytest.raises(ValueError, match="Only one"), other.scope():
+            pass
+        assert strategy_module.current() is strategy.world
+    assert strategy_module.current() is None
+
+
+def test_scopes_nest_only_in_themselves(on_devices):
+    on_devices(2, check_scope)
+
+
+def check_summary():
+    lines = []
+    keras_ring.DistributedStrategy(1, 2).summary(print_fn=lines.append)
+    text = "\n".join(lines)
+    assert keras.backend.backend() in text
+    assert "data parallel      2" in text
+    assert "sequence parallel  1" in text
+    assert "kernel             blockwise" in text
+    assert "ring 1" in text
+
+
+def test_summary_names_mesh_and_kernel(on_devices):
+    on_devices(2, check_summary)
