@@ -101,6 +101,26 @@ def test_scopes_nest_only_in_themselves(on_devices):
     on_devices(2, check_scope)
 
 
+def check_devices():
+    names = ("cpu:0", "cpu:1")
+    if keras.backend.backend() != "torch":  # There every process has a name.
+        names = ("cpu:3", "cpu:1")
+    strategy = keras_ring.DistributedStrategy(devices=list(names))
+    assert strategy.world.devices == names
+    assert strategy.world.sequence_size == 2
+    array = np.arange(4.0, dtype="float32").reshape(1, 4)
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(strategy.run(lambda t: t + 1.0, array)), array + 1
+    )
+    wrong = keras_ring.DistributedStrategy(devices=("warp:0", "warp:1"))
+    with pytest.raises(ValueError, match="warp:"):
+        wrong.world  # noqa: B018
+
+
+def test_devices_are_named_in_mesh_order(on_devices):
+    on_devices(2, check_devices)
+
+
 def check_summary():
     lines = []
     keras_ring.DistributedStrategy(1, 2).summary(print_fn=lines.append)

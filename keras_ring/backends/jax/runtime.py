@@ -59,9 +59,7 @@ class World(world.World):
     layers_see_shards = False
 
     def __init__(self, strategy: DistributedStrategy):
-        names = strategy.devices or tuple(
-            f"{d.platform}:{d.id}" for d in jax.devices()
-        )
+        names = _device_names(strategy.devices)
         self.strategy = strategy
         self.data_size, self.sequence_size = strategy.mesh_shape(len(names))
         self.devices = names[: self.data_size * self.sequence_size]
@@ -183,6 +181,28 @@ class World(world.World):
     @staticmethod
     def _run_spec(rank: int) -> PartitionSpec:
         return PartitionSpec(*("batch", "seq")[: min(rank, 2)])
+
+
+def _device_names(asked: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The devices that were asked for, or all of the default kind."""
+
+    def existing(kind: str | None = None) -> list[str]:
+        try:
+            return [f"{d.platform}:{d.id}" for d in jax.devices(kind)]
+        except RuntimeError:  # JAX has no devices of this kind.
+            return []
+
+    if asked is None:
+        return tuple(existing())
+    unknown = [n for n in asked if n not in existing(n.partition(":")[0])]
+    if unknown:
+        raise ValueError(
+            "`devices` must name devices that JAX sees. Received: "
+            f"{', '.join(unknown)}. There are: {', '.join(existing())}. To "
+            "simulate several on a CPU, set XLA_FLAGS="
+            "--xla_force_host_platform_device_count=N."
+        )
+    return asked
 
 
 def _building_symbolically(tensors: list[jax.Array]) -> bool:

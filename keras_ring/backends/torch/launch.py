@@ -78,14 +78,14 @@ def device_names(strategy: "DistributedStrategy") -> tuple[str, ...]:
     """What each process of the mesh calls its device.
 
     Raises:
-        ValueError: if this process' device is not of the kind that Keras
-            puts tensors on.
+        ValueError: if this process' device is unknown, or not of the kind
+            that Keras puts tensors on.
     """
     kind = torch.get_default_device().type
     kind = keras_device().type if kind == "cpu" else kind
     if strategy.devices is None:
         return tuple(f"{kind}:{i}" for i in range(process_count()))
-    own = torch.device(strategy.devices[rank()].replace("gpu", "cuda"))
+    own = _named_device(strategy)
     if own.type != kind:
         raise ValueError(
             "`devices` must name devices of the kind that Keras computes on. "
@@ -94,6 +94,18 @@ def device_names(strategy: "DistributedStrategy") -> tuple[str, ...]:
             f"{own.type} before Keras is imported, or change `devices`."
         )
     return strategy.devices
+
+
+def _named_device(strategy: "DistributedStrategy") -> torch.device:
+    """The device that `devices` names for this process."""
+    name = (strategy.devices or ("cpu",))[rank()]
+    try:
+        return torch.device(name.replace("gpu", "cuda"))
+    except RuntimeError as error:
+        raise ValueError(
+            "`devices` must name devices that PyTorch knows, such as 'gpu:0' "
+            f"or 'cpu'. Received: {name!r}."
+        ) from error
 
 
 def keras_device() -> torch.device:
@@ -117,9 +129,7 @@ def connect(strategy: "DistributedStrategy", mesh: tuple[int, int]) -> Groups:
     if cuda:
         own = int(os.environ.get("LOCAL_RANK", rank()))
         if strategy.devices is not None:
-            named = torch.device(
-                strategy.devices[rank()].replace("gpu", "cuda")
-            )
+            named = _named_device(strategy)
             own = own if named.index is None else named.index
         torch.cuda.set_device(own)
     kind = "nccl" if cuda else "gloo"
