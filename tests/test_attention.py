@@ -94,6 +94,8 @@ CASES = {
     "pairs-per-head": Case(explicit=4, heads=4, causal=True),
     "several-ragged-tiles": Case(queries=1200, keys=1200, batch=1, heads=2,
                                  key_heads=1, causal=True, padded=True),
+    "ragged-tile-seen-whole": Case(queries=1200, keys=360, batch=1, heads=1,
+                                   key_heads=1, causal=True),
     "float64-causal": Case(dtype="float64", causal=True, heads=4),
     "float64-padding-cross": Case(dtype="float64", padded=True, keys=240),
     "float64-tiles": Case(dtype="float64", queries=600, keys=600, batch=1,
