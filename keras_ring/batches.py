@@ -16,6 +16,7 @@ from typing import Any
 import keras
 from keras import tree
 
+from keras_ring import placement
 from keras_ring.world import World
 
 
@@ -109,16 +110,8 @@ def check_leaf(
             "drop the remainder, or lower `data_parallel`."
         )
     length = shape[1] if split else None
-    size = world.sequence_size
-    if isinstance(length, int) and length % size:
-        down, up = length // size * size, -(-length // size) * size
-        raise ValueError(
-            "The sequence length (axis 1) must be a multiple of "
-            "`sequence_parallel`, since every device holds an equal part. "
-            f"Received: `{name}` with length={length}, "
-            f"sequence_parallel={size}. Pad the sequences to {up} and mask "
-            f"the padding, or cut them to {down}."
-        )
+    if isinstance(length, int):
+        placement.check_divisible(length, world.sequence_size, name)
 
 
 def check_arrays(

@@ -70,14 +70,12 @@ class DistributedStrategy:
     def __post_init__(self) -> None:
         for name in ("sequence_parallel", "data_parallel", "model_parallel"):
             value = getattr(self, name)
+            rest = name == "sequence_parallel"
             allowed = "a positive integer"
-            if name == "sequence_parallel":
+            if rest:
                 allowed += ", or -1 for all the devices that are left"
-            if (
-                not isinstance(value, int)
-                or isinstance(value, bool)
-                or not (value >= 1 or (value == -1 and "-1" in allowed))
-            ):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not (value >= 1 or (rest and value == -1)):
                 raise ValueError(
                     f"`{name}` must be {allowed}. Received: {name}={value!r}."
                 )

@@ -95,9 +95,8 @@ def _under_strategy(method: Callable[..., Any]) -> Callable[..., Any]:
             world.prepare(self)
             try:
                 return method(self, *args, **kwargs)
-            except BaseException:
+            finally:
                 world.recover(self)
-                raise
 
     return wrapper
 

@@ -78,8 +78,8 @@ class World(abc.ABC):
         a model starts, inside the scope and after the guard has passed."""
 
     def recover(self, model: Any) -> None:
-        """Called when one of those ended with an error: leave the model as
-        usable as it was."""
+        """Called when one of those has ended, with an error or without:
+        leave the model usable and keep nothing of it."""
         del model
 
 

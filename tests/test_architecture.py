@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "attention": {"blockwise", "masks", "numerics", "placement", "transport"},
     "world": {"transport"},
     "strategy": {"backends", "placement", "world"},
-    "batches": {"world"},
+    "batches": {"placement", "world"},
     "ops": {
         *("attention", "backends", "masks", "numerics", "placement"),
         *("strategy", "transport", "world"),

@@ -47,7 +47,7 @@ class Distribution(keras.distribution.ModelParallel):
         self.ring_world = ring_world
 
     def get_data_layout(self, data_shape: Any) -> Any:
-        """By shape alone; `_place_batch` knows more and goes first."""
+        """By shape alone; `World.place_batch` knows more and goes first."""
         spec = self.ring_world.partition_spec(tuple(data_shape), split=False)
         axes = list(spec) + [None] * (len(data_shape) - len(spec))
         return keras.distribution.TensorLayout(axes, self.device_mesh)
@@ -143,8 +143,7 @@ class World(world.World):
 
     def recover(self, model: Any) -> None:
         # Keras detaches the variables' values while it runs steps.
-        state = model.__dict__.pop(_DETACHED, {})
-        for variable, value in state.values():
+        for variable, value in model.__dict__.pop(_DETACHED, ()):
             if variable._value is None and not value.is_deleted():
                 variable._value = value
 
@@ -256,7 +255,7 @@ _MARK = "_keras_ring_wrapped"
 def install() -> None:
     """Teach Keras' trainer two things, once and inert without a strategy:
     to place a batch by what the model says of each array, and to keep the
-    values that it detaches from the variables until a step succeeded."""
+    values that it detaches from the variables, see `World.recover`."""
     try:
         from keras.src.backend.jax import trainer
 
@@ -286,11 +285,11 @@ def install() -> None:
             variables = self.variables
             if self.optimizer is not None:
                 variables = variables + self.optimizer.variables
-            self.__dict__[_DETACHED] = {
-                variable.path: (variable, variable._value)
+            self.__dict__[_DETACHED] = [
+                (variable, variable._value)
                 for variable in (*variables, *self.metrics_variables)
                 if variable._value is not None
-            }
+            ]
         return detach(self, *args, **kwargs)
 
     setattr(distribute_data, _MARK, True)

@@ -188,11 +188,11 @@ def _visit(name: str, block: Block, *tensors: tf.Tensor) -> list[tf.Tensor]:
         # The program must not hold on to the tensors of its first visit.
         mask = mask.replace(*(tuple(None for _ in side) for side in sides))
     structure = None if mask is None else mask.structure()
-    program = _PROGRAMS.setdefault(
-        (name, block.scale, structure),
-        _program(name, block.scale, mask, [len(side) for side in sides]),
-    )
-    return program(
+    kind = name, block.scale, structure
+    if kind not in _PROGRAMS:
+        counts = [len(side) for side in sides]
+        _PROGRAMS[kind] = _program(name, block.scale, mask, counts)
+    return _PROGRAMS[kind](
         tf.convert_to_tensor(block.query_start, tf.int32),
         tf.convert_to_tensor(block.key_start, tf.int32),
         *(tensor for side in sides for tensor in side),
