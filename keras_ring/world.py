@@ -14,7 +14,7 @@ is given, whole, on one device.
 
 import abc
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from keras_ring.transport import LocalTransport, Transport
@@ -59,13 +59,18 @@ class World(abc.ABC):
 
     @abc.abstractmethod
     def per_shard(
-        self, function: Callable[..., Any], tensors: list[Tensor]
+        self,
+        function: Callable[..., Any],
+        tensors: list[Tensor],
+        shared: Sequence[Tensor] = (),
     ) -> Any:
-        """`function(transport, *shards)` on every member of the ring.
+        """`function(transport, *shards, *shared)` on every member.
 
         `tensors` are as a layer sees them, with the sequence on axis 1, and
-        so are the results. Where the code is not in a step, `function` gets
-        a ring of one and the whole tensors.
+        so are the results. `shared` have no sequence axis (weights, seeds)
+        and are given to every member as they are; a gradient that `function`
+        gives one is the member's term of a sum. Where the code is not in a
+        step, `function` gets a ring of one and the whole tensors.
         """
 
     @abc.abstractmethod

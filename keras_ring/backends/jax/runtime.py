@@ -7,7 +7,7 @@ is written per device, in `jax.shard_map` with the sequence axis manual.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -92,10 +92,13 @@ class World(world.World):
         return RingTransport("seq", self.sequence_size)
 
     def per_shard(
-        self, function: Callable[..., Any], tensors: list[jax.Array]
+        self,
+        function: Callable[..., Any],
+        tensors: list[jax.Array],
+        shared: Sequence[jax.Array] = (),
     ) -> Any:
         if self.sequence_size == 1 or _building_symbolically(tensors):
-            return function(LOCAL, *tensors)
+            return function(LOCAL, *tensors, *shared)
         for tensor in tensors:
             placement.check_divisible(
                 tensor.shape[1], self.sequence_size, "the tensor"
@@ -104,11 +107,14 @@ class World(world.World):
         return jax.shard_map(
             lambda *shards: function(self.ring(), *shards),
             mesh=self.mesh,
-            in_specs=sharded,
+            in_specs=(
+                *(sharded for _ in tensors),
+                *(PartitionSpec() for _ in shared),
+            ),
             out_specs=sharded,
             axis_names={"seq"},
             check_vma=False,
-        )(*tensors)
+        )(*tensors, *shared)
 
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
         placed = [

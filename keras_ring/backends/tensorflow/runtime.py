@@ -10,7 +10,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -170,10 +170,13 @@ class World(world.World):
         )
 
     def per_shard(
-        self, function: Callable[..., Any], tensors: list[tf.Tensor]
+        self,
+        function: Callable[..., Any],
+        tensors: list[tf.Tensor],
+        shared: Sequence[tf.Tensor] = (),
     ) -> Any:
         ring = self.ring() if self.inside() else LOCAL
-        return function(ring, *tensors)
+        return function(ring, *tensors, *shared)
 
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
         results: list[Any] = []

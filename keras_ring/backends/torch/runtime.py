@@ -10,7 +10,7 @@ Private names of Keras appear in `hooks.py` alone.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -121,11 +121,14 @@ class World(world.World):
         return self._connected().ring
 
     def per_shard(
-        self, function: Callable[..., Any], tensors: list[torch.Tensor]
+        self,
+        function: Callable[..., Any],
+        tensors: list[torch.Tensor],
+        shared: Sequence[torch.Tensor] = (),
     ) -> Any:
         if not self.inside() or _symbolic(tensors):
-            return function(LOCAL, *tensors)
-        return function(self.ring(), *tensors)
+            return function(LOCAL, *tensors, *shared)
+        return function(self.ring(), *tensors, *shared)
 
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
         with self.scope(), self.stepping():
