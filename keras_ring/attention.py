@@ -18,9 +18,10 @@ from typing import Any, Protocol
 from keras import ops
 
 from keras_ring import numerics, placement
-from keras_ring.blockwise import Block
-from keras_ring.masks import Mask
+from keras_ring.blockwise import BlockGradients
 from keras_ring.numerics import Partial
+from keras_ring.scoring import Scoring
+from keras_ring.tiling import Block
 from keras_ring.transport import Transport
 
 Tensor = Any
@@ -45,7 +46,7 @@ class Kernel(Protocol):
         delta: Tensor,
         grad_out: Tensor,
         block: Block,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> BlockGradients: ...
 
     def branch(self, predicate: Any, yes: Any, no: Any) -> Any: ...
 
@@ -57,23 +58,14 @@ class Ring:
     Attributes:
         transport: moves chunks between the members.
         kernel: computes one visit.
-        scale: factor on the scores.
-        mask: structure of the mask; its tensors are given to each call.
+        scoring: what makes the scores, over the own tensors.
     """
 
     transport: Transport
     kernel: Kernel
-    scale: float
-    mask: Mask | None = None
+    scoring: Scoring
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_tensors: tuple[Tensor, ...],
-        key_tensors: tuple[Tensor, ...],
-    ) -> Partial:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Partial:
         """Attention of the own queries over the keys of every member.
 
         Returns:
@@ -83,7 +75,7 @@ class Ring:
 
         def visit(hop: Any, visiting: list[Tensor]) -> Partial:
             key, value, *tensors = visiting
-            some, block = self._block(hop, query, key, query_tensors, tensors)
+            some, block = self._block(hop, query, key, tensors)
             return self.kernel.branch(
                 some,
                 lambda: self.kernel.block_forward(query, key, value, block),
@@ -96,7 +88,7 @@ class Ring:
             partial = numerics.merge(partial, visit(hop, visiting))
             return arriving.wait(), partial
 
-        visiting = [key, value, *key_tensors]
+        visiting = [key, value, *self.scoring.carried().key]
         if size == 1:
             return visit(0, visiting)
         visiting, partial = self.transport.repeat(
@@ -109,21 +101,20 @@ class Ring:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        query_tensors: tuple[Tensor, ...],
-        key_tensors: tuple[Tensor, ...],
         out: Tensor,
         lse: Tensor,
         grad_out: Tensor,
         grad_lse: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the own queries and of the own keys and values.
+    ) -> BlockGradients:
+        """Gradients of what this member owns.
 
         The gradients of a chunk travel with it, one hop behind: what is
         sent at a hop is what was complete before its compute began, so that
         the transfer and the compute do not wait for each other.
 
         Returns:
-            `(grad_query, grad_key, grad_value)` in the accumulation dtype.
+            In the accumulation dtype; the bias' gradient is that of the own
+            rows over all keys, the slopes' is the member's term of a sum.
         """
         size = self.transport.size
         dtype = numerics.accumulation_dtype(query.dtype)
@@ -134,78 +125,131 @@ class Ring:
             ops.cast(grad_lse, dtype),
         )
 
-        def visit(hop: Any, visiting: list[Tensor]) -> tuple:
+        def visit(hop: Any, visiting: list[Tensor]) -> BlockGradients:
             key, value, *tensors = visiting
-            some, block = self._block(hop, query, key, query_tensors, tensors)
+            some, block = self._block(hop, query, key, tensors)
             return self.kernel.branch(
                 some,
                 lambda: self.kernel.block_backward(
                     query, key, value, out, lse, delta, grad_out, block
                 ),
-                lambda: tuple(
-                    ops.zeros(ops.shape(t), dtype=dtype)
-                    for t in (query, key, value)
-                ),
+                lambda: _no_gradients(query, key, value, block.scoring),
             )
 
         def add(
-            hop: Any, visiting: Any, travelling: Any, grad_query: Any
-        ) -> tuple[Tensor, list[Tensor]]:
+            hop: Any, visiting: Any, travelling: Any, staying: Any
+        ) -> tuple[Any, list[Tensor]]:
             """Compute a visit while `travelling` is under way."""
             share = visit(hop, visiting)
             behind = travelling.wait()
             return (
-                grad_query + share[0],
-                [behind[0] + share[1], behind[1] + share[2]],
+                self._add_staying(hop, staying, share),
+                [behind[0] + share.key, behind[1] + share.value],
             )
 
         def hop_body(hop: Any, carry: Any) -> Any:
-            visiting, grads, grad_query = carry
+            visiting, grads, staying = carry
             arriving = self.transport.start_shift(visiting)
             travelling = self.transport.start_shift(grads)
-            grad_query, grads = add(hop, visiting, travelling, grad_query)
-            return arriving.wait(), grads, grad_query
+            staying, grads = add(hop, visiting, travelling, staying)
+            return arriving.wait(), grads, staying
 
-        visiting = [key, value, *key_tensors]
+        visiting = [key, value, *self.scoring.carried().key]
         if size == 1:
-            return visit(0, visiting)
+            share = visit(0, visiting)
+            return share._replace(bias=self._all_keys(share.bias))
         arriving = self.transport.start_shift(visiting)
-        grad_query, *grads = visit(0, visiting)
-        visiting, grads, grad_query = self.transport.repeat(
-            size - 2, hop_body, (arriving.wait(), grads, grad_query), first=1
+        share = visit(0, visiting)
+        staying = self._add_staying(0, self._no_staying(query, key), share)
+        grads = [share.key, share.value]
+        visiting, grads, staying = self.transport.repeat(
+            size - 2, hop_body, (arriving.wait(), grads, staying), first=1
         )
         travelling = self.transport.start_shift(grads)
-        grad_query, grads = add(size - 1, visiting, travelling, grad_query)
+        staying, grads = add(size - 1, visiting, travelling, staying)
         # The chunk has come to the member before its owner: one hop home.
         grad_key, grad_value = self.transport.shift(grads)
-        return grad_query, grad_key, grad_value
+        return BlockGradients(
+            staying["query"],
+            grad_key,
+            grad_value,
+            self._all_keys(staying.get("bias")),
+            staying.get("slopes"),
+        )
+
+    def _no_staying(self, query: Tensor, key: Tensor) -> dict[str, Tensor]:
+        """The gradients of what stays where it is, before any visit."""
+        dtype = numerics.accumulation_dtype(query.dtype)
+        scoring = self.scoring
+        staying = {"query": ops.zeros(ops.shape(query), dtype=dtype)}
+        if scoring.bias is not None:
+            # Padding of the keys may make their chunks reach past the bias.
+            columns = ops.shape(key)[2] * self.transport.size
+            rows = ops.shape(scoring.bias)[:3]
+            staying["bias"] = ops.zeros((*rows, columns), dtype=dtype)
+        if scoring.slopes is not None:
+            staying["slopes"] = ops.zeros(ops.shape(scoring.slopes), dtype)
+        return staying
+
+    def _add_staying(
+        self, hop: Any, staying: dict[str, Tensor], share: BlockGradients
+    ) -> dict[str, Tensor]:
+        """Add the share of one visit; it has its own columns of the bias."""
+        staying = dict(staying, query=staying["query"] + share.query)
+        if share.slopes is not None:
+            staying["slopes"] = staying["slopes"] + share.slopes
+        if share.bias is not None:
+            start = placement.start(self._source(hop), share.bias.shape[3])
+            staying["bias"] = ops.slice_update(
+                staying["bias"], (0, 0, 0, start), share.bias
+            )
+        return staying
+
+    def _all_keys(self, grad_bias: Tensor | None) -> Tensor | None:
+        if grad_bias is None:
+            return None
+        return grad_bias[..., : ops.shape(self.scoring.bias)[3]]
+
+    def _source(self, hop: Any) -> Any:
+        index = self.transport.index()
+        return placement.source(index, hop, self.transport.size)
 
     def _block(
-        self,
-        hop: Any,
-        query: Tensor,
-        key: Tensor,
-        query_tensors: tuple[Tensor, ...],
-        key_tensors: list[Tensor],
+        self, hop: Any, query: Tensor, key: Tensor, key_tensors: list[Tensor]
     ) -> tuple[Any, Block]:
         """Whether some pair of a visit is allowed, and the visit's block."""
-        index = self.transport.index()
-        source = placement.source(index, hop, self.transport.size)
         lengths = ops.shape(query)[2], ops.shape(key)[2]
-        mask = self.mask
-        if mask is not None:
-            mask = mask.replace(tuple(query_tensors), tuple(key_tensors))
+        carried = self.scoring.carried()._replace(key=tuple(key_tensors))
         block = Block(
-            query_start=placement.start(index, lengths[0]),
-            key_start=placement.start(source, lengths[1]),
-            scale=self.scale,
-            mask=mask,
+            query_start=placement.start(self.transport.index(), lengths[0]),
+            key_start=placement.start(self._source(hop), lengths[1]),
+            scoring=self.scoring.replace(carried),
         )
         some, every = block.relation(*lengths)
         if every is True:
             # Known before anything runs: nothing is masked in this visit.
-            block = dataclasses.replace(block, mask=None)
+            block = dataclasses.replace(
+                block, scoring=dataclasses.replace(block.scoring, mask=None)
+            )
         return some, block
+
+
+def _no_gradients(
+    query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+) -> BlockGradients:
+    """What a visit contributes in which no pair counts."""
+    dtype = numerics.accumulation_dtype(query.dtype)
+
+    def zeros(shape: Any) -> Tensor:
+        return ops.zeros(tuple(shape), dtype=dtype)
+
+    bias = slopes = None
+    if scoring.bias is not None:
+        bias = zeros((*ops.shape(scoring.bias)[:3], ops.shape(key)[2]))
+    if scoring.slopes is not None:
+        slopes = zeros(ops.shape(scoring.slopes))
+    grads = [zeros(ops.shape(t)) for t in (query, key, value)]
+    return BlockGradients(grads[0], grads[1], grads[2], bias, slopes)
 
 
 def _nothing(query: Tensor, value: Tensor) -> Partial:

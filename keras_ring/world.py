@@ -58,6 +58,11 @@ class World(abc.ABC):
         """The ring of this device; only where `inside()` is true."""
 
     @abc.abstractmethod
+    def data_index(self) -> int:
+        """Which part of the batch the code that runs now sees: a number
+        below `data_size` where it sees a part, else 0."""
+
+    @abc.abstractmethod
     def per_shard(
         self,
         function: Callable[..., Any],

@@ -23,17 +23,23 @@ FRAMEWORKS = ("jax", "tensorflow", "torch")
 # part needs a line.
 LEAVES = {
     *("backends", "keras_internals", "masks", "numerics", "placement"),
-    *("transport", "version"),
+    *("primitives", "random_bits", "transport", "version"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
-    "blockwise": {"masks", "numerics"},
-    "attention": {"blockwise", "masks", "numerics", "placement", "transport"},
+    "scoring": {"masks"},
+    "tiling": {"masks", "numerics", "primitives", "random_bits", "scoring"},
+    "blockwise": {"numerics", "primitives", "tiling"},
+    "attention": {
+        *("blockwise", "numerics", "placement", "scoring", "tiling"),
+        "transport",
+    },
     "world": {"transport"},
     "strategy": {"backends", "placement", "world"},
     "batches": {"placement", "world"},
     "ops": {
         *("attention", "backends", "masks", "numerics", "placement"),
+        *("random_bits", "scoring"),
         *("strategy", "transport", "world"),
     },
     "layers": {
@@ -48,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "a backend": {
         *("batches", "blockwise", "keras_internals", "masks", "numerics"),
+        *("primitives", "scoring", "tiling"),
         *("placement", "strategy", "training", "transport", "world"),
     },
 }

@@ -1,15 +1,15 @@
 """`keras_ring.ops.ring_attention`: exact attention around a ring."""
 
 import functools
-import math
 from typing import Any, NamedTuple
 
-import keras
 from keras import ops
 
 from keras_ring import backends, strategy
 from keras_ring.attention import Ring
-from keras_ring.masks import Mask
+from keras_ring.masks import Carried, Mask
+from keras_ring.ops import attention_checks as checks
+from keras_ring.scoring import Dropout, Scoring
 from keras_ring.world import LOCAL, World
 
 Tensor = Any
@@ -35,6 +35,12 @@ def ring_attention(
     *,
     mask: Mask | None = None,
     scale: float | None = None,
+    soft_cap: float | None = None,
+    bias: Tensor | None = None,
+    alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_seed: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Exact softmax attention with the sequence sharded over devices.
@@ -42,11 +48,15 @@ def ring_attention(
     Under a `DistributedStrategy` every device keeps its queries while the
     chunks of keys and values travel around the ring; without one it is
     blockwise attention on one device. The result is that of
-    `softmax(scale * query @ key^T + mask) @ value` over the whole sequence,
-    to rounding, and no device ever holds a score row of full length.
+    `softmax(score) @ value` over the whole sequence, to rounding, and no
+    device ever holds a score row of full length. The score of the query at
+    position `i` and the key at position `j` in head `h` is
 
-    A query that may attend to nothing gives zeros (stock Keras gives the
-    mean of the values).
+        cap(scale * query_i . key_j) - alibi_h * |i - j| + bias_ij
+        cap(x) = soft_cap * tanh(x / soft_cap)
+
+    and `-inf` for a pair that the mask hides. A query that may attend to
+    nothing gives zeros (stock Keras gives the mean of the values).
 
     Args:
         query: `(batch, query_length, heads, head_dim)`, floating point, as
@@ -58,17 +68,33 @@ def ring_attention(
         value: `(batch, key_length, key_heads, value_dim)`.
         mask: `keras_ring.masks.Mask` on global positions, such as
             `Causal() & Padding(valid)`, or None.
-        scale: factor on the scores; `1 / sqrt(head_dim)` if None.
+        scale: factor on the products; `1 / sqrt(head_dim)` if None.
+        soft_cap: positive bound on the size of the scaled products, as in
+            Gemma 2; none if None.
+        bias: added to the scores: floating point `(batch or 1,
+            query_length, heads or 1, all_keys)`, where `all_keys` are those
+            of every device. It has a gradient. Like `masks.Explicit` it is
+            as large as the scores; its rows are spread with the queries.
+        alibi: slopes `(heads,)`, floating point. They have a gradient.
+        sinks: logits `(heads,)` of one more key that every query sees and
+            that has no value, as learned by gpt-oss; floating point. They
+            have a gradient.
+        dropout: probability of dropping an attention probability; those
+            that stay are divided by `1 - dropout`.
+        dropout_seed: int32 `(2,)`, needed for dropout. Which entries are
+            dropped depends on the seed, the sample, the head and the two
+            global positions only (see `keras_ring.random_bits`): it is the
+            same for every ring size and on every backend.
         return_lse: return the log-sum-exp of the scores as well. With it
             results over disjoint sets of keys can be merged. Both parts are
-            differentiable.
+            differentiable. The sinks are part of it, dropout is not.
 
     Returns:
         `(batch, query_length, heads, value_dim)`, dtype of the query; with
         `return_lse` an `AttentionResult(out, lse)`.
 
     Raises:
-        ValueError: for shapes, dtypes or lengths that do not fit.
+        ValueError: for shapes, dtypes, lengths or numbers that do not fit.
 
     Example:
 
@@ -77,129 +103,117 @@ def ring_attention(
     ```
 
     Reference:
-        Liu, Zaharia and Abbeel 2023, https://arxiv.org/abs/2310.01889
+        Liu, Zaharia and Abbeel 2023, https://arxiv.org/abs/2310.01889;
+        Press, Smith and Lewis (ALiBi) 2021, https://arxiv.org/abs/2108.12409;
+        Xiao et al. (attention sinks) 2023, https://arxiv.org/abs/2309.17453
     """
     query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
+    checks.check_tensors(query, key, value)
     world = strategy.current()
-    scale = _checked_scale(query, key, value, mask, scale, world)
-    query_tensors = mask.query_tensors() if mask is not None else ()
-    key_tensors = mask.key_tensors() if mask is not None else ()
-    function = functools.partial(
-        _attend, mask=mask, scale=scale, query_tensors=len(query_tensors)
+    ring = 1
+    if world is not None and world.inside():
+        ring = world.sequence_size
+    keys = key.shape[1]
+    all_keys = keys * ring if isinstance(keys, int) else None
+    if mask is not None:
+        checks.check_mask(mask, query, key, all_keys)
+    if bias is not None:
+        bias = ops.convert_to_tensor(bias)
+        checks.check_bias(bias, query, key, all_keys)
+    heads = query.shape[2]
+    slopes = checks.by_head("alibi", alibi, heads)
+    sinks = checks.by_head("sinks", sinks, heads)
+    scoring = Scoring(
+        scale=checks.scale(scale, query),
+        mask=mask,
+        soft_cap=checks.soft_cap(soft_cap),
+        bias=bias,
+        slopes=slopes,
+        dropout=_dropout(dropout, dropout_seed, query, world),
     )
-    tensors = [query, key, value, *query_tensors, *key_tensors]
+    carried = scoring.carried()
+    shared = [ops.convert_to_tensor(t) for t in carried.shared]
+    function = functools.partial(
+        _attend, scoring=scoring, counts=tuple(len(side) for side in carried)
+    )
+    tensors = [query, key, value, *carried.query, *carried.key]
     if world is None:
-        out, lse = function(LOCAL, *tensors)
+        out, lse = function(LOCAL, *tensors, *shared)
     else:
-        out, lse = world.per_shard(function, tensors)
+        out, lse = world.per_shard(function, tensors, shared)
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks)
     return AttentionResult(out, lse) if return_lse else out
 
 
-def _checked_scale(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Mask | None,
-    scale: float | None,
-    world: World | None,
-) -> float:
-    """Refuse arguments that do not fit; return the scale."""
-    shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
-    received = ", ".join(f"{n}.shape={tuple(s)}" for n, s in shapes.items())
-    for name, shape in shapes.items():
-        if len(shape) != 4:
-            raise ValueError(
-                f"`{name}` must have the rank 4: (batch, length, heads, "
-                f"head_dim). Received: {received}."
-            )
-    if query.shape[3] != key.shape[3]:
-        raise ValueError(
-            "`query` and `key` must have the same head_dim (axis 3). "
-            f"Received: {received}."
-        )
-    if tuple(key.shape[1:3]) != tuple(value.shape[1:3]):
-        raise ValueError(
-            "`key` and `value` must have the same length and number of "
-            f"heads (axes 1 and 2). Received: {received}."
-        )
-    if query.shape[2] % key.shape[2]:
-        raise ValueError(
-            "The number of query heads must be a multiple of the number of "
-            f"key heads (axis 2). Received: {received}."
-        )
-    batches = {s[0] for s in shapes.values() if isinstance(s[0], int)}
-    if len(batches) > 1:
-        raise ValueError(
-            "`query`, `key` and `value` must have the same batch size "
-            f"(axis 0). Received: {received}."
-        )
-    dtypes = [
-        keras.backend.standardize_dtype(t.dtype) for t in (query, key, value)
-    ]
-    if len(set(dtypes)) > 1 or "float" not in dtypes[0]:
-        raise ValueError(
-            "`query`, `key` and `value` must share one floating-point dtype. "
-            f"Received: {', '.join(dtypes)}."
-        )
-    if mask is not None and not isinstance(mask, Mask):
-        raise ValueError(
-            "`mask` must be a keras_ring.masks.Mask, which says what it means "
-            "on global positions. Wrap a boolean array of valid keys in "
-            "Padding(valid) and a boolean array of pairs in Explicit(pairs). "
-            f"Received: mask of type {type(mask).__name__}."
-        )
-    if mask is not None:
-        ring = 1
-        if world is not None and world.inside():
-            ring = world.sequence_size
-        mask.check(tuple(query.shape), tuple(key.shape), ring)
-    if scale is None:
-        return 1.0 / math.sqrt(query.shape[3])
-    if not math.isfinite(scale):
-        raise ValueError(
-            f"`scale` must be a finite number. Received: scale={scale}."
-        )
-    return float(scale)
+def _dropout(
+    rate: float, seed: Tensor | None, query: Tensor, world: World | None
+) -> Dropout | None:
+    if not checks.check_dropout(rate, seed):
+        return None
+    first_row: Any = 0
+    if world is not None and world.inside():
+        first_row = world.data_index() * ops.shape(query)[0]
+    first_row = ops.convert_to_tensor(first_row, dtype="int32")
+    return Dropout(float(rate), ops.cast(seed, "int32"), first_row)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple:
+    """Attention with one more logit for each head that has no value."""
+    above = lse - ops.cast(sinks, lse.dtype)
+    # What the keys have of a softmax over themselves and the sink. A row
+    # without keys is 0, and so is its gradient: both come from sigmoid.
+    share = ops.sigmoid(above)[..., None]
+    lse = ops.cast(sinks, lse.dtype) + ops.softplus(above)
+    return ops.cast(ops.cast(out, lse.dtype) * share, out.dtype), lse
 
 
 def _attend(
     transport: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *ids: Tensor,
-    mask: Mask | None,
-    scale: float,
-    query_tensors: int,
+    *tensors: Tensor,
+    scoring: Scoring,
+    counts: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
-    """Attention on one member of the ring, with its native gradient."""
-    backend = backends.load()
-    ring = Ring(transport, backend.kernel.KERNEL, scale, mask)
-    dtype = query.dtype
+    """Attention on one member of the ring, with its native gradient.
 
-    def forward(query, key, value, *ids):
-        sides = ids[:query_tensors], ids[query_tensors:]
-        out, lse = ring.forward(query, key, value, *sides)
+    `tensors` are query, key and value and then what the scoring carries,
+    side by side.
+    """
+    backend = backends.load()
+    dtype = tensors[0].dtype
+    at_key, at_shared = counts[0], counts[0] + counts[1]
+
+    def ring(carried):
+        sides = carried[:at_key], carried[at_key:at_shared], carried[at_shared:]
+        return Ring(
+            transport,
+            backend.kernel.KERNEL,
+            scoring.replace(Carried(*(tuple(side) for side in sides))),
+        )
+
+    def forward(query, key, value, *carried):
+        out, lse = ring(carried).forward(query, key, value)
         out = ops.cast(out, dtype)
-        return (out, lse), (query, key, value, *ids, out, lse)
+        return (out, lse), (query, key, value, *carried, out, lse)
 
     def backward(residuals, grad_out, grad_lse):
-        query, key, value, *ids, out, lse = residuals
-        sides = tuple(ids[:query_tensors]), tuple(ids[query_tensors:])
-        grads = ring.backward(
-            query, key, value, *sides, out, lse, grad_out, grad_lse
+        query, key, value, *carried, out, lse = residuals
+        grads = ring(carried).backward(
+            query, key, value, out, lse, grad_out, grad_lse
         )
-        inputs = (query, key, value)
-        cast = [
-            ops.cast(g, t.dtype) for g, t in zip(grads, inputs, strict=True)
-        ]
-        return (*cast, *(None for _ in ids))
+        others = [None] * len(carried)
+        if grads.bias is not None:
+            others[0] = ops.cast(grads.bias, carried[0].dtype)
+        if grads.slopes is not None:
+            others[at_shared] = ops.cast(grads.slopes, carried[at_shared].dtype)
+        inputs = zip((query, key, value), grads[:3], strict=True)
+        return (*(ops.cast(g, t.dtype) for t, g in inputs), *others)
 
     def heads_first(tensor):
         return ops.transpose(tensor, (0, 2, 1, 3))
 
     attend = backend.runtime.custom_gradient(forward, backward)
     out, lse = attend(
-        heads_first(query), heads_first(key), heads_first(value), *ids
+        *(heads_first(tensor) for tensor in tensors[:3]), *tensors[3:]
     )
     return heads_first(out), ops.transpose(lse, (0, 2, 1))

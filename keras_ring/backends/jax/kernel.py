@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from keras_ring import blockwise, numerics
-from keras_ring.blockwise import Block, Primitives
+from keras_ring.blockwise import BlockGradients
 from keras_ring.numerics import Partial
+from keras_ring.primitives import Primitives
+from keras_ring.tiling import Block
 
 
 class Kernel(Primitives):
@@ -32,7 +34,7 @@ class Kernel(Primitives):
         delta: jax.Array,
         grad_out: jax.Array,
         block: Block,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> BlockGradients:
         del out  # Already in delta.
         return blockwise.block_backward(
             self, query, key, value, lse, delta, grad_out, block

@@ -91,6 +91,9 @@ class World(world.World):
     def ring(self) -> RingTransport:
         return RingTransport("seq", self.sequence_size)
 
+    def data_index(self) -> int:
+        return 0
+
     def per_shard(
         self,
         function: Callable[..., Any],

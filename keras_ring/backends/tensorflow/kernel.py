@@ -1,14 +1,19 @@
 """Attention over one visiting chunk on TensorFlow."""
 
 import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from keras_ring import blockwise, numerics
-from keras_ring.blockwise import Block, Primitives
+from keras_ring.blockwise import BlockGradients
+from keras_ring.masks import Carried
 from keras_ring.numerics import Partial
+from keras_ring.primitives import Primitives
+from keras_ring.scoring import Scoring
+from keras_ring.tiling import Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +50,13 @@ class Kernel(Primitives):
         delta: tf.Tensor,
         grad_out: tf.Tensor,
         block: Block,
-    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    ) -> BlockGradients:
         del out  # Already in delta.
-        return tuple(
-            _visit("backward", block, query, key, value, lse, delta, grad_out)
-        )
+        first = query, key, value, lse, delta, grad_out
+        query, key, value, *rest = _visit("backward", block, *first)
+        has = block.scoring.bias is not None, block.scoring.slopes is not None
+        bias, slopes = (rest.pop(0) if there else None for there in has)
+        return BlockGradients(query, key, value, bias, slopes)
 
     def loop(self, count: Any, body: Callable, carry: Any) -> Any:
         if isinstance(count, int) and count == 1:
@@ -149,26 +156,26 @@ def _partial_shape(shape: tf.TensorShape) -> tf.Tensor:
 
 
 def _bare(structure: Any) -> list[tf.Tensor]:
-    """The tensors of a nested tuple of tensors and stores."""
+    """The tensors of a nested structure of tensors, stores and None."""
     return [
         leaf.handle if isinstance(leaf, Store) else tf.convert_to_tensor(leaf)
         for leaf in tf.nest.flatten(structure)
+        if leaf is not None
     ]
 
 
 def _dressed(structure: Any, tensors: list[tf.Tensor]) -> Any:
-    """The same nested tuple with other tensors."""
-    return tf.nest.pack_sequence_as(
-        structure,
-        [
-            dataclasses.replace(leaf, handle=tensor)
-            if isinstance(leaf, Store)
-            else tensor
-            for leaf, tensor in zip(
-                tf.nest.flatten(structure), tensors, strict=True
-            )
-        ],
-    )
+    """The same nested structure with other tensors."""
+    others = iter(tensors)
+
+    def dress(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        if isinstance(leaf, Store):
+            return dataclasses.replace(leaf, handle=next(others))
+        return next(others)
+
+    return tf.nest.map_structure(dress, structure)
 
 
 KERNEL = Kernel()
@@ -181,45 +188,41 @@ def _visit(name: str, block: Block, *tensors: tf.Tensor) -> list[tf.Tensor]:
     each by itself they would take minutes; as calls of one function that
     is traced once, they take seconds.
     """
-    mask = block.mask
-    sides: tuple[tuple, tuple] = ((), ())
-    if mask is not None:
-        sides = mask.query_tensors(), mask.key_tensors()
-        # The program must not hold on to the tensors of its first visit.
-        mask = mask.replace(*(tuple(None for _ in side) for side in sides))
-    structure = None if mask is None else mask.structure()
-    kind = name, block.scale, structure
+    carried = block.scoring.carried()
+    # The program must not hold on to the tensors of its first visit.
+    scoring = block.scoring.replace(
+        Carried(*(tuple(_PLACE for _ in side) for side in carried))
+    )
+    kind = name, scoring.structure()
     if kind not in _PROGRAMS:
-        counts = [len(side) for side in sides]
-        _PROGRAMS[kind] = _program(name, block.scale, mask, counts)
+        _PROGRAMS[kind] = _program(name, scoring)
     return _PROGRAMS[kind](
         tf.convert_to_tensor(block.query_start, tf.int32),
         tf.convert_to_tensor(block.key_start, tf.int32),
-        *(tensor for side in sides for tensor in side),
+        tf.nest.map_structure(tf.convert_to_tensor, carried),
         *tensors,
     )
 
 
+# Stands where a tensor will be.
+_PLACE = types.SimpleNamespace(shape=())
 # Programs by what they compute; never a different result for the same name.
 _PROGRAMS: dict[Any, Callable[..., list[tf.Tensor]]] = {}
 
 
-def _program(
-    name: str, scale: float, mask: Any, counts: list[int]
-) -> Callable[..., list[tf.Tensor]]:
+def _program(name: str, scoring: Scoring) -> Callable[..., list[tf.Tensor]]:
     compute: Any = {
         "forward": blockwise.block_forward,
         "backward": blockwise.block_backward,
     }[name]
-    at_query, at_key = counts[0], sum(counts)
 
     # Not with `reduce_retracing`, which would forget the number of heads.
     @tf.function(autograph=False)
-    def visit(query_start: Any, key_start: Any, *tensors: Any) -> Any:
-        bound = mask
-        if mask is not None:
-            bound = mask.replace(tensors[:at_query], tensors[at_query:at_key])
-        block = Block(query_start, key_start, scale, bound)
-        return list(compute(KERNEL, *tensors[at_key:], block))
+    def visit(
+        query_start: Any, key_start: Any, carried: Carried, *tensors: Any
+    ) -> Any:
+        block = Block(query_start, key_start, scoring.replace(carried))
+        results = compute(KERNEL, *tensors, block)
+        return [tensor for tensor in results if tensor is not None]
 
     return visit

@@ -169,6 +169,9 @@ class World(world.World):
             placed=self.placed,
         )
 
+    def data_index(self) -> int:
+        return _replica() // self.sequence_size if self.inside() else 0
+
     def per_shard(
         self,
         function: Callable[..., Any],

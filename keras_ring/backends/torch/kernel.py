@@ -7,8 +7,10 @@ import keras
 import torch
 
 from keras_ring import blockwise, numerics
-from keras_ring.blockwise import Block, Primitives
+from keras_ring.blockwise import BlockGradients
 from keras_ring.numerics import Partial
+from keras_ring.primitives import Primitives
+from keras_ring.tiling import Block
 
 
 class Kernel(Primitives):
@@ -39,7 +41,7 @@ class Kernel(Primitives):
         delta: torch.Tensor,
         grad_out: torch.Tensor,
         block: Block,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> BlockGradients:
         del out  # Already in delta.
         return blockwise.block_backward(
             self, query, key, value, lse, delta, grad_out, block

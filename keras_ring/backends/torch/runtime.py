@@ -59,7 +59,7 @@ class World(world.World):
 
     Attributes:
         rank: number of this process.
-        data_index: which rows of the batch it keeps.
+        data_place: which rows of the batch it keeps.
         sequence_index: which chunk of every sequence it keeps.
     """
 
@@ -71,7 +71,7 @@ class World(world.World):
         self.size = self.data_size * self.sequence_size
         self.devices = launch.device_names(strategy)
         self.rank = launch.rank()
-        self.data_index, self.sequence_index = divmod(
+        self.data_place, self.sequence_index = divmod(
             self.rank, self.sequence_size
         )
         self.distribution = Distribution(self)
@@ -120,6 +120,9 @@ class World(world.World):
     def ring(self) -> Transport:
         return self._connected().ring
 
+    def data_index(self) -> int:
+        return self.data_place if self.inside() else 0
+
     def per_shard(
         self,
         function: Callable[..., Any],
@@ -151,7 +154,7 @@ class World(world.World):
         """The own rows of a global array, and the own chunk if `split`."""
         if len(tensor.shape) == 0:
             return tensor
-        rows = _part(tensor.shape[0], self.data_index, self.data_size)
+        rows = _part(tensor.shape[0], self.data_place, self.data_size)
         if not split:
             return tensor[rows]
         chunk = _part(tensor.shape[1], self.sequence_index, self.sequence_size)

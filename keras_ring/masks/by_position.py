@@ -1,0 +1,222 @@
+"""Masks that are known from the positions alone."""
+
+import dataclasses
+from typing import Any
+
+from keras import ops
+
+from keras_ring.masks.mask import Carried, Mask, Shape, Span, either, fits
+
+Tensor = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal(Mask):
+    """A query attends to its own position and to earlier ones.
+
+    Aligned at the top left when the lengths differ, as in Keras: query `i`
+    sees keys `0` to `i`. With 4 queries and 4 keys:
+
+        1 0 0 0
+        1 1 0 0
+        1 1 1 0
+        1 1 1 1
+    """
+
+    def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
+        return queries.last >= keys.first, queries.first >= keys.last
+
+    def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        return (query_positions[:, None] >= key_positions[None, :])[None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SlidingWindow(Mask):
+    """A query attends to keys less than `size` positions away, either side.
+
+    Combine it with `Causal()` for the window of a decoder. With size 2, 4
+    queries and 4 keys:
+
+        1 1 0 0
+        1 1 1 0
+        0 1 1 1
+        0 0 1 1
+
+    Args:
+        size: positive integer; 1 leaves a query only its own position.
+
+    Raises:
+        ValueError: if `size` is no positive integer.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        _check_size("The `size` of a sliding window", self.size)
+
+    def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
+        below, above = queries.first - keys.last, keys.first - queries.last
+        some = (below < self.size) & (above < self.size)
+        below, above = queries.last - keys.first, keys.last - queries.first
+        return some, (below < self.size) & (above < self.size)
+
+    def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        distance = query_positions[:, None] - key_positions[None, :]
+        return (ops.abs(distance) < self.size)[None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCausal(Mask):
+    """A query attends to every key of its own block and of earlier ones.
+
+    With size 2, 4 queries and 4 keys:
+
+        1 1 0 0
+        1 1 0 0
+        1 1 1 1
+        1 1 1 1
+
+    Args:
+        size: positive integer, positions in a block; 1 is `Causal()`.
+
+    Raises:
+        ValueError: if `size` is no positive integer.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        _check_size("The `size` of a block", self.size)
+
+    def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
+        return (
+            queries.last // self.size >= keys.first // self.size,
+            queries.first // self.size >= keys.last // self.size,
+        )
+
+    def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        query_blocks = query_positions // self.size
+        key_blocks = key_positions // self.size
+        return (query_blocks[:, None] >= key_blocks[None, :])[None, None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrefixLM(Mask):
+    """The first `length` keys are seen by all, the rest causally.
+
+    With length 2, 4 queries and 4 keys:
+
+        1 1 0 0
+        1 1 0 0
+        1 1 1 0
+        1 1 1 1
+
+    Args:
+        length: integer not below 0, or integers `(batch,)`, one prefix for
+            each sample.
+
+    Raises:
+        ValueError: for a negative number or a tensor of another rank.
+
+    Reference:
+        Raffel et al. 2020, https://arxiv.org/abs/1910.10683, section 3.2.1
+    """
+
+    length: int | Tensor
+
+    def __post_init__(self) -> None:
+        if isinstance(self.length, int):
+            if self.length < 0 or isinstance(self.length, bool):
+                raise ValueError(
+                    "The `length` of a prefix must not be negative. "
+                    f"Received: length={self.length!r}."
+                )
+        elif self.length is not None and not hasattr(self.length, "shape"):
+            raise ValueError(
+                "The `length` of a prefix must be an integer or an integer "
+                f"tensor (batch,). Received: {self.length!r}."
+            )
+
+    def carried(self) -> Carried:
+        if isinstance(self.length, int):
+            return Carried()
+        return Carried(shared=(self.length,))
+
+    def replace(self, carried: Carried) -> "PrefixLM":
+        return PrefixLM(*carried.shared) if carried.shared else self
+
+    def structure(self) -> Any:
+        return PrefixLM, self.length if isinstance(self.length, int) else None
+
+    def check(self, query: Shape, key: Shape, all_keys: int | None) -> None:
+        for length in self.carried().shared:
+            if not fits(length.shape, query[:1]):
+                raise ValueError(
+                    "PrefixLM(length) takes an integer or one integer for "
+                    "each sample, (batch,). Received: length.shape="
+                    f"{tuple(length.shape)}, query.shape={query}."
+                )
+
+    def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
+        shortest = longest = self.length
+        if not isinstance(self.length, int):
+            shortest, longest = ops.min(self.length), ops.max(self.length)
+        some, every = Causal().relation(queries, keys)
+        return (
+            either(some, _below(keys.first, longest)),
+            either(every, _below(keys.last, shortest)),
+        )
+
+    def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        if isinstance(self.length, int):
+            in_prefix = (key_positions < self.length)[None, None, None, :]
+        else:
+            length = ops.cast(self.length, "int32")
+            in_prefix = (key_positions[None, :] < length[:, None])[
+                :, None, None, :
+            ]
+        causal = Causal().allowed(query_positions, key_positions)
+        return ops.logical_or(causal, in_prefix)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Before(Mask):
+    """Only keys at positions below `limit`, which may be a tensor: what the
+    package hides its own padding with.
+
+    Args:
+        limit: int or int32 scalar.
+    """
+
+    limit: Any
+
+    def carried(self) -> Carried:
+        if isinstance(self.limit, int):
+            return Carried()
+        return Carried(shared=(self.limit,))
+
+    def replace(self, carried: Carried) -> "Before":
+        return Before(*carried.shared) if carried.shared else self
+
+    def structure(self) -> Any:
+        return Before, self.limit if isinstance(self.limit, int) else None
+
+    def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
+        del queries
+        return _below(keys.first, self.limit), _below(keys.last, self.limit)
+
+    def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        return (key_positions < self.limit)[None, None, None, :]
+
+
+def _below(positions: Any, limit: Any) -> Any:
+    if isinstance(limit, int):
+        return positions < limit
+    return ops.less(ops.cast(positions, limit.dtype), limit)
+
+
+def _check_size(what: str, size: Any) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(
+            f"{what} must be a positive integer. Received: size={size!r}."
+        )

@@ -1,0 +1,242 @@
+"""What every mask answers, the tensors that it carries, and `&` and `|`."""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+Tensor = Any
+Shape = tuple[int | None, ...]
+
+
+class Carried(NamedTuple):
+    """Tensors that belong to attention beside query, key and value.
+
+    They are given as the layer sees them: the global sequence on JAX, the
+    own shard on TensorFlow and PyTorch.
+
+    Attributes:
+        query: `(batch, query_length, ...)`, stay with the queries.
+        key: `(batch, key_length, ...)`, travel around the ring with the keys.
+        shared: without a sequence axis, the same on every member of a ring.
+    """
+
+    query: tuple[Tensor, ...] = ()
+    key: tuple[Tensor, ...] = ()
+    shared: tuple[Tensor, ...] = ()
+
+    def join(self, other: "Carried") -> "Carried":
+        """The tensors of both."""
+        return Carried(
+            *(tuple(a) + tuple(b) for a, b in zip(self, other, strict=True))
+        )
+
+    def split(self, first: "Carried") -> tuple["Carried", "Carried"]:
+        """Undo `first.join(second)`, for other tensors in the same places."""
+        counts = [len(side) for side in first]
+        return (
+            Carried(*(s[:n] for s, n in zip(self, counts, strict=True))),
+            Carried(*(s[n:] for s, n in zip(self, counts, strict=True))),
+        )
+
+
+class Span(NamedTuple):
+    """Positions of the tiles of one side of a block, both ends inclusive.
+
+    Plain integers for one tile; for many, arrays that broadcast to
+    `(query tiles, key tiles)`.
+    """
+
+    first: Any
+    last: Any
+
+
+class Mask(abc.ABC):
+    """Base of all masks: the questions that attention asks."""
+
+    def carried(self) -> Carried:
+        """The tensors of the mask."""
+        return Carried()
+
+    def replace(self, carried: Carried) -> "Mask":
+        """The same mask over other tensors (a slice, a visiting chunk)."""
+        del carried
+        return self
+
+    def structure(self) -> Any:
+        """What is left of the mask without its tensors: equal and hashable
+        for masks that differ in their tensors only."""
+        return self
+
+    def check(self, query: Shape, key: Shape, all_keys: int | None) -> None:
+        """Refuse tensors that do not fit; sizes that are None fit all.
+
+        Args:
+            query: `(batch, query_length, heads, head_dim)` as the layer
+                sees it.
+            key: `(batch, key_length, key_heads, head_dim)`, likewise.
+            all_keys: number of keys of all devices together.
+
+        Raises:
+            ValueError: if a tensor of the mask has another batch or length.
+        """
+        carried = self.carried()
+        for name, shape, tensors in (
+            ("query", query, carried.query),
+            ("key", key, carried.key),
+        ):
+            for tensor in tensors:
+                if not fits(tensor.shape[:2], shape[:2]):
+                    raise ValueError(
+                        f"{type(self).__name__} must have the batch and the "
+                        f"length of the {name} on its first two axes, as the "
+                        "layer sees them. Received: mask tensor of shape "
+                        f"{tuple(tensor.shape)}, {name}.shape={shape}."
+                    )
+
+    def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
+        """`(some, every)`: whether a pair and whether all pairs are allowed.
+
+        `some` is false only if no pair of a tile is allowed, `every` is true
+        only if all are. Python bools where that is all there is to say,
+        else boolean arrays that broadcast to `(query tiles, key tiles)`.
+
+        The tensors of the mask are cut into the same tiles when this is
+        called: `(tiles, batch, tile length, ...)` each. A last tile that is
+        not full is padded with zeros.
+        """
+        del queries, keys
+        return True, False
+
+    @abc.abstractmethod
+    def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """Boolean, broadcastable to `(batch, heads, queries, keys)`.
+
+        Args:
+            query_positions: int32 `(queries,)`, global.
+            key_positions: int32 `(keys,)`, global.
+        """
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return And(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Pair(Mask):
+    """Two masks in one.
+
+    Args:
+        first: a mask.
+        second: another.
+    """
+
+    first: Mask
+    second: Mask
+
+    def carried(self) -> Carried:
+        return self.first.carried().join(self.second.carried())
+
+    def replace(self, carried: Carried) -> "Mask":
+        first, second = carried.split(self.first.carried())
+        return type(self)(
+            self.first.replace(first), self.second.replace(second)
+        )
+
+    def structure(self) -> Any:
+        return type(self), self.first.structure(), self.second.structure()
+
+    def check(self, query: Shape, key: Shape, all_keys: int | None) -> None:
+        self.first.check(query, key, all_keys)
+        self.second.check(query, key, all_keys)
+
+    def _relations(
+        self, combine: Callable[[Any, Any], Any], queries: Span, keys: Span
+    ) -> tuple[Any, Any]:
+        some, every = zip(
+            self.first.relation(queries, keys),
+            self.second.relation(queries, keys),
+            strict=True,
+        )
+        return combine(*some), combine(*every)
+
+
+class And(_Pair):
+    """Pairs that both masks allow; what `first & second` makes.
+
+    Args:
+        first: a mask.
+        second: another.
+    """
+
+    def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
+        return self._relations(both, queries, keys)
+
+    def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        return ops.logical_and(
+            self.first.allowed(query_positions, key_positions),
+            self.second.allowed(query_positions, key_positions),
+        )
+
+
+class Or(_Pair):
+    """Pairs that one of two masks allows; what `first | second` makes.
+
+    `Causal() | Padding(is_prefix)` is a decoder that sees all of a prefix.
+
+    Args:
+        first: a mask.
+        second: another.
+    """
+
+    def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
+        return self._relations(either, queries, keys)
+
+    def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        return ops.logical_or(
+            self.first.allowed(query_positions, key_positions),
+            self.second.allowed(query_positions, key_positions),
+        )
+
+
+def both(first: Any, second: Any) -> Any:
+    """`first and second` for bools, NumPy arrays and tensors alike."""
+    if first is False or second is False:
+        return False
+    if first is True:
+        return second
+    if second is True:
+        return first
+    if _is_plain(first) and _is_plain(second):
+        return first & second
+    return ops.logical_and(first, second)
+
+
+def either(first: Any, second: Any) -> Any:
+    """`first or second` for bools, NumPy arrays and tensors alike."""
+    if first is True or second is True:
+        return True
+    if first is False:
+        return second
+    if second is False:
+        return first
+    if _is_plain(first) and _is_plain(second):
+        return first | second
+    return ops.logical_or(first, second)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, np.bool_, np.ndarray))
+
+
+def fits(shape: Any, wanted: Any) -> bool:
+    """Whether a shape is the wanted one, where both are known."""
+    return len(shape) == len(wanted) and all(
+        have == want or not isinstance(have, int) or want is None
+        for have, want in zip(shape, wanted, strict=True)
+    )

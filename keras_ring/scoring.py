@@ -1,0 +1,91 @@
+"""From the product of a query and a key to what the softmax is taken of.
+
+    score = cap(scale * query . key) - slope * |i - j| + bias
+    cap(x) = soft_cap * tanh(x / soft_cap)
+
+Pairs that the mask hides have a score of `-inf`. After the softmax some
+probabilities are dropped and the others divided by `1 - dropout`; the
+log-sum-exp knows nothing of that.
+"""
+
+import dataclasses
+from typing import Any
+
+from keras_ring.masks import Carried, Mask
+
+Tensor = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """Dropout on the attention probabilities.
+
+    Attributes:
+        rate: probability of dropping, above 0 and below 1.
+        seed: int32 `(2,)`; see `random_bits` for what it decides.
+        first_row: global number of the first sample of the batch; int or
+            int32 scalar.
+    """
+
+    rate: float
+    seed: Tensor
+    first_row: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scoring:
+    """Everything that decides on a score beside query and key.
+
+    Attributes:
+        scale: factor on the products.
+        mask: the pairs that count, or None for all.
+        soft_cap: bound on the size of the scaled products, or None.
+        bias: `(batch or 1, query_length, heads or 1, all_keys)` or None.
+        slopes: `(heads,)` or None.
+        dropout: or None.
+    """
+
+    scale: float
+    mask: Mask | None = None
+    soft_cap: float | None = None
+    bias: Tensor | None = None
+    slopes: Tensor | None = None
+    dropout: Dropout | None = None
+
+    def carried(self) -> Carried:
+        """All tensors; those with a gradient stand first on their side."""
+        own = Carried(
+            query=() if self.bias is None else (self.bias,),
+            shared=() if self.slopes is None else (self.slopes,),
+        )
+        if self.dropout is not None:
+            drop = self.dropout.seed, self.dropout.first_row
+            own = own.join(Carried(shared=drop))
+        return own if self.mask is None else own.join(self.mask.carried())
+
+    def replace(self, carried: Carried) -> "Scoring":
+        """The same over other tensors in the same places."""
+        query, key, shared = (list(side) for side in carried)
+        bias = None if self.bias is None else query.pop(0)
+        slopes = None if self.slopes is None else shared.pop(0)
+        dropout, mask = self.dropout, self.mask
+        if dropout is not None:
+            dropout = Dropout(dropout.rate, shared.pop(0), shared.pop(0))
+        if mask is not None:
+            mask = mask.replace(
+                Carried(tuple(query), tuple(key), tuple(shared))
+            )
+        return dataclasses.replace(
+            self, mask=mask, bias=bias, slopes=slopes, dropout=dropout
+        )
+
+    def structure(self) -> Any:
+        """What is left without the tensors, hashable."""
+        return (
+            self.scale,
+            None if self.mask is None else self.mask.structure(),
+            self.soft_cap,
+            self.bias is not None,
+            self.slopes is not None,
+            None if self.dropout is None else self.dropout.rate,
+        )
