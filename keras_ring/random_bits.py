@@ -23,6 +23,7 @@ integer, is at least `rate * 2^32 - 2^31`.
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 from keras import ops
 
 Tensor = Any
@@ -50,6 +51,20 @@ def keep(seed: Tensor, coordinates: Sequence[Tensor], rate: float) -> Tensor:
         state = _mix(state + coordinate * _constant(0x9E3779B1))
     threshold = min(round(rate * 2**32), 2**32 - 1) - 2**31
     return state >= _constant(threshold)
+
+
+SHARED = "same_on_every_device"
+
+
+def share_seed(generator: keras.random.SeedGenerator) -> None:
+    """Mark a generator whose seeds are for `keep`: all devices must draw the
+    same, while other generators draw differently on each shard."""
+    setattr(generator.state, SHARED, True)
+
+
+def is_shared(variable: Any) -> bool:
+    """Whether a variable is the state of a generator so marked."""
+    return getattr(variable, SHARED, False)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "layers": {
         *("keras_internals", "masks", "numerics", "ops", "placement"),
-        *("strategy", "world"),
+        *("random_bits", "scoring", "strategy", "world"),
     },
     "losses": {"masks", "numerics", "ops", "placement", "strategy", "world"},
     "guard": {"keras_internals", "layers", "ops", "strategy", "world"},
@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "a backend": {
         *("batches", "blockwise", "keras_internals", "masks", "numerics"),
-        *("primitives", "scoring", "tiling"),
+        *("primitives", "random_bits", "scoring", "tiling"),
         *("placement", "strategy", "training", "transport", "world"),
     },
 }

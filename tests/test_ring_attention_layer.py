@@ -359,6 +359,41 @@ def test_fit_trains_every_weight():
         assert moved or variable.path.endswith("key/bias"), variable.path
 
 
+def test_with_scores_everything_is_the_same():
+    """The path that writes out its scores knows every option."""
+    options = {**GQA, "soft_cap": 1.5, "alibi": True, "sinks": True}
+    options |= {"rotary": True, "dropout": 0.4, "seed": 9}
+    given = {
+        "attention_bias": normal(60, BATCH, QUERIES, KEYS),
+        "segment_ids": np.sort(some(61, BATCH, QUERIES), axis=1).astype(int),
+        "prefix_length": np.array([2, 5]),
+        "training": True,
+    }
+    # Each call draws the next seed; a new layer starts with the first.
+    out, scores = fill(RingAttention(**options), X.shape)(
+        X, return_attention_scores=True, **given
+    )
+    compare(fill(RingAttention(**options), X.shape)(X, **given), out, "output")
+    dropped = np.mean(ops.convert_to_numpy(scores) == 0)
+    assert dropped > 0.4
+    # What the sink takes is missing: rows sum to less than one on average.
+    assert ops.convert_to_numpy(scores).sum(-1).mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("heads", "slopes"),
+    [
+        (4, [2**-2, 2**-4, 2**-6, 2**-8]),
+        (8, [2.0**-i for i in range(1, 9)]),
+        # Of 4 heads, then every other one of 8.
+        (6, [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]),
+    ],
+)
+def test_alibi_slopes(heads, slopes):
+    layer = RingAttention(heads, 4, alibi=True)
+    np.testing.assert_allclose(layer.get_config()["alibi"], slopes)
+
+
 OPTIONS = {
     "num_heads": 4,
     "key_dim": 6,
@@ -381,6 +416,10 @@ OPTIONS = {
     "num_key_value_heads": 2,
     "causal": True,
     "scale": 0.25,
+    "soft_cap": 30.0,
+    "alibi": (0.5, 0.25, 0.125, 0.0),
+    "sinks": True,
+    "rotary": True,
     "name": "attention",
     "dtype": "mixed_bfloat16",
 }

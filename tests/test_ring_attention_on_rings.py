@@ -29,21 +29,44 @@ RING_CASES = {
     "query-mask": ({**MHA, "use_gate": True}, ("query_mask",)),
     "pairs": (MHA, ("attention_mask",)),
     "cross": ({**MHA, "value_dim": 3}, ("key_mask",)),
+    "packed-rotary": (
+        {**GQA, "causal": True, "rotary": True},
+        ("segment_ids", "prefix_length"),
+    ),
+    "cross-segments": (MHA, ("segment_ids", "key_segment_ids")),
+    "soft-cap-bias": (
+        {**GQA, "soft_cap": 1.5, "sinks": True},
+        ("attention_bias",),
+    ),
+    "alibi-dropout": (
+        {**GQA, "alibi": True, "dropout": 0.4, "seed": 5, "causal": True},
+        ("segment_ids",),
+    ),
 }
 SIZES = [2, 3, 4]
 
 
+def ids(seed, *shape):
+    """Packed documents: ids that never fall along the sequence."""
+    draw = np.random.default_rng(seed)
+    return np.sort(draw.integers(0, 4, shape), axis=1).astype("int32")
+
+
 def ring_problem(name):
     options, names = RING_CASES[name]
-    keys = 2 * QUERIES if name == "cross" else QUERIES
+    keys = 2 * QUERIES if name.startswith("cross") else QUERIES
     masks = {
         "query_mask": some(40, BATCH, QUERIES),
         "value_mask": some(41, BATCH, keys),
         "key_mask": some(42, BATCH, keys),
         "attention_mask": some(43, BATCH, QUERIES, keys),
+        "attention_bias": normal(46, BATCH, 4, QUERIES, keys),
+        "segment_ids": ids(47, BATCH, QUERIES),
+        "key_segment_ids": ids(48, BATCH, keys),
+        "prefix_length": np.array([3, 7], "int32"),
     }
     inputs = [normal(44, BATCH, QUERIES, WIDTH)]
-    if name == "cross":
+    if keys != QUERIES:
         inputs.append(normal(45, BATCH, keys, 6))
     return options, inputs, {n: masks[n] for n in names}
 
@@ -51,18 +74,29 @@ def ring_problem(name):
 def check_ring(size, name):
     options, inputs, masks = ring_problem(name)
     shapes = [tensor.shape for tensor in inputs]
-    want = fill(RingAttention(**options), *shapes)(*inputs, **masks)
+    alone = fill(RingAttention(**options), *shapes)
+    want = attended(alone, inputs, masks)
     ring = keras_ring.DistributedStrategy(sequence_parallel=size)
     with ring.scope():
         layer = fill(RingAttention(**options), *shapes)
 
     def attend(*tensors):
-        given = tensors[len(inputs) :]
-        return layer(
-            *tensors[: len(inputs)], **dict(zip(masks, given, strict=True))
-        )
+        given = dict(zip(masks, tensors[len(inputs) :], strict=True))
+        if "attention_bias" in given:
+            # Spread with the queries, on axis 1.
+            bias = given["attention_bias"]
+            given["attention_bias"] = ops.swapaxes(bias, 1, 2)
+        return attended(layer, tensors[: len(inputs)], given)
 
+    if "attention_bias" in masks:
+        masks["attention_bias"] = np.swapaxes(masks["attention_bias"], 1, 2)
     compare(ring.run(attend, *inputs, *masks.values()), want, name)
+
+
+def attended(layer, inputs, masks):
+    """The output in training, with the seed of a first step."""
+    weights = [v.value for v in layer.trainable_variables]
+    return call(layer, inputs, weights, {**masks, "training": True})
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -72,19 +106,22 @@ def test_a_ring_equals_one_device(on_devices, size, name):
 
 
 def check_ring_gradients(size):
-    """Gradients of input and weights, with every mask at once."""
+    """Gradients of input and weights, with everything at once."""
     options = {**GQA, "causal": True, "sliding_window": 9, "use_gate": True}
+    options |= {"soft_cap": 2.0, "alibi": True, "sinks": True, "rotary": True}
+    options |= {"dropout": 0.3, "seed": 3}
     x = normal(46, BATCH, QUERIES, WIDTH)
     cotangent = normal(47, BATCH, QUERIES, WIDTH)
     masks = {
         "query_mask": some(40, BATCH, QUERIES),
         "value_mask": some(41, BATCH, QUERIES),
         "attention_mask": some(43, BATCH, QUERIES, QUERIES),
+        "segment_ids": ids(47, BATCH, QUERIES),
     }
 
     def gradients(layer):
         def function(x, cotangent, *given):
-            given = dict(zip(masks, given, strict=True))
+            given = dict(zip(masks, given, strict=True)) | {"training": True}
             weights = [v.value for v in layer.trainable_variables]
             output, grads = vjp(
                 lambda x, *weights: call(layer, [x], list(weights), given),
@@ -113,7 +150,7 @@ def check_ring_gradients(size):
     # Where a layer sees a shard, its gradients are that shard's share.
     parts = size if ring.world.layers_see_shards else 1
     for weight, ours, alone in zip(
-        layer.weights, have[2], want[2], strict=True
+        layer.trainable_variables, have[2], want[2], strict=True
     ):
         # Each sums some hundred gradients, each with its own rounding.
         np.testing.assert_allclose(

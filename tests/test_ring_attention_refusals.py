@@ -40,6 +40,9 @@ BAD_ARGUMENTS = {
     "flash": ({**MHA, "flash_attention": "yes"}, "flash_attention='yes'"),
     "scale": ({**MHA, "scale": float("nan")}, "scale=nan"),
     "window": ({**MHA, "sliding_window": 0}, "sliding_window=0"),
+    "soft-cap": ({**MHA, "soft_cap": 0.0}, "soft_cap=0.0"),
+    "alibi": ({**MHA, "alibi": [0.5]}, "one finite slope.* 2 heads"),
+    "rotary": ({**MHA, "rotary": 10000}, "rotary=10000"),
     "axes": ({**MHA, "attention_axes": "1"}, "attention_axes='1'"),
     "output": ({**MHA, "output_shape": (3, 0)}, "Invalid `output_shape`"),
 }
@@ -95,6 +98,24 @@ BAD_CALLS = {
         {"attention_mask": np.ones((1, BATCH, 2, QUERIES, QUERIES), bool)},
         "must broadcast",
     ),
+    "bias": (
+        MHA,
+        [X, MEMORY],
+        {"attention_bias": np.ones((BATCH, QUERIES, 6), "float32")},
+        r"`attention_bias` must broadcast.*\(2, 12, 6\)",
+    ),
+    "key-segments": (
+        MHA,
+        [X],
+        {"key_segment_ids": np.ones((BATCH, QUERIES), "int32")},
+        "needs `segment_ids`",
+    ),
+    "segments": (
+        MHA,
+        [X, MEMORY],
+        {"segment_ids": np.ones((BATCH, QUERIES), "int32")},
+        "`key_segment_ids` must have the",
+    ),
     "flash-scores": (
         {**MHA, "flash_attention": True},
         [X],
@@ -118,13 +139,6 @@ def test_a_refused_call_leaves_the_layer_usable():
     with pytest.raises(ValueError, match="same batch size"):
         layer(X, X[:1])
     compare(layer(X), want, "output")
-
-
-def test_dropout_in_training_is_refused():
-    layer = RingAttention(**MHA, dropout=0.5)
-    with pytest.raises(NotImplementedError, match=r"dropout=0\.5"):
-        layer(X, training=True)
-    compare(layer(X, training=False), layer(X), "output")
 
 
 def test_positions_need_one_axis():

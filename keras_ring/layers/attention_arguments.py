@@ -123,6 +123,51 @@ def check_scale(scale: Any) -> None:
         )
 
 
+def check_soft_cap(soft_cap: Any) -> None:
+    """Refuse a soft cap that is no positive number."""
+    if soft_cap is None:
+        return
+    number = isinstance(soft_cap, (int, float))
+    if not number or not math.isfinite(soft_cap) or soft_cap <= 0:
+        raise ValueError(
+            "The argument `soft_cap` must be a positive number, or None for "
+            f"no cap. Received: soft_cap={soft_cap!r}."
+        )
+
+
+def alibi_slopes(alibi: Any, heads: int) -> tuple[float, ...] | None:
+    """The ALiBi slope of each head.
+
+    Args:
+        alibi: True for the slopes of the paper, a number for each head, or
+            False or None for none.
+        heads: number of query heads.
+
+    Raises:
+        ValueError: for another number of slopes.
+
+    Reference:
+        Press, Smith and Lewis 2021, https://arxiv.org/abs/2108.12409: the
+        geometric sequence that starts at and has the ratio `2^(-8/heads)`.
+        Where `heads` is no power of two, every other slope of twice the next
+        lower power follows those of that power, as in the authors' code.
+    """
+    if alibi is None or alibi is False:
+        return None
+    if alibi is True:
+        power = 2 ** math.floor(math.log2(heads))
+        slopes = [2.0 ** (-8 * i / power) for i in range(1, power + 1)]
+        more = [2.0 ** (-4 * i / power) for i in range(1, 2 * power, 2)]
+        return tuple((slopes + more)[:heads])
+    slopes = [float(slope) for slope in alibi]
+    if len(slopes) != heads or not all(map(math.isfinite, slopes)):
+        raise ValueError(
+            "`alibi` must be True, False, or one finite slope for each query "
+            f"head. Received: alibi={alibi!r} for {heads} heads."
+        )
+    return tuple(slopes)
+
+
 def output_shape(value: Any) -> tuple[int, ...] | None:
     """The shape of an output's features, or None for that of the query."""
     if value is None or value == ():

@@ -109,8 +109,9 @@ class AttentionAxes:
         shape = self.scores_shape(ops.shape(query), ops.shape(key), heads)
         return ops.reshape(scores, shape)
 
-    def fold_padding(self, mask: Tensor, like: Tensor, name: str) -> Tensor:
-        """A mask over the leading axes of `like` as `(folded batch, length)`.
+    def fold_positions(self, mask: Tensor, like: Tensor, name: str) -> Tensor:
+        """One value for each position of `like`, such as a mask or an id, as
+        `(folded batch, length)`.
 
         Raises:
             ValueError: for a mask of another shape.
@@ -125,16 +126,17 @@ class AttentionAxes:
                 f"{tuple(like.shape)}."
             )
         given += (1,) * (len(shape) - len(given))
-        mask = ops.reshape(ops.cast(mask, "bool"), given)
-        return self.fold(_broadcast(mask, shape))
+        return self.fold(_broadcast(ops.reshape(mask, given), shape))
 
     def fold_pairs(
         self,
         pairs: Tensor,
         query_sizes: tuple[Any, ...],
         key_lengths: tuple[Any, ...],
+        name: str = "attention_mask",
     ) -> Tensor:
-        """A mask over scores as `(folded batch, heads or 1, queries, keys)`.
+        """What is said of each score, such as a mask or a bias, as `(folded
+        batch, heads or 1, queries, keys)`.
 
         Args:
             pairs: `(leading..., query axes..., key axes...)`, where the
@@ -142,6 +144,7 @@ class AttentionAxes:
                 over, heads). Sizes of 1 and missing axes broadcast.
             query_sizes: `(batch, dims..., heads)`, the query's sizes.
             key_lengths: sizes of the attended axes over all devices.
+            name: of the argument, for errors.
 
         Raises:
             ValueError: for a mask that does not broadcast to the scores.
@@ -158,17 +161,17 @@ class AttentionAxes:
         shape = given[:leading] + (1,) * missing + given[leading:]
         if leading < 0 or not _broadcasts(shape, target):
             raise ValueError(
-                "`attention_mask` must broadcast to the attention scores: "
+                f"`{name}` must broadcast to the attention scores: "
                 "(query_length, key_length), (batch, query_length, "
                 "key_length) or (batch, heads, query_length, key_length). "
-                f"Received: attention_mask.shape={tuple(pairs.shape)} for "
+                f"Received: {name}.shape={tuple(pairs.shape)} for "
                 f"scores of shape {target}. On a device that holds a part of "
                 "the sequence the rows are its own queries and the columns "
                 "all keys: feed it as (batch, query_length, key_length)."
             )
         # One mask for all heads stays one.
         target = (*target[:batch], shape[batch], *target[batch + 1 :])
-        pairs = ops.reshape(ops.cast(pairs, "bool"), shape)
+        pairs = ops.reshape(pairs, shape)
         pairs = _broadcast(pairs, target)
         if self.plain:
             return pairs

@@ -6,13 +6,13 @@ from keras_ring import strategy
 from keras_ring.layers.attention_axes import AttentionAxes
 
 
-def check_dropout(training: bool | None, dropout: float) -> None:
-    """Refuse dropout where it would have to be applied."""
-    if training and dropout > 0:
+def check_overridden(overridden: bool) -> None:
+    """Refuse a bias where a subclass computes its own attention."""
+    if overridden:
         raise NotImplementedError(
-            "Dropout on the attention probabilities is not supported yet in "
-            f"training. Received: dropout={dropout}. Set it to 0.0 and put "
-            "keras.layers.Dropout on the output instead."
+            "A layer whose class overrides `_compute_attention` takes no "
+            "`attention_bias`: the method is not told of it. Received: an "
+            "attention_bias. Add it inside the method."
         )
 
 
@@ -27,16 +27,20 @@ def check_scores(scores: bool, flash_attention: bool | None) -> None:
         )
 
 
-def check_positions(
-    axes: AttentionAxes, causal: bool, sliding_window: int | None
-) -> None:
-    """Refuse masks by position where there is more than one position."""
-    if (causal or sliding_window is not None) and len(axes.axes) > 1:
+def check_positions(axes: AttentionAxes, **by_position: Any) -> None:
+    """Refuse what goes by position where there is more than one position."""
+    given = {
+        name: value
+        for name, value in by_position.items()
+        if value is not None and value is not False
+    }
+    if given and len(axes.axes) > 1:
+        received = ", ".join(f"{name}={value}" for name, value in given.items())
         raise NotImplementedError(
-            "A causal mask and a sliding window need one sequence axis. "
-            f"Received: attention over the axes {axes.axes}, causal="
-            f"{bool(causal)}, sliding_window={sliding_window}. Pass the "
-            "allowed pairs as `attention_mask`."
+            "A causal mask, a sliding window, a prefix, ALiBi and rotary "
+            "embedding need one sequence axis. Received: attention over the "
+            f"axes {axes.axes}, {received}. Pass the allowed pairs as "
+            "`attention_mask`."
         )
 
 

@@ -12,8 +12,17 @@ from typing import Any
 
 from keras import ops
 
-from keras_ring import numerics
-from keras_ring.masks import Causal, Explicit, Mask, Padding, SlidingWindow
+from keras_ring import numerics, random_bits
+from keras_ring.masks import (
+    Causal,
+    Explicit,
+    Mask,
+    Padding,
+    PrefixLM,
+    Segments,
+    SlidingWindow,
+)
+from keras_ring.scoring import Dropout, Scoring
 
 Tensor = Any
 
@@ -28,6 +37,9 @@ class AttentionMasks:
         pairs: `(batch, heads or 1, query_length, all_keys)` or None.
         causal: whether later keys are hidden, aligned at the top left.
         sliding_window: hides keys this far away and further, or None.
+        segments: ids `(batch, query_length)` and `(batch, key_length)`; keys
+            of another id are hidden. None for no segments.
+        prefix: `(batch,)`, so many keys are not hidden by `causal`; or None.
     """
 
     queries: Tensor | None
@@ -35,10 +47,14 @@ class AttentionMasks:
     pairs: Tensor | None
     causal: bool
     sliding_window: int | None
+    segments: tuple[Tensor, Tensor] | None = None
+    prefix: Tensor | None = None
 
     def structured(self) -> Mask | None:
         """All masks but that of the queries, as functions of positions."""
         masks: list[Mask] = self._positional()
+        if self.segments is not None:
+            masks.append(Segments(*self.segments))
         if self.keys:
             masks.append(Padding(functools.reduce(ops.logical_and, self.keys)))
         if self.pairs is not None:
@@ -50,14 +66,14 @@ class AttentionMasks:
     def dense(self, query_length: Any, key_length: Any) -> Tensor | None:
         """All masks as one boolean array that broadcasts to the scores
         `(batch, heads, query_length, key_length)`."""
-        queries = ops.arange(query_length, dtype="int32")
-        keys = ops.arange(key_length, dtype="int32")
-        parts = [m.allowed(queries, keys) for m in self._positional()]
-        parts += [valid[:, None, None, :] for valid in self.keys]
+        mask = self.structured()
+        parts = []
+        if mask is not None:
+            queries = ops.arange(query_length, dtype="int32")
+            keys = ops.arange(key_length, dtype="int32")
+            parts.append(mask.allowed(queries, keys))
         if self.queries is not None:
             parts.append(self.queries[:, None, :, None])
-        if self.pairs is not None:
-            parts.append(self.pairs)
         return functools.reduce(ops.logical_and, parts) if parts else None
 
     def zero_queries(self, out: Tensor) -> Tensor:
@@ -70,7 +86,9 @@ class AttentionMasks:
 
     def _positional(self) -> list[Mask]:
         masks: list[Mask] = []
-        if self.causal:
+        if self.prefix is not None:
+            masks.append(PrefixLM(self.prefix))
+        elif self.causal:
             masks.append(Causal())
         if self.sliding_window is not None:
             masks.append(SlidingWindow(self.sliding_window))
@@ -81,8 +99,8 @@ def dense_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
-    scale: float,
+    scoring: Scoring,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention that writes out every score, for those who ask to see them.
 
@@ -90,13 +108,14 @@ def dense_attention(
         query: `(batch, query_length, heads, key_dim)`.
         key: `(batch, key_length, key_heads, key_dim)`.
         value: `(batch, key_length, key_heads, value_dim)`.
-        mask: boolean, broadcastable to the scores, or None.
-        scale: factor on the scores.
+        scoring: what makes the scores.
+        sinks: `(heads,)`, logits of one more key without a value, or None.
 
     Returns:
         `(out, scores)`: `(batch, query_length, heads, value_dim)` and the
-        probabilities `(batch, heads, query_length, key_length)`, in the
-        dtype of the query. A row that may attend to nothing is zero.
+        probabilities `(batch, heads, query_length, key_length)` after
+        dropout, in the dtype of the query. A row that may attend to nothing
+        is zero.
     """
     dtype = query.dtype
     batch, length, heads, key_dim = ops.shape(query)
@@ -105,17 +124,35 @@ def dense_attention(
     # Half precision would round what the softmax magnifies.
     wide = numerics.accumulation_dtype(dtype)
     grouped = ops.reshape(
-        ops.cast(query, wide) * scale,
+        ops.cast(query, wide) * scoring.scale,
         (batch, length, key_heads, group, key_dim),
     )
     scores = ops.einsum("btkgd,bskd->bkgts", grouped, ops.cast(key, wide))
     scores = ops.reshape(scores, (batch, heads, length, key_length))
-    if mask is not None:
+    queries, keys = (ops.arange(n, dtype="int32") for n in (length, key_length))
+    if scoring.soft_cap is not None:
+        scores = scoring.soft_cap * ops.tanh(scores / scoring.soft_cap)
+    if scoring.slopes is not None:
+        distance = ops.abs(queries[:, None] - keys[None, :])
+        slopes = ops.cast(scoring.slopes, wide)[:, None, None]
+        scores = scores - slopes * ops.cast(distance, wide)
+    if scoring.bias is not None:
+        bias = ops.transpose(scoring.bias, (0, 2, 1, 3))
+        scores = scores + ops.cast(bias, wide)
+    mask = None
+    if scoring.mask is not None:
+        mask = scoring.mask.allowed(queries, keys)
         # Finite, so that a row without any key has no 0 / 0 in its gradient.
         scores = ops.where(mask, scores, ops.cast(-1e9, wide))
-    scores = ops.softmax(scores, axis=-1)
+    if sinks is not None:
+        sink = ops.cast(sinks, wide)[None, :, None, None]
+        sink = ops.broadcast_to(sink, (batch, heads, length, 1))
+        scores = ops.concatenate([scores, sink], axis=-1)
+    scores = ops.softmax(scores, axis=-1)[..., :key_length]
     if mask is not None:
         scores = ops.where(mask, scores, ops.zeros_like(scores))
+    if scoring.dropout is not None:
+        scores = _dropped(scores, scoring.dropout, queries, keys)
     out = ops.einsum(
         "bkgts,bske->btkge",
         ops.reshape(scores, (batch, key_heads, group, length, key_length)),
@@ -123,3 +160,21 @@ def dense_attention(
     )
     out = ops.reshape(out, (batch, length, heads, ops.shape(value)[3]))
     return ops.cast(out, dtype), ops.cast(scores, dtype)
+
+
+def _dropped(
+    scores: Tensor, dropout: Dropout, queries: Tensor, keys: Tensor
+) -> Tensor:
+    batch, heads = ops.shape(scores)[:2]
+    kept = random_bits.keep(
+        dropout.seed,
+        [
+            ops.reshape(ops.arange(batch, dtype="int32"), (-1, 1, 1, 1)),
+            ops.reshape(ops.arange(heads, dtype="int32"), (1, -1, 1, 1)),
+            queries[:, None],
+            keys,
+        ],
+        dropout.rate,
+    )
+    share = 1.0 / (1.0 - dropout.rate)
+    return ops.where(kept, scores * share, ops.zeros_like(scores))

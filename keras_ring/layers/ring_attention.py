@@ -1,21 +1,62 @@
 """`keras_ring.layers.RingAttention`: multi-head attention around a ring."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_ring import strategy
+from keras_ring import random_bits, strategy
 from keras_ring.layers import attention_arguments as arguments
 from keras_ring.layers import attention_limits as limits
 from keras_ring.layers import keras_attention
 from keras_ring.layers.attention_axes import AttentionAxes
 from keras_ring.layers.attention_masks import AttentionMasks, dense_attention
 from keras_ring.layers.projections import Projections
+from keras_ring.layers.rotary_embedding import RotaryEmbedding
 from keras_ring.ops.ring_attention import ring_attention
+from keras_ring.scoring import Dropout, Scoring
 
 Tensor = Any
 Shape = tuple[int | None, ...]
+
+
+def _rotary(value: Any) -> RotaryEmbedding | None:
+    if isinstance(value, dict):
+        value = keras.saving.deserialize_keras_object(value)
+    if value is True:
+        return RotaryEmbedding(name="rotary")
+    if value is None or value is False:
+        return None
+    if not isinstance(value, RotaryEmbedding):
+        raise ValueError(
+            "`rotary` must be True, False or a keras_ring.layers."
+            f"RotaryEmbedding. Received: rotary={value!r}."
+        )
+    return value
+
+
+def _segments(
+    axes: AttentionAxes,
+    segment_ids: Tensor | None,
+    key_segment_ids: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """The ids of queries and keys, folded."""
+    if segment_ids is None:
+        if key_segment_ids is not None:
+            raise ValueError(
+                "`key_segment_ids` needs `segment_ids`, those of the queries. "
+                "Received: segment_ids=None."
+            )
+        return None
+    if key_segment_ids is None:
+        key_segment_ids = segment_ids
+    return (
+        axes.fold_positions(segment_ids, query, "segment_ids"),
+        axes.fold_positions(key_segment_ids, key, "key_segment_ids"),
+    )
 
 
 @keras.saving.register_keras_serializable(package="keras_ring")
@@ -42,9 +83,10 @@ class RingAttention(Projections, keras.layers.Layer):
         key_dim: size of each query and key head. `head_dim` is another
             spelling of it; give one of the two.
         value_dim: size of each value head; `key_dim` if None.
-        dropout: rate of dropout on the attention probabilities. It applies
-            in training only, which is not supported yet with a rate other
-            than 0; inference is.
+        dropout: rate of dropout on the attention probabilities, in training
+            only. Which are dropped is decided by the seed, the sample, the
+            head and the two positions: the same for every ring size and on
+            every backend.
         use_bias: whether the projections have biases.
         output_shape: shape of the output's features, an int or a tuple; the
             width of the query if None.
@@ -72,6 +114,14 @@ class RingAttention(Projections, keras.layers.Layer):
             query heads; as many as those if None. 1 is multi-query.
         causal: hide later keys from every query, in every call.
         scale: factor on the scores; `1 / sqrt(key_dim)` if None.
+        soft_cap: bound on the size of the scaled products, `soft_cap *
+            tanh(x / soft_cap)` as in Gemma 2; none if None.
+        alibi: True subtracts the slopes of the ALiBi paper times the
+            distance from the scores; a number for each head sets the slopes.
+        sinks: learn a logit for each head that takes part in the softmax and
+            has no value, so that a head can attend to nothing. Starts at 0.
+        rotary: True, or a `keras_ring.layers.RotaryEmbedding`, to rotate
+            queries and keys by their positions.
         head_dim: another spelling of `key_dim`.
         num_query_heads: another spelling of `num_heads`.
         **kwargs: `name`, `dtype`, `trainable`.
@@ -97,6 +147,14 @@ class RingAttention(Projections, keras.layers.Layer):
         training: whether dropout applies.
         use_causal_mask: hide later keys from every query, in this call.
             Aligned at the top left where the lengths differ.
+        attention_bias: added to the scores, floating point; shapes as of
+            `attention_mask`. It gets its gradient.
+        segment_ids: integers `(batch, query_length)`; a query attends to
+            keys with its own id only, which keeps packed documents apart.
+        key_segment_ids: those of the keys, `(batch, key_length)`;
+            `segment_ids` if None.
+        prefix_length: integers `(batch,)`; so many keys at the start are
+            seen by every query, the others causally.
 
     Returns:
         `(batch, query_length, features)` in the compute dtype, and the scores
@@ -104,8 +162,8 @@ class RingAttention(Projections, keras.layers.Layer):
 
     Raises:
         ValueError: for arguments or shapes that do not fit.
-        NotImplementedError: for dropout in training; around a ring also for
-            `return_attention_scores` and other axes than axis 1.
+        NotImplementedError: around a ring for `return_attention_scores` and
+            other axes than axis 1.
 
     Example:
 
@@ -144,6 +202,10 @@ class RingAttention(Projections, keras.layers.Layer):
         num_key_value_heads: int | None = None,
         causal: bool = False,
         scale: float | None = None,
+        soft_cap: float | None = None,
+        alibi: bool | Sequence[float] | None = None,
+        sinks: bool = False,
+        rotary: bool | RotaryEmbedding | None = None,
         head_dim: int | None = None,
         num_query_heads: int | None = None,
         **kwargs: Any,
@@ -158,6 +220,8 @@ class RingAttention(Projections, keras.layers.Layer):
         )
         arguments.check_dropout(dropout, flash_attention)
         arguments.check_scale(scale)
+        arguments.check_soft_cap(soft_cap)
+        slopes = arguments.alibi_slopes(alibi, heads.query)
         if sliding_window is not None:
             arguments.check_positive("sliding_window", sliding_window)
         output_shape = arguments.output_shape(output_shape)
@@ -177,6 +241,10 @@ class RingAttention(Projections, keras.layers.Layer):
         self._use_gate = use_gate
         self._causal = causal
         self._scale = scale
+        self._soft_cap = soft_cap
+        self._slopes = slopes
+        self._sinks = bool(sinks)
+        self._rotary = _rotary(rotary)
         self.seed = seed
         self._set_projection_options(
             kernel_initializer,
@@ -210,11 +278,20 @@ class RingAttention(Projections, keras.layers.Layer):
         # strategy that is active when training starts.
         self._ring_world = strategy.current()
         self._build_projections(*shapes)
-        # Never applied so far, but its seed is part of the state that stock
-        # layers save.
+        if self._sinks:
+            self._sink_logits = self.add_weight(
+                name="sinks", shape=(self._num_heads,), initializer="zeros"
+            )
+        if self._rotary is not None and not self._rotary.built:
+            heads = (self._num_heads, self._key_dim)
+            self._rotary.build((*shapes[0][:2], *heads))
+        # Its seed is part of the state that stock layers save; what is
+        # dropped is decided by `random_bits`.
         self._dropout_layer = keras.layers.Dropout(
             self._dropout, seed=self.seed, dtype=self.dtype_policy
         )
+        if self._dropout:
+            random_bits.share_seed(self._dropout_layer.seed_generator)
 
     def __call__(
         self,
@@ -239,11 +316,23 @@ class RingAttention(Projections, keras.layers.Layer):
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
+        attention_bias: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        key_segment_ids: Tensor | None = None,
+        prefix_length: Tensor | None = None,
     ) -> Any:
         value = query if value is None else value
         key = value if key is None else key
         axes = self._check_call(query, value, key, return_attention_scores)
-        limits.check_dropout(training, self._dropout)
+        causal = use_causal_mask or self._causal
+        limits.check_positions(
+            axes,
+            causal=bool(causal),
+            sliding_window=self._sliding_window,
+            alibi=self._slopes,
+            rotary=self._rotary,
+            prefix_length=prefix_length,
+        )
         masks = self._masks(
             axes,
             {
@@ -252,7 +341,12 @@ class RingAttention(Projections, keras.layers.Layer):
                 "key_mask": (key_mask, key),
             },
             attention_mask,
-            use_causal_mask or self._causal,
+            causal,
+            (segment_ids, key_segment_ids),
+            prefix_length,
+        )
+        bias = self._pairs(
+            axes, attention_bias, query, key, name="attention_bias"
         )
         gate = self._gate_dense(query) if self._use_gate else None
         inputs = query, key
@@ -260,20 +354,40 @@ class RingAttention(Projections, keras.layers.Layer):
             axes.fold(ops.cast(tensor, self.compute_dtype))
             for tensor in self._project(query, key, value)
         )
+        if self._rotary is not None:
+            query, key = self._rotary(query), self._rotary(key)
+        if bias is not None:
+            bias = ops.transpose(bias, (0, 2, 1, 3))
         scores = None
         if return_attention_scores or self._overridden():
-            asked = {"return_attention_scores": True}
+            options: dict[str, Any] = {}
+            if return_attention_scores:
+                options["return_attention_scores"] = True
+            if bias is not None:
+                limits.check_overridden(self._overridden())
+                options["attention_bias"] = bias
             out, scores = self._compute_attention(
                 query,
                 key,
                 value,
                 masks.dense(ops.shape(query)[1], ops.shape(key)[1]),
                 training,
-                **(asked if return_attention_scores else {}),
+                **options,
             )
         else:
+            seed = self._dropout_seed(training)
             out = ring_attention(
-                query, key, value, mask=masks.structured(), scale=self._scale
+                query,
+                key,
+                value,
+                mask=masks.structured(),
+                scale=self._scale,
+                soft_cap=self._soft_cap,
+                bias=bias,
+                alibi=self._slopes,
+                sinks=self._sink_logits if self._sinks else None,
+                dropout=0.0 if seed is None else self._dropout,
+                dropout_seed=seed,
             )
         out = axes.unfold(masks.zero_queries(out), inputs[0])
         if gate is not None:
@@ -292,6 +406,7 @@ class RingAttention(Projections, keras.layers.Layer):
         training: bool | None = None,
         return_attention_scores: bool = False,
         use_causal_mask: bool = False,
+        attention_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention with all its scores, on one device.
 
@@ -304,14 +419,15 @@ class RingAttention(Projections, keras.layers.Layer):
             key: `(batch, key_length, key_heads, key_dim)`.
             value: `(batch, key_length, key_heads, value_dim)`.
             attention_mask: boolean, as in a call; all masks in one.
-            training: as in a call; dropout in training has been refused.
+            training: as in a call.
             return_attention_scores: whether the scores were asked for.
             use_causal_mask: hide later keys as well.
+            attention_bias: `(batch, query_length, heads or 1, key_length)`.
 
         Returns:
             `(out, scores)`, see `dense_attention`.
         """
-        del training, return_attention_scores
+        del return_attention_scores
         pairs = None
         plain = AttentionAxes(3, (1,))
         if attention_mask is not None:
@@ -319,9 +435,26 @@ class RingAttention(Projections, keras.layers.Layer):
                 attention_mask, ops.shape(query)[:3], (ops.shape(key)[1],)
             )
         masks = AttentionMasks(None, (), pairs, use_causal_mask, None)
-        mask = masks.dense(ops.shape(query)[1], ops.shape(key)[1])
-        scale = self._key_dim**-0.5 if self._scale is None else self._scale
-        return dense_attention(query, key, value, mask, scale)
+        dropout = None
+        seed = self._dropout_seed(training)
+        if seed is not None:
+            dropout = Dropout(self._dropout, ops.cast(seed, "int32"), 0)
+        scoring = Scoring(
+            scale=self._key_dim**-0.5 if self._scale is None else self._scale,
+            mask=masks.structured(),
+            soft_cap=self._soft_cap,
+            bias=attention_bias,
+            slopes=self._slopes,
+            dropout=dropout,
+        )
+        sinks = self._sink_logits if self._sinks else None
+        return dense_attention(query, key, value, scoring, sinks)
+
+    def _dropout_seed(self, training: bool | None) -> Tensor | None:
+        """The seed of this call, or None where nothing is dropped."""
+        if not (training and self._dropout):
+            return None
+        return self._dropout_layer.seed_generator.next()
 
     def _overridden(self) -> bool:
         return (
@@ -335,33 +468,50 @@ class RingAttention(Projections, keras.layers.Layer):
         padding: dict[str, tuple[Tensor | None, Tensor]],
         attention_mask: Tensor | None,
         causal: bool,
+        segment_ids: tuple[Tensor | None, Tensor | None],
+        prefix_length: Tensor | None,
     ) -> AttentionMasks:
         """The masks of a call over folded tensors, checked."""
         folded = {
-            name: axes.fold_padding(mask, like, name)
+            name: axes.fold_positions(ops.cast(mask, "bool"), like, name)
             for name, (mask, like) in padding.items()
             if mask is not None
         }
         query, key = padding["query_mask"][1], padding["key_mask"][1]
-        limits.check_positions(axes, causal, self._sliding_window)
-        pairs = None
-        if attention_mask is not None:
-            world = strategy.current()
-            shards = 1
-            if world is not None and world.inside():
-                shards = world.sequence_size
-            lengths = tuple(n * shards for n in axes.lengths(ops.shape(key)))
-            pairs = axes.fold_pairs(
-                attention_mask,
-                (*ops.shape(query)[:-1], self._num_heads),
-                lengths,
-            )
+        pairs = self._pairs(
+            axes, attention_mask, query, key, name="attention_mask"
+        )
         return AttentionMasks(
             queries=folded.pop("query_mask", None),
             keys=tuple(folded.values()),
-            pairs=pairs,
+            pairs=None if pairs is None else ops.cast(pairs, "bool"),
             causal=bool(causal),
             sliding_window=self._sliding_window,
+            segments=_segments(axes, *segment_ids, query, key),
+            prefix=prefix_length,
+        )
+
+    def _pairs(
+        self,
+        axes: AttentionAxes,
+        pairs: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        name: str,
+    ) -> Tensor | None:
+        """What is said of each score, folded: `(batch, heads or 1,
+        query_length, all_keys)`."""
+        if pairs is None:
+            return None
+        world = strategy.current()
+        shards = 1
+        if world is not None and world.inside():
+            shards = world.sequence_size
+        return axes.fold_pairs(
+            pairs,
+            (*ops.shape(query)[:-1], self._num_heads),
+            tuple(n * shards for n in axes.lengths(ops.shape(key))),
+            name,
         )
 
     def _check_shapes(
@@ -406,9 +556,10 @@ class RingAttention(Projections, keras.layers.Layer):
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
+        **tensors: Any,
     ) -> Any:
         del query_mask, value_mask, key_mask, attention_mask
-        del training, use_causal_mask
+        del training, use_causal_mask, tensors
         value = query if value is None else value
         key = value if key is None else key
         axes = self._check_call(query, value, key, return_attention_scores)
@@ -439,6 +590,10 @@ class RingAttention(Projections, keras.layers.Layer):
             "use_gate": self._use_gate,
             "causal": self._causal,
             "scale": self._scale,
+            "soft_cap": self._soft_cap,
+            "alibi": self._slopes,
+            "sinks": self._sinks,
+            "rotary": keras.saving.serialize_keras_object(self._rotary),
             "seed": self.seed,
         }
 

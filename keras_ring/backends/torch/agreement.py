@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from keras import tree
 
+from keras_ring import random_bits
 from keras_ring.backends.torch import hooks
 from keras_ring.backends.torch.transport import RingTransport, reporting
 
@@ -163,7 +164,7 @@ class Agreement:
         states = [
             v.value.detach()
             for v in model.variables
-            if v.name == "seed_generator_state"
+            if v.name == "seed_generator_state" and not random_bits.is_shared(v)
         ]
         with (
             hooks.forked_global_seed(offset),
