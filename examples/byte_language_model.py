@@ -28,10 +28,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-BACKEND = os.environ.setdefault("KERAS_BACKEND", "jax")
-SIMULATED = {"jax": 8, "tensorflow": 4, "torch": 2}[BACKEND]
-RANK = int(os.environ.get("RANK", "0"))
-OUT = Path(__file__).resolve().parent.parent / "out"
+from devices import BACKEND, OUT, RANK, SIMULATED, say  # isort: skip
+
+import keras
+import numpy as np
+
+import keras_ring
+
 FIRST_STEPS = 3
 # What fits into about three minutes on two cores.
 STEPS = {"jax": 63, "tensorflow": 33, "torch": 63}[BACKEND]
@@ -39,45 +42,6 @@ EPOCHS = 5
 TOLERANCE = 1e-4
 # A sequence that takes no memory to speak of.
 SHORT = 64
-
-
-def simulate_devices() -> None:
-    """Split this machine's CPU into devices, before Keras is imported."""
-    if BACKEND == "jax":
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
-        flags = os.environ.get("XLA_FLAGS", "")
-        if "host_platform_device_count" not in flags:
-            flags += f" --xla_force_host_platform_device_count={SIMULATED}"
-            os.environ["XLA_FLAGS"] = flags
-    elif BACKEND == "tensorflow":
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        import tensorflow as tf
-
-        if len(tf.config.list_physical_devices("GPU")) < 2:
-            tf.config.set_visible_devices([], "GPU")
-            tf.config.set_logical_device_configuration(
-                tf.config.list_physical_devices("CPU")[0],
-                [tf.config.LogicalDeviceConfiguration()] * SIMULATED,
-            )
-    elif "WORLD_SIZE" not in os.environ:
-        sys.exit(
-            "On PyTorch every device is a process. Start this with\n"
-            f"  torchrun --nproc-per-node {SIMULATED} {sys.argv[0]}"
-        )
-
-
-simulate_devices()
-
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-
-import keras_ring  # noqa: E402
-
-
-def say(*words: object) -> None:
-    """Print once, also where there are several processes."""
-    if RANK == 0:
-        print(*words, flush=True)
 
 
 def read_text() -> tuple[np.ndarray, np.ndarray]:
