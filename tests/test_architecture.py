@@ -37,9 +37,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "world": {"transport"},
     "strategy": {"backends", "placement", "world"},
     "batches": {"placement", "world"},
+    "chunked": {"backends", "numerics", "strategy"},
     "ops": {
-        *("attention", "backends", "masks", "numerics", "placement"),
-        *("random_bits", "scoring"),
+        *("attention", "backends", "chunked", "masks", "numerics"),
+        *("placement", "random_bits", "scoring"),
         *("strategy", "transport", "world"),
     },
     "layers": {
@@ -77,7 +78,7 @@ PRIVATE = (
 SEAM = {
     "transport.py": ["RingTransport"],
     "kernel.py": ["Kernel", "KERNEL"],
-    "runtime.py": ["World", "current", "custom_gradient", "install"],
+    "runtime.py": ["World", "current", "custom_gradient", "vjp", "install"],
 }
 
 

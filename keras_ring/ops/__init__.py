@@ -1,5 +1,6 @@
 """The functional interface: operations on tensors."""
 
+from keras_ring.ops.blockwise_feed_forward import blockwise_feed_forward
 from keras_ring.ops.ring_attention import AttentionResult, ring_attention
 from keras_ring.ops.sequence import (
     gather_sequence,
@@ -9,6 +10,7 @@ from keras_ring.ops.sequence import (
 
 __all__ = [
     "AttentionResult",
+    "blockwise_feed_forward",
     "gather_sequence",
     "own_chunk",
     "ring_attention",
