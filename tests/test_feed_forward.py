@@ -92,3 +92,34 @@ def test_it_equals_dense_layers(name, chunk_size):
         have_grads, want_grads, [None, *layer.weights], strict=True
     ):
         close(ours, theirs, "input" if weight is None else weight.path)
+
+
+def train(layer, **options):
+    """Some steps of plain gradient descent, and what comes of them."""
+    inputs = keras.Input((None, WIDTH))
+    model = keras.Model(inputs, layer(inputs))
+    model.compile(keras.optimizers.SGD(0.05), "mse", **options)
+    model.set_weights(
+        [normal(70 + i, *w.shape) / 2 for i, w in enumerate(model.weights)]
+    )
+    x, y = (normal(i, 2 * BATCH, LENGTH, WIDTH) for i in (3, 4))
+    history = model.fit(
+        x, y, batch_size=BATCH, epochs=2, verbose=0, shuffle=False
+    )
+    predicted = model.predict(x, batch_size=BATCH, verbose=0)
+    return [history.history["loss"], predicted, *model.get_weights()]
+
+
+def check_training(size, name):
+    want = train(Stock(**CASES[name]))
+    ring = keras_ring.DistributedStrategy(sequence_parallel=size)
+    with ring.scope():
+        have = train(BlockwiseFeedForward(HIDDEN, chunk_size=4, **CASES[name]))
+    for ours, theirs in zip(have, want, strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("size", RINGS)
+@pytest.mark.parametrize("name", ["plain", "swiglu"])
+def test_training_on_a_ring_equals_one_device(on_devices, size, name):
+    on_devices(size, check_training, size, name)
