@@ -6,7 +6,6 @@ import pytest
 from keras import ops
 
 import keras_ring
-from tests import worlds
 from tests.attention_layers import normal
 from tests.gradients import vjp
 
