@@ -6,10 +6,14 @@ import pytest
 from keras import ops
 
 import keras_ring
+from keras_ring.layers import LanguageModelHead
+from keras_ring.losses import ChunkedCrossEntropy
+from tests import worlds
 from tests.attention_layers import normal
 from tests.gradients import vjp
 
 BATCH, LENGTH, WIDTH, CLASSES = 2, 12, 6, 19
+RINGS = [size for size in (2, 4) if size <= worlds.DEVICES]
 OPTIONS = {
     "plain": {},
     "smoothing": {"label_smoothing": 0.1},
@@ -193,3 +197,113 @@ def test_what_does_not_fit_is_refused(received):
     }
     with pytest.raises(ValueError, match=received):
         keras_ring.ops.chunked_cross_entropy(**arguments)
+
+
+def language_model(chunked, ignore_class=None, mask_zero=False):
+    """Features from a table, and logits or a head that has them inside."""
+    tokens = keras.Input((None,), dtype="int32")
+    table = keras.layers.Embedding(CLASSES, WIDTH, mask_zero=mask_zero)
+    x = keras.layers.Dense(WIDTH, activation="tanh")(table(tokens))
+    if chunked:
+        head = LanguageModelHead(CLASSES)
+        x = head(x)
+        loss = ChunkedCrossEntropy(
+            head, ignore_class=ignore_class, chunk_size=4
+        )
+        metrics = None
+    else:
+        x = keras.layers.Dense(CLASSES)(x)
+        loss = keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, ignore_class=ignore_class
+        )
+        metrics = ["accuracy"]
+    model = keras.Model(tokens, x)
+    model.compile(keras.optimizers.SGD(0.3), loss, metrics=metrics)
+    model.set_weights(
+        [normal(70 + i, *w.shape) / 2 for i, w in enumerate(model.weights)]
+    )
+    return model
+
+
+def batch():
+    draw = np.random.default_rng(8)
+    tokens = draw.integers(1, CLASSES, (2 * BATCH, LENGTH)).astype("int32")
+    labels = np.roll(tokens, -1, 1)
+    return tokens, labels
+
+
+def train(model, x, y, **options):
+    history = model.fit(
+        x, y, batch_size=BATCH, epochs=2, verbose=0, shuffle=False, **options
+    )
+    logs = {k: np.array(v) for k, v in history.history.items()}
+    evaluated = model.evaluate(x, y, batch_size=BATCH, verbose=0)
+    return [logs["loss"], logs["accuracy"], evaluated, *model.get_weights()]
+
+
+def check_training(size, weighted):
+    x, y = batch()
+    options = {}
+    if weighted:
+        options["sample_weight"] = abs(normal(9, *y.shape))
+    want = train(language_model(False), x, y, **options)
+    ring = keras_ring.DistributedStrategy(sequence_parallel=size)
+    with ring.scope():
+        have = train(language_model(True), x, y, **options)
+    for ours, theirs in zip(have, want, strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [1, *RINGS])
+def test_training_equals_stock_layers(on_devices, size):
+    on_devices(size, check_training, size, False)
+
+
+def test_training_with_sample_weights(on_devices):
+    on_devices(2, check_training, 2, True)
+
+
+def test_ignored_classes_and_masks_on_one_device():
+    x, y = batch()
+    x[:, 9:] = 0
+    want = train(language_model(False, 5, True), x, y)
+    have = train(language_model(True, 5, True), x, y)
+    # The accuracy of Keras counts what its loss ignores.
+    for ours, theirs in zip(
+        have[:1] + have[3:], want[:1] + want[3:], strict=True
+    ):
+        close(ours, theirs)
+
+
+def test_save_and_load(tmp_path):
+    x, y = batch()
+    model = language_model(True)
+    path = str(tmp_path / "model.keras")
+    model.save(path)
+    again = keras.saving.load_model(path)
+    with pytest.raises(ValueError, match=r"model.loss.bind\(model\)"):
+        again.evaluate(x, y, verbose=0)
+    again.loss.bind(again)
+    for ours, theirs in zip(
+        train(again, x, y), train(model, x, y), strict=True
+    ):
+        close(ours, theirs)
+
+
+def test_a_loss_without_a_head_says_how_to_get_one():
+    model = language_model(True)
+    loss = ChunkedCrossEntropy.from_config(model.loss.get_config())
+    x, y = batch()
+    with pytest.raises(ValueError, match=r"loss.bind\(model\)"):
+        loss(y, model(x))
+    want = model.loss(y, model(x))
+    close(loss.bind(model)(y, model(x)), ops.convert_to_numpy(want))
+
+
+def test_logits_for_inference():
+    x, _ = batch()
+    stock, ours = language_model(False), language_model(True)
+    close(
+        ours.layers[-1].logits(ours(x)[:, -1:]),
+        ops.convert_to_numpy(stock(x)[:, -1:]),
+    )
