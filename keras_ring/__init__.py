@@ -1,7 +1,14 @@
 """Exact long-context attention for Keras on JAX, TensorFlow and PyTorch."""
 
-from keras_ring import layers, masks, ops
+from keras_ring import layers, losses, masks, ops
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.version import __version__
 
-__all__ = ["DistributedStrategy", "layers", "masks", "ops", "__version__"]
+__all__ = [
+    "DistributedStrategy",
+    "layers",
+    "losses",
+    "masks",
+    "ops",
+    "__version__",
+]

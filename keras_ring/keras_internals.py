@@ -1,7 +1,8 @@
 """What the shared code needs of Keras and Keras does not publish.
 
-The layers that a layer is made of, and the calls that made a functional
-model. Both have been in every Keras 3 release; a release without them is
+The layers that a layer is made of, the calls that made a functional model,
+and the masks of tensors. All have been in every Keras 3 release; a release
+without them is
 named in the error. Private names that only one backend needs are in that
 backend's folder.
 """
@@ -36,3 +37,27 @@ def calls(part: Any) -> list[Any]:
     `input_tensors` and `output_tensors`; none for one that was never called
     symbolically."""
     return list(getattr(part, "_inbound_nodes", []))
+
+
+def mask_of(tensor: Any) -> Any:
+    """The mask that Keras has attached to a tensor, or None."""
+    return _masking("get_keras_mask")(tensor)
+
+
+def attach_mask(tensor: Any, mask: Any) -> None:
+    """Attach a mask to a tensor, as layers and losses of Keras do."""
+    _masking("set_keras_mask")(tensor, mask)
+
+
+def _masking(name: str) -> Any:
+    try:
+        # Not the attribute itself: some tensors take none.
+        from keras.src import backend
+
+        return getattr(backend, name)
+    except (ImportError, AttributeError) as error:
+        raise NotImplementedError(
+            "This release of Keras attaches masks to tensors in a way that "
+            f"keras_ring does not know. Received: keras {keras.__version__}, "
+            f"{error}. Use Keras 3.15."
+        ) from error

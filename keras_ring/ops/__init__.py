@@ -1,5 +1,10 @@
 """The functional interface: operations on tensors."""
 
+from keras_ring.ops.blockwise_feed_forward import blockwise_feed_forward
+from keras_ring.ops.chunked_cross_entropy import (
+    CrossEntropy,
+    chunked_cross_entropy,
+)
 from keras_ring.ops.ring_attention import AttentionResult, ring_attention
 from keras_ring.ops.sequence import (
     gather_sequence,
@@ -9,6 +14,9 @@ from keras_ring.ops.sequence import (
 
 __all__ = [
     "AttentionResult",
+    "CrossEntropy",
+    "blockwise_feed_forward",
+    "chunked_cross_entropy",
     "gather_sequence",
     "own_chunk",
     "ring_attention",

@@ -257,6 +257,18 @@ def custom_gradient(
     return function
 
 
+def vjp(
+    function: Callable[..., tuple[Any, ...]],
+    tensors: Sequence[Any],
+    cotangents: Sequence[Any],
+) -> list[Any]:
+    """Gradients of `sum(outputs * cotangents)` for floating-point tensors;
+    zeros for one that no output depends on. Also inside a gradient, and in
+    the body of a loop."""
+    _, pull_back = jax.vjp(lambda *t: tuple(function(*t)), *tensors)
+    return list(pull_back(tuple(cotangents)))
+
+
 _DETACHED = "_keras_ring_detached"
 _MARK = "_keras_ring_wrapped"
 

@@ -324,7 +324,29 @@ def custom_gradient(
 
         return outputs, pull_back
 
-    return function
+    # TensorFlow asks for the gradients of variables apart from the others.
+    return lambda *tensors: function(*map(tf.convert_to_tensor, tensors))
+
+
+def vjp(
+    function: Callable[..., tuple[Any, ...]],
+    tensors: Sequence[Any],
+    cotangents: Sequence[Any],
+) -> list[Any]:
+    """Gradients of `sum(outputs * cotangents)` for floating-point tensors;
+    zeros for one that no output depends on. Also inside a gradient, and in
+    the body of a loop."""
+    tensors = [tf.identity(tensor) for tensor in tensors]
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        outputs = list(function(*tensors))
+    gradients = tape.gradient(
+        outputs,
+        tensors,
+        output_gradients=list(cotangents),
+        unconnected_gradients=tf.UnconnectedGradients.ZERO,
+    )
+    return [tf.convert_to_tensor(gradient) for gradient in gradients]
 
 
 def install() -> None:

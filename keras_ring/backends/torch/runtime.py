@@ -261,6 +261,36 @@ def custom_gradient(
     return Function.apply
 
 
+def vjp(
+    function: Callable[..., tuple[Any, ...]],
+    tensors: Sequence[Any],
+    cotangents: Sequence[Any],
+) -> list[Any]:
+    """Gradients of `sum(outputs * cotangents)` for floating-point tensors;
+    zeros for one that no output depends on. Also inside a gradient, and in
+    the body of a loop."""
+    with torch.enable_grad():
+        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        outputs = function(*tensors)
+    pairs = [
+        (output, cotangent)
+        for output, cotangent in zip(outputs, cotangents, strict=True)
+        if output.requires_grad
+    ]
+    if not pairs:
+        return [torch.zeros_like(tensor) for tensor in tensors]
+    gradients = torch.autograd.grad(
+        [output for output, _ in pairs],
+        tensors,
+        [cotangent for _, cotangent in pairs],
+        allow_unused=True,
+    )
+    return [
+        torch.zeros_like(tensor) if gradient is None else gradient
+        for tensor, gradient in zip(tensors, gradients, strict=True)
+    ]
+
+
 def _differentiable(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 

@@ -1,0 +1,188 @@
+"""`keras_ring.layers.BlockwiseFeedForward`."""
+
+from typing import Any
+
+import keras
+
+from keras_ring import strategy
+from keras_ring.ops.blockwise_feed_forward import (
+    blockwise_feed_forward,
+    check_chunk_size,
+)
+
+Shape = tuple[int | None, ...]
+Tensor = Any
+
+
+@keras.saving.register_keras_serializable(package="keras_ring")
+class BlockwiseFeedForward(keras.layers.Layer):
+    """The feed-forward of a transformer, one chunk of positions at a time.
+
+    `down(activation(up(x)))`, or with a gate
+    `down(activation(gate(x)) * up(x))`: SwiGLU with `activation="silu"`,
+    GeGLU with `"gelu"`. It computes what the same `keras.layers.Dense` layers
+    would. But the hidden features, several times as wide as the inputs,
+    exist for `chunk_size` positions at a time, forward and backward; what is
+    kept for the backward are the inputs alone, and the backward computes the
+    hidden features once more.
+
+    Args:
+        hidden_dim: number of hidden features.
+        activation: name of a Keras activation, or a function of a tensor
+            that treats positions one by one.
+        gated: multiply the hidden features by an activated gate.
+        use_bias: whether the projections have biases.
+        chunk_size: positions of a sequence (of a shard of it, under a
+            strategy) that are computed at a time, at most.
+        kernel_initializer: of the kernels.
+        bias_initializer: of the biases.
+        kernel_regularizer: of the kernels.
+        bias_regularizer: of the biases.
+        kernel_constraint: of the kernels.
+        bias_constraint: of the biases.
+        **kwargs: name, dtype and others of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: `(batch, length, features)`, floating point.
+
+    Returns:
+        A tensor with the shape of the inputs, in the compute dtype.
+
+    Raises:
+        ValueError: for arguments out of range, or inputs of another rank.
+
+    Example:
+
+    ```python
+    x = x + keras_ring.layers.BlockwiseFeedForward(2048)(norm(x))
+    ```
+
+    Reference:
+        Liu and Abbeel, "Blockwise Parallel Transformer for Large Context
+        Models", 2023, https://arxiv.org/abs/2305.19370; Shazeer, "GLU
+        Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        activation: Any = "gelu",
+        gated: bool = False,
+        use_bias: bool = True,
+        chunk_size: int = 1024,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(hidden_dim, int) or hidden_dim < 1:
+            raise ValueError(
+                "`hidden_dim` must be a positive integer. Received: "
+                f"hidden_dim={hidden_dim!r}."
+            )
+        check_chunk_size(chunk_size)
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.hidden_dim = hidden_dim
+        self.activation = keras.activations.get(activation)
+        self.gated = gated
+        self.use_bias = use_bias
+        self.chunk_size = chunk_size
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+
+    def build(self, input_shape: Shape) -> None:
+        if len(input_shape) != 3 or input_shape[-1] is None:
+            raise ValueError(
+                "Inputs must have the shape (batch, length, features) with a "
+                f"known number of features. Received: input_shape="
+                f"{tuple(input_shape)}."
+            )
+        self._ring_world = strategy.current()
+        self.gate = None
+        if self.gated:
+            self.gate = self._dense("gate", self.hidden_dim, input_shape)
+        self.up = self._dense("up", self.hidden_dim, input_shape)
+        hidden_shape = (*input_shape[:-1], self.hidden_dim)
+        self.down = self._dense("down", input_shape[-1], hidden_shape)
+
+    def call(self, inputs: Tensor) -> Tensor:
+        gate = self.gate
+        return blockwise_feed_forward(
+            inputs,
+            _kernel(self.up),
+            _kernel(self.down),
+            gate_kernel=None if gate is None else _kernel(gate),
+            up_bias=self.up.bias,
+            gate_bias=None if gate is None else gate.bias,
+            down_bias=self.down.bias,
+            activation=self.activation,
+            chunk_size=self.chunk_size,
+        )
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        return tuple(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        config = {
+            **super().get_config(),
+            "hidden_dim": self.hidden_dim,
+            "activation": keras.activations.serialize(self.activation),
+            "gated": self.gated,
+            "use_bias": self.use_bias,
+            "chunk_size": self.chunk_size,
+        }
+        for kind, module in (
+            ("initializer", keras.initializers),
+            ("regularizer", keras.regularizers),
+            ("constraint", keras.constraints),
+        ):
+            for what in ("kernel", "bias"):
+                value = getattr(self, f"{what}_{kind}")
+                config[f"{what}_{kind}"] = module.serialize(value)
+        return config
+
+    def _dense(
+        self, name: str, units: int, input_shape: Shape
+    ) -> keras.layers.Dense:
+        """A built projection, of which this layer reads the weights."""
+        layer = keras.layers.Dense(
+            units,
+            use_bias=self.use_bias,
+            # A copy each: one initializer object gives equal values twice.
+            kernel_initializer=_copy(self.kernel_initializer),
+            bias_initializer=_copy(self.bias_initializer),
+            kernel_regularizer=self.kernel_regularizer,
+            bias_regularizer=self.bias_regularizer,
+            kernel_constraint=self.kernel_constraint,
+            bias_constraint=self.bias_constraint,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+        layer.build(input_shape)
+        return layer
+
+
+def _kernel(layer: keras.layers.Dense) -> Any:
+    """The kernel of a projection, what LoRA adds included."""
+    if layer.quantization_mode is not None:
+        raise NotImplementedError(
+            "Quantized projections are not supported in a blockwise "
+            f"feed-forward. Received: the layer {layer.path!r} quantized to "
+            f"{layer.quantization_mode!r}. Leave it out of the quantization."
+        )
+    return layer.kernel
+
+
+def _copy(initializer: Any) -> Any:
+    """A new initializer of the same kind, or a plain function as it is."""
+    if isinstance(initializer, keras.initializers.Initializer):
+        return initializer.__class__.from_config(initializer.get_config())
+    return initializer

@@ -1,0 +1,174 @@
+"""`keras_ring.layers.LanguageModelHead`."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ring import strategy
+
+Shape = tuple[int | None, ...]
+Tensor = Any
+
+
+@keras.saving.register_keras_serializable(package="keras_ring")
+class LanguageModelHead(keras.layers.Layer):
+    """The projection to the vocabulary, for a loss that works in chunks.
+
+    The layer owns the weights of `keras.layers.Dense(vocabulary_size)`, but
+    its output are the features that came in: a tensor of logits, tokens times
+    vocabulary, is never made. `keras_ring.losses.ChunkedCrossEntropy(head)`
+    computes the logits chunk by chunk, and `logits` those of a few positions
+    for inference.
+
+    Args:
+        vocabulary_size: number of classes.
+        use_bias: whether the logits have a bias.
+        soft_cap: logits become `soft_cap * tanh(logit / soft_cap)`.
+        accuracy: count how often the label has the largest logit, as the
+            metric "accuracy" of the model. The loss feeds it from the logits
+            that it has anyway; tokens that it ignores or that the features'
+            Keras mask hides do not count.
+        kernel_initializer: of the kernel.
+        bias_initializer: of the bias.
+        kernel_regularizer: of the kernel.
+        bias_regularizer: of the bias.
+        kernel_constraint: of the kernel.
+        bias_constraint: of the bias.
+        **kwargs: name, dtype and others of `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: `(batch, length, features)`, floating point.
+
+    Returns:
+        The inputs, in the compute dtype.
+
+    Raises:
+        ValueError: for arguments out of range, or inputs of another rank.
+
+    Example:
+
+    ```python
+    head = keras_ring.layers.LanguageModelHead(50_000)
+    model = keras.Model(tokens, head(x))
+    model.compile("adam", keras_ring.losses.ChunkedCrossEntropy(head))
+    model.fit(tokens, next_tokens)
+    logits = head.logits(model.predict(tokens)[:, -1:])
+    ```
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        use_bias: bool = True,
+        soft_cap: float | None = None,
+        accuracy: bool = True,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        kernel_regularizer: Any = None,
+        bias_regularizer: Any = None,
+        kernel_constraint: Any = None,
+        bias_constraint: Any = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(vocabulary_size, int) or vocabulary_size < 1:
+            raise ValueError(
+                "`vocabulary_size` must be a positive integer. Received: "
+                f"vocabulary_size={vocabulary_size!r}."
+            )
+        if soft_cap is not None and not soft_cap > 0:
+            raise ValueError(
+                "`soft_cap` must be a positive number or None. Received: "
+                f"soft_cap={soft_cap}."
+            )
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.vocabulary_size = vocabulary_size
+        self.use_bias = use_bias
+        self.soft_cap = soft_cap
+        self.accuracy = None
+        if accuracy:
+            self.accuracy = keras.metrics.Mean(name="accuracy")
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
+
+    def build(self, input_shape: Shape) -> None:
+        if len(input_shape) != 3 or input_shape[-1] is None:
+            raise ValueError(
+                "Inputs must have the shape (batch, length, features) with a "
+                f"known number of features. Received: input_shape="
+                f"{tuple(input_shape)}."
+            )
+        self._ring_world = strategy.current()
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(input_shape[-1], self.vocabulary_size),
+            initializer=self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+        )
+        self.bias = None
+        if self.use_bias:
+            self.bias = self.add_weight(
+                name="bias",
+                shape=(self.vocabulary_size,),
+                initializer=self.bias_initializer,
+                regularizer=self.bias_regularizer,
+                constraint=self.bias_constraint,
+            )
+
+    def call(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+    def logits(self, features: Tensor) -> Tensor:
+        """The logits, all at once: for a few positions.
+
+        Args:
+            features: `(..., features)`, such as the output of the model at
+                the last position.
+
+        Returns:
+            `(..., vocabulary_size)`, in the compute dtype.
+
+        Raises:
+            ValueError: if the layer has not been built.
+        """
+        if not self.built:
+            raise ValueError(
+                "The head has no weights before it is built. Received: the "
+                f"layer {self.name!r}, not built. Call it in a model first."
+            )
+        dtype = self.compute_dtype
+        logits = ops.matmul(
+            ops.cast(features, dtype), ops.cast(self.kernel, dtype)
+        )
+        if self.bias is not None:
+            logits = ops.add(logits, ops.cast(self.bias, dtype))
+        if self.soft_cap is None:
+            return logits
+        return self.soft_cap * ops.tanh(logits / self.soft_cap)
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        return tuple(input_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        config = {
+            **super().get_config(),
+            "vocabulary_size": self.vocabulary_size,
+            "use_bias": self.use_bias,
+            "soft_cap": self.soft_cap,
+            "accuracy": self.accuracy is not None,
+        }
+        for kind, module in (
+            ("initializer", keras.initializers),
+            ("regularizer", keras.regularizers),
+            ("constraint", keras.constraints),
+        ):
+            for what in ("kernel", "bias"):
+                value = getattr(self, f"{what}_{kind}")
+                config[f"{what}_{kind}"] = module.serialize(value)
+        return config

@@ -1,0 +1,198 @@
+"""`keras_ring.losses.ChunkedCrossEntropy`."""
+
+import weakref
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ring.keras_internals import attach_mask, mask_of, sublayers
+from keras_ring.layers.language_model_head import LanguageModelHead
+from keras_ring.ops.blockwise_feed_forward import check_chunk_size
+from keras_ring.ops.chunked_cross_entropy import (
+    check_options,
+    chunked_cross_entropy,
+)
+
+Tensor = Any
+
+
+@keras.saving.register_keras_serializable(package="keras_ring")
+class ChunkedCrossEntropy(keras.losses.Loss):
+    """Cross-entropy with the projection to the vocabulary in chunks.
+
+    The loss of `keras.losses.SparseCategoricalCrossentropy(from_logits=True)`
+    after `keras.layers.Dense(vocabulary_size)`, while logits exist for
+    `chunk_size` positions at a time, forward and backward. The model's output
+    are features; the projection belongs to its last layer, a
+    `keras_ring.layers.LanguageModelHead`.
+
+    The weights are the head's; the loss only knows where they are, and a
+    file does not. After `model = keras.saving.load_model(path)` say
+    `model.loss.bind(model)`; until then a step is refused.
+
+    Args:
+        head: the `LanguageModelHead` that ends the model.
+        label_smoothing: what the other classes get of the label's
+            probability, from 0 to less than 1.
+        ignore_class: a label whose tokens have no loss and do not count in
+            the mean; it need not be a class.
+        z_loss: factor on the squared log-sum-exp of the logits.
+        chunk_size: positions of a sequence (of a shard of it, under a
+            strategy) that have logits at a time, at most.
+        reduction: as in `keras.losses.Loss`.
+        name: name of the loss.
+        dtype: dtype of the reduction.
+
+    Call arguments:
+        y_true: integers `(batch, length)` or `(batch, length, 1)`.
+        y_pred: `(batch, length, features)`, the output of the head.
+        sample_weight: `(batch,)` or `(batch, length)`.
+
+    Returns:
+        The reduced loss; `(batch, length)` without a reduction.
+
+    Raises:
+        ValueError: for options out of range, or a loss without a head.
+
+    Example:
+
+    ```python
+    head = keras_ring.layers.LanguageModelHead(50_000)
+    model = keras.Model(tokens, head(x))
+    model.compile(
+        "adam", keras_ring.losses.ChunkedCrossEntropy(head, ignore_class=0)
+    )
+    ```
+
+    Reference:
+        Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016,
+        https://arxiv.org/abs/1604.06174
+    """
+
+    def __init__(
+        self,
+        head: LanguageModelHead | None = None,
+        label_smoothing: float = 0.0,
+        ignore_class: int | None = None,
+        z_loss: float = 0.0,
+        chunk_size: int = 256,
+        reduction: str | None = "sum_over_batch_size",
+        name: str = "chunked_cross_entropy",
+        dtype: Any = None,
+    ):
+        check_options(label_smoothing, z_loss)
+        check_chunk_size(chunk_size)
+        if not (head is None or isinstance(head, LanguageModelHead)):
+            raise ValueError(
+                "`head` must be the LanguageModelHead that ends the model. "
+                f"Received: head={head!r}."
+            )
+        super().__init__(name=name, reduction=reduction, dtype=dtype)
+        self._head: Any = None
+        self._point_to(head)
+        self.label_smoothing = label_smoothing
+        self.ignore_class = ignore_class
+        self.z_loss = z_loss
+        self.chunk_size = chunk_size
+
+    @property
+    def head(self) -> LanguageModelHead | None:
+        """The layer whose weights the loss uses, or None."""
+        return None if self._head is None else self._head()
+
+    def bind(self, model: keras.Model) -> "ChunkedCrossEntropy":
+        """Take the head of a model.
+
+        Args:
+            model: with one `LanguageModelHead` among its layers.
+
+        Returns:
+            The loss itself.
+
+        Raises:
+            ValueError: for a model with none or several.
+        """
+        heads = [
+            layer
+            for layer in sublayers(model, recursive=True)
+            if isinstance(layer, LanguageModelHead)
+        ]
+        if len(heads) != 1:
+            raise ValueError(
+                "A loss is bound to a model with one LanguageModelHead. "
+                f"Received: the model {model.name!r} with {len(heads)}. Give "
+                "the head itself: ChunkedCrossEntropy(head)."
+            )
+        self._point_to(heads[0])
+        return self
+
+    def __call__(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
+    ) -> Tensor:
+        mask = mask_of(y_pred)
+        targets = (y_true,) if mask is None else (y_true, mask)
+        return super().__call__(targets, y_pred, sample_weight)
+
+    def call(self, y_true: Any, y_pred: Tensor) -> Tensor:
+        head = self._checked_head()
+        labels, *mask = y_true if isinstance(y_true, tuple) else (y_true,)
+        if len(labels.shape) == 3 and labels.shape[-1] == 1:
+            labels = ops.squeeze(labels, -1)
+        labels = ops.cast(labels, "int32")
+        dtype = head.compute_dtype
+        bias = head.bias
+        # Keras gives a loss everything in its own dtype: back to the dtype
+        # that the projection is computed in.
+        result = chunked_cross_entropy(
+            ops.cast(y_pred, dtype),
+            ops.cast(head.kernel, dtype),
+            labels,
+            bias=None if bias is None else ops.cast(bias, dtype),
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_class,
+            z_loss=self.z_loss,
+            soft_cap=head.soft_cap,
+            chunk_size=self.chunk_size,
+        )
+        counts = [ops.cast(given, "bool") for given in mask]
+        loss = result.loss
+        if self.ignore_class is not None:
+            counts.append(ops.not_equal(labels, self.ignore_class))
+            attach_mask(loss, counts[-1])
+        if head.accuracy is not None:
+            weight = None
+            if counts:
+                weight = ops.cast(counts[0], loss.dtype)
+                for other in counts[1:]:
+                    weight = weight * ops.cast(other, loss.dtype)
+            head.accuracy.update_state(
+                ops.stop_gradient(result.correct), sample_weight=weight
+            )
+        return loss
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "label_smoothing": self.label_smoothing,
+            "ignore_class": self.ignore_class,
+            "z_loss": self.z_loss,
+            "chunk_size": self.chunk_size,
+        }
+
+    def _point_to(self, head: LanguageModelHead | None) -> None:
+        # Weakly: the loss does not own the layer. If it did, Keras would save
+        # the weights in its place instead of the layer's.
+        self._head = None if head is None else weakref.ref(head)
+
+    def _checked_head(self) -> LanguageModelHead:
+        head = self.head
+        if head is None or not head.built:
+            state = "no head" if head is None else "a head without weights"
+            raise ValueError(
+                "The loss needs the LanguageModelHead of the model that it "
+                f"trains. Received: {state}. Call loss.bind(model), after "
+                "loading a model model.loss.bind(model), or compile with "
+                "ChunkedCrossEntropy(head)."
+            )
+        return head

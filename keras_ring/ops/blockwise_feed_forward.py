@@ -1,0 +1,142 @@
+"""`keras_ring.ops.blockwise_feed_forward`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_ring.chunked import map_chunks
+
+Tensor = Any
+
+
+def blockwise_feed_forward(
+    inputs: Tensor,
+    up_kernel: Tensor,
+    down_kernel: Tensor,
+    *,
+    gate_kernel: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    activation: str | Callable[[Tensor], Tensor] = "gelu",
+    chunk_size: int = 1024,
+) -> Tensor:
+    """The feed-forward of a transformer, one chunk of positions at a time.
+
+    `activation(x @ up) @ down`, or with a gate
+    `(activation(x @ gate) * (x @ up)) @ down` (SwiGLU with "silu", GeGLU
+    with "gelu"). The hidden features exist for one chunk at a time, forward
+    and backward: the backward computes them once more from the inputs.
+
+    Args:
+        inputs: `(batch, length, features)`, floating point, as a layer sees
+            them: global on JAX, the own shard on TensorFlow and PyTorch.
+        up_kernel: `(features, hidden_dim)`.
+        down_kernel: `(hidden_dim, output_features)`.
+        gate_kernel: `(features, hidden_dim)`, or None for no gate.
+        up_bias: `(hidden_dim,)` or None.
+        gate_bias: `(hidden_dim,)` or None.
+        down_bias: `(output_features,)` or None.
+        activation: name of a Keras activation, or a function of a tensor
+            that treats positions one by one.
+        chunk_size: positions of a sequence in a chunk, at most.
+
+    Returns:
+        `(batch, length, output_features)`, dtype of the inputs.
+
+    Raises:
+        ValueError: for shapes or a chunk size that do not fit.
+
+    Reference:
+        Liu and Abbeel, "Blockwise Parallel Transformer for Large Context
+        Models", 2023, https://arxiv.org/abs/2305.19370; Shazeer, "GLU
+        Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202
+    """
+    inputs = ops.convert_to_tensor(inputs)
+    weights = {
+        "up_kernel": up_kernel,
+        "up_bias": up_bias,
+        "gate_kernel": gate_kernel,
+        "gate_bias": gate_bias,
+        "down_kernel": down_kernel,
+        "down_bias": down_bias,
+    }
+    given = {
+        name: ops.convert_to_tensor(weight)
+        for name, weight in weights.items()
+        if weight is not None
+    }
+    _check(inputs, given)
+    check_chunk_size(chunk_size)
+    activation = keras.activations.get(activation)
+    dtype = keras.backend.standardize_dtype(inputs.dtype)
+
+    def function(chunk: Tensor, *weights: Tensor) -> tuple[Tensor]:
+        named = dict(zip(given, weights, strict=True))
+        hidden = _dense(chunk, named, "up")
+        if gate_kernel is None:
+            hidden = activation(hidden)
+        else:
+            hidden = activation(_dense(chunk, named, "gate")) * hidden
+        return (_dense(hidden, named, "down"),)
+
+    (outputs,) = map_chunks(
+        function,
+        [inputs],
+        list(given.values()),
+        results=[((given["down_kernel"].shape[1],), dtype)],
+        chunk_size=chunk_size,
+    )
+    return outputs
+
+
+def check_chunk_size(chunk_size: Any) -> None:
+    """Refuse what is no number of positions."""
+    number = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
+    if not number or chunk_size < 1:
+        raise ValueError(
+            "`chunk_size` must be a positive number of positions. Received: "
+            f"chunk_size={chunk_size!r}."
+        )
+
+
+def _dense(inputs: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    outputs = ops.matmul(inputs, weights[f"{name}_kernel"])
+    bias = weights.get(f"{name}_bias")
+    return outputs if bias is None else ops.add(outputs, bias)
+
+
+def _check(inputs: Tensor, weights: dict[str, Tensor]) -> None:
+    received = ", ".join(
+        f"{name}.shape={tuple(tensor.shape)}"
+        for name, tensor in {"inputs": inputs, **weights}.items()
+    )
+    if len(inputs.shape) != 3:
+        raise ValueError(
+            "`inputs` must have the rank 3: (batch, length, features). "
+            f"Received: {received}."
+        )
+    kernels = [n for n in weights if n.endswith("kernel")]
+    if any(len(weights[name].shape) != 2 for name in kernels):
+        raise ValueError(f"Kernels must be matrices. Received: {received}.")
+    hidden, features = weights["down_kernel"].shape
+    wanted = {
+        "up_kernel": (inputs.shape[2], hidden),
+        "gate_kernel": (inputs.shape[2], hidden),
+        "up_bias": (hidden,),
+        "gate_bias": (hidden,),
+        "down_kernel": (hidden, features),
+        "down_bias": (features,),
+    }
+    if "gate_bias" in weights and "gate_kernel" not in weights:
+        raise ValueError(
+            "`gate_bias` needs a `gate_kernel`. Received: " + received
+        )
+    for name, tensor in weights.items():
+        if tuple(tensor.shape) != wanted[name]:
+            raise ValueError(
+                f"`{name}` must have the shape {wanted[name]}. Received: "
+                f"{received}."
+            )
