@@ -120,14 +120,13 @@ class World(world.World):
         )(*tensors, *shared)
 
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
-        placed = [
-            jax.device_put(
-                t, NamedSharding(self.mesh, self._run_spec(np.ndim(t)))
-            )
-            for t in tensors
-        ]
+        return self.program(function)(tensors)
 
-        def constrained(*arguments: jax.Array) -> Any:
+    def program(
+        self, function: Callable[..., Any]
+    ) -> Callable[[list[Any]], Any]:
+        @jax.jit
+        def compiled(*arguments: jax.Array) -> Any:
             return tree.map_structure(
                 lambda t: jax.lax.with_sharding_constraint(
                     t, NamedSharding(self.mesh, self._run_spec(t.ndim))
@@ -135,8 +134,17 @@ class World(world.World):
                 function(*arguments),
             )
 
-        with self.scope():
-            return jax.jit(constrained)(*placed)
+        def program(tensors: list[Any]) -> Any:
+            placed = [
+                jax.device_put(
+                    t, NamedSharding(self.mesh, self._run_spec(np.ndim(t)))
+                )
+                for t in tensors
+            ]
+            with self.scope():
+                return compiled(*placed)
+
+        return program
 
     def prepare(self, model: Any) -> None:
         devices = set(self.mesh.devices.flat)
