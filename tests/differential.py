@@ -522,8 +522,8 @@ def compare_one(name, have, want, bound, dtype):
         f"{have[wrong][:5]}, not {want[wrong][:5]}"
     )
     counted = ~endless & ~overflow
-    share = np.where(counted, np.abs(np.where(counted, have - want, 0)), 0.0)
-    share = share / bound
+    have, want = (np.where(counted, t, 0.0) for t in (have, want))
+    share = np.abs(have - want) / bound
     if not share.size:
         return 0.0
     place = np.unravel_index(share.argmax(), share.shape)

@@ -113,9 +113,13 @@ def bounds(found, query, key, value, grad_out, grad_lse, options, dtype):
     lse_part = np.broadcast_to(np.asarray(from_lse), lse.shape)
     at_inner = at_inner + STEPS * unit * lse_part
     if options.get("sinks") is not None:
-        # The part of the cotangents that goes to the keys is a share.
-        share = np.minimum(np.expm1(np.minimum(2 * at_lse, 700.0)), 1.0)
-        at_inner = at_inner + share * (carried + lse_part)
+        # What goes to the keys is a share of attention over the keys alone,
+        # whose output is larger by that share.
+        share = found.p.sum(-1)
+        over_keys = carried / np.where(share == 0, 1.0, share)
+        again_off = np.minimum(np.expm1(np.minimum(2 * at_lse, 700.0)), 1.0)
+        at_inner = at_inner + again_off * (over_keys + lse_part)
+        at_inner = at_inner + (2 * to_half + STEPS * unit) * over_keys
     difference = found.grad_p - found.inner[..., None]
     if grad_lse is not None:
         difference = difference + heads_first(grad_lse)[..., None]
@@ -152,19 +156,20 @@ def bounds(found, query, key, value, grad_out, grad_lse, options, dtype):
             np.swapaxes(full, 1, 2), shape
         ) + to_half * np.abs(found.grad_bias)
     if found.grad_slopes is not None:
-        result["grad_slopes"] = (full * found.distance).sum(
-            (0, 2, 3)
-        ) + 2 * half * np.abs(found.grad_slopes)
+        # Each member rounds its term of the sum.
+        entry = full + to_half * np.abs(found.grad_scores)
+        result["grad_slopes"] = (entry * found.distance).sum((0, 2, 3))
     if found.grad_sinks is not None:
         weight = found.p_sink
         off = np.expm1(np.minimum(2 * at_lse, 700.0)) + STEPS * unit
         total = np.abs(found.inner) + lse_part + carried
         at_sink = np.minimum(weight * off, 1.0) * total
         at_sink = at_sink + weight * at_inner
+        # Frameworks take s * (1 - s) as the derivative of a sigmoid s.
+        at_sink = at_sink + 4 * unit * over_keys
         at_sink = at_sink + p.shape[0] * rows * unit * weight * total
-        result["grad_sinks"] = at_sink.sum((0, 2)) + 2 * half * np.abs(
-            found.grad_sinks
-        )
+        at_sink = at_sink + to_half * weight * total
+        result["grad_sinks"] = at_sink.sum((0, 2))
     return result
 
 
