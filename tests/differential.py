@@ -131,7 +131,9 @@ def draw_mask(draw, one_of, heads, lengths):
             leaf = (kind, slot, one_of([1, heads]))
         elif kind != "causal":
             leaf = (kind, slot)
-        tree = leaf if tree is None else (one_of(["and", "and", "or"]), tree, leaf)
+        tree = (
+            leaf if tree is None else (one_of(["and", "and", "or"]), tree, leaf)
+        )
     return tree
 
 
@@ -170,11 +172,14 @@ def draw_case(program, seed, number, case):
         data["value"] *= 100
     scale = depth**-0.5 if program.scale is None else program.scale
     target = LOGITS[int(draw.integers(len(LOGITS)))]
-    largest = abs(scale) * np.abs(
-        reference.pairs(
-            data["query"], np.repeat(data["key"], heads // key_heads, 2)
-        )
-    ).max()
+    largest = (
+        abs(scale)
+        * np.abs(
+            reference.pairs(
+                data["query"], np.repeat(data["key"], heads // key_heads, 2)
+            )
+        ).max()
+    )
     for name in ("query", "key"):
         data[name] *= np.sqrt(target / largest)
     if program.return_lse:
@@ -489,9 +494,7 @@ def compare(program, data, got):
         grad_lse=grad_lse,
         **options,
     )
-    allowed = rounding.bounds(
-        found, *tensors, grad_lse, options, program.dtype
-    )
+    allowed = rounding.bounds(found, *tensors, grad_lse, options, program.dtype)
     used = {}
     for name, have in got.items():
         if name in ("grad_slopes", "grad_sinks"):

@@ -13,7 +13,7 @@ import sys
 import time
 
 # First: it provides the devices, before any framework is imported.
-import tests.conftest  # isort: skip
+import tests.conftest  # noqa: F401  # isort: skip
 import keras
 
 from tests import differential, worlds

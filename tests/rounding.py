@@ -48,8 +48,7 @@ def bounds(found, query, key, value, grad_out, grad_lse, options, dtype):
     # Results in few bits are rounded once, and once more after the sinks.
     to_half = 3 * half
     query, key, value, grad_out = (
-        np.abs(np.asarray(t, np.float64))
-        for t in (query, key, value, grad_out)
+        np.abs(np.asarray(t, np.float64)) for t in (query, key, value, grad_out)
     )
     group = query.shape[2] // key.shape[2]
     keys, values = (np.repeat(t, group, axis=2) for t in (key, value))
