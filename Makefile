@@ -8,7 +8,7 @@ KNOWN := jax tensorflow torch
 
 DEMO := .venv-demo-$(DEMO_BACKEND)
 TEST := .venv-test
-CODE := keras_ring tests examples
+CODE := keras_ring tests examples benchmarks
 
 # The first Python on the path that every backend has releases for, or else
 # a newer one. Set PYTHON to choose another.
@@ -21,12 +21,16 @@ PYTHON ?= $(shell \
     done; \
   done)
 
-.PHONY: help demo test lint format clean
+# Random cases of `make fuzz`, and the seed they follow from (any if empty).
+N ?= 1000
+SEED ?=
+
+.PHONY: help demo test fuzz lint format clean
 
 help: ## List the commands
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
 	  | awk -F'\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
-	@echo "demo and test take BACKEND=jax, BACKEND=tensorflow or BACKEND=torch."
+	@echo "demo, test and fuzz take BACKEND=jax, BACKEND=tensorflow or BACKEND=torch."
 
 demo: known-backend $(DEMO)/ready ## Train a small language model over simulated devices
 ifeq ($(DEMO_BACKEND),torch)
@@ -44,6 +48,12 @@ test: known-backend $(TEST)/ready ## Lint, check types, and test on each backend
 	if [ $$status = 0 ]; then echo "make test: passed"; \
 	else echo "make test: FAILED (see above)"; fi; \
 	exit $$status
+
+fuzz: known-backend $(TEST)/ready ## Compare N=1000 random cases with the oracle (SEED=...)
+	@status=0; for backend in $(TEST_BACKENDS); do \
+	  KERAS_BACKEND=$$backend $(TEST)/bin/python -m tests.fuzz --cases $(N) \
+	    $(if $(SEED),--seed $(SEED)) || status=1; \
+	done; exit $$status
 
 lint: $(TEST)/ready ## Check style, format and types
 	$(TEST)/bin/ruff check .

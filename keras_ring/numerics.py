@@ -48,6 +48,17 @@ def larger(first: Tensor, second: Tensor) -> Tensor:
     return ops.where(first > second, first, second)
 
 
+def tanh(tensor: Tensor) -> Tensor:
+    """The hyperbolic tangent, in the dtype of the tensor.
+
+    `ops.tanh` turns float64 into float32 on some backends.
+    """
+    if keras.backend.standardize_dtype(tensor.dtype) != "float64":
+        return ops.tanh(tensor)
+    decay = ops.expm1(-2.0 * ops.abs(tensor))
+    return ops.sign(tensor) * (-decay / (decay + 2.0))
+
+
 def merge(first: Partial, second: Partial) -> Partial:
     """Combine attention over two disjoint sets of keys.
 

@@ -206,7 +206,7 @@ class Tiling:
         scoring = self.scoring
         derivative = None
         if scoring.soft_cap is not None:
-            turn = ops.tanh(products / scoring.soft_cap)
+            turn = numerics.tanh(products / scoring.soft_cap)
             products = turn * scoring.soft_cap
             derivative = 1.0 - turn * turn
         extra = None

@@ -14,6 +14,7 @@ is given, whole, on one device.
 
 import abc
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -81,6 +82,17 @@ class World(abc.ABC):
     @abc.abstractmethod
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
         """`function` of global tensors; see `DistributedStrategy.run`."""
+
+    def program(
+        self, function: Callable[..., Any]
+    ) -> Callable[[list[Any]], Any]:
+        """`run` of one function, to be called with many lists of tensors.
+
+        Where the framework compiles, it does so once for each set of
+        shapes. What the function closes over is then as it was at the first
+        call, and that is why `run` itself makes a new program every time.
+        """
+        return functools.partial(self.run, function)
 
     @abc.abstractmethod
     def prepare(self, model: Any) -> None:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from keras import tree
 
-from keras_ring import batches, placement, training, world
+from keras_ring import batches, numerics, placement, training, world
 from keras_ring.backends.jax.transport import RingTransport
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.world import LOCAL
@@ -107,8 +108,15 @@ class World(world.World):
                 tensor.shape[1], self.sequence_size, "the tensor"
             )
         sharded = PartitionSpec(None, "seq")
+        dtypes = [tensor.dtype for tensor in shared]
+
+        def on_member(*shards: jax.Array) -> Any:
+            own = shards[: len(tensors)]
+            same = zip(shards[len(tensors) :], dtypes, strict=True)
+            return function(self.ring(), *own, *(t.astype(d) for t, d in same))
+
         return jax.shard_map(
-            lambda *shards: function(self.ring(), *shards),
+            on_member,
             mesh=self.mesh,
             in_specs=(
                 *(sharded for _ in tensors),
@@ -117,17 +125,16 @@ class World(world.World):
             out_specs=sharded,
             axis_names={"seq"},
             check_vma=False,
-        )(*tensors, *shared)
+        )(*tensors, *(_summed_widely(tensor) for tensor in shared))
 
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
-        placed = [
-            jax.device_put(
-                t, NamedSharding(self.mesh, self._run_spec(np.ndim(t)))
-            )
-            for t in tensors
-        ]
+        return self.program(function)(tensors)
 
-        def constrained(*arguments: jax.Array) -> Any:
+    def program(
+        self, function: Callable[..., Any]
+    ) -> Callable[[list[Any]], Any]:
+        @jax.jit
+        def compiled(*arguments: jax.Array) -> Any:
             return tree.map_structure(
                 lambda t: jax.lax.with_sharding_constraint(
                     t, NamedSharding(self.mesh, self._run_spec(t.ndim))
@@ -135,8 +142,17 @@ class World(world.World):
                 function(*arguments),
             )
 
-        with self.scope():
-            return jax.jit(constrained)(*placed)
+        def program(tensors: list[Any]) -> Any:
+            placed = [
+                jax.device_put(
+                    t, NamedSharding(self.mesh, self._run_spec(np.ndim(t)))
+                )
+                for t in tensors
+            ]
+            with self.scope():
+                return compiled(*placed)
+
+        return program
 
     def prepare(self, model: Any) -> None:
         devices = set(self.mesh.devices.flat)
@@ -211,6 +227,15 @@ def _device_names(asked: tuple[str, ...] | None) -> tuple[str, ...]:
             "--xla_force_host_platform_device_count=N."
         )
     return asked
+
+
+def _summed_widely(tensor: jax.Array) -> jax.Array:
+    """A tensor that all members get, in a dtype in which the sum of their
+    gradients is exact enough; on a CPU, XLA ends the process when it meets
+    that sum in bfloat16."""
+    if jnp.issubdtype(tensor.dtype, jnp.floating):
+        return tensor.astype(numerics.accumulation_dtype(tensor.dtype))
+    return tensor
 
 
 def _building_symbolically(tensors: list[jax.Array]) -> bool:

@@ -182,37 +182,46 @@ class World(world.World):
         return function(ring, *tensors, *shared)
 
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
+        return self.program(function)(tensors)
+
+    def program(
+        self, function: Callable[..., Any]
+    ) -> Callable[[list[Any]], Any]:
         results: list[Any] = []
 
         def on_replica(*shards: tf.Tensor) -> list[tf.Tensor]:
             result = function(*shards)
-            results.append(result)
+            results[:] = [result]
             return [
                 self.gathered(tf.convert_to_tensor(t))
                 for t in tree.flatten(result)
                 if t is not None
             ]
 
-        tensors = [tf.convert_to_tensor(t) for t in tensors]
-        shards = training.distribute(
-            self, tensors, [len(t.shape) >= 2 for t in tensors]
-        )
-        program = training.compiled(
+        compiled = training.compiled(
             self, lambda *shards: self.tf_strategy.run(on_replica, shards)
         )
-        with self.scope():
-            rows = [self.everyones(value) for value in program(*shards)]
-        joined = iter(
-            [
-                training.join(self, pieces, pieces[0].shape.rank >= 2)
-                if pieces[0].shape.rank
-                else tf.add_n(pieces) / len(pieces)
-                for pieces in rows
-            ]
-        )
-        return tree.map_structure(
-            lambda t: None if t is None else next(joined), results[-1]
-        )
+
+        def program(tensors: list[Any]) -> Any:
+            tensors = [tf.convert_to_tensor(t) for t in tensors]
+            shards = training.distribute(
+                self, tensors, [len(t.shape) >= 2 for t in tensors]
+            )
+            with self.scope():
+                rows = [self.everyones(value) for value in compiled(*shards)]
+            joined = iter(
+                [
+                    training.join(self, pieces, pieces[0].shape.rank >= 2)
+                    if pieces[0].shape.rank
+                    else tf.add_n(pieces) / len(pieces)
+                    for pieces in rows
+                ]
+            )
+            return tree.map_structure(
+                lambda t: None if t is None else next(joined), results[-1]
+            )
+
+        return program
 
     def numbers_of_all(self, number: int) -> list[int]:
         """The number that each replica's worker gave, on every worker."""

@@ -1,0 +1,1 @@
+"""What the project has measured, and how to measure it again."""
