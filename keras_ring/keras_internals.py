@@ -1,10 +1,9 @@
 """What the shared code needs of Keras and Keras does not publish.
 
 The layers that a layer is made of, the calls that made a functional model,
-and the masks of tensors. All have been in every Keras 3 release; a release
-without them is
-named in the error. Private names that only one backend needs are in that
-backend's folder.
+the masks of tensors and the full values of variables. All have been in every
+Keras 3 release; a release without them is named in the error. Private names
+that only one backend needs are in that backend's folder.
 """
 
 from typing import Any
@@ -41,23 +40,29 @@ def calls(part: Any) -> list[Any]:
 
 def mask_of(tensor: Any) -> Any:
     """The mask that Keras has attached to a tensor, or None."""
-    return _masking("get_keras_mask")(tensor)
+    return _backend("get_keras_mask")(tensor)
 
 
 def attach_mask(tensor: Any, mask: Any) -> None:
     """Attach a mask to a tensor, as layers and losses of Keras do."""
-    _masking("set_keras_mask")(tensor, mask)
+    # Not by the attribute itself: some tensors take none.
+    _backend("set_keras_mask")(tensor, mask)
 
 
-def _masking(name: str) -> Any:
+def full_values(variables: Any) -> list[Any]:
+    """The values of variables in their own dtype, also where Keras would
+    cast them to that of a mixed-precision layer."""
+    with _backend("AutocastScope")(None):
+        return [variable.value for variable in variables]
+
+
+def _backend(name: str) -> Any:
     try:
-        # Not the attribute itself: some tensors take none.
         from keras.src import backend
 
         return getattr(backend, name)
     except (ImportError, AttributeError) as error:
         raise NotImplementedError(
-            "This release of Keras attaches masks to tensors in a way that "
-            f"keras_ring does not know. Received: keras {keras.__version__}, "
-            f"{error}. Use Keras 3.15."
+            "This release of Keras has no name that keras_ring needs. "
+            f"Received: keras {keras.__version__}, {error}. Use Keras 3.15."
         ) from error

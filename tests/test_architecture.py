@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "strategy": {"backends", "placement", "world"},
     "batches": {"placement", "world"},
     "chunked": {"backends", "numerics", "strategy"},
+    "rematerialised": {"backends"},
     "ops": {
         *("attention", "backends", "chunked", "masks", "numerics"),
         *("placement", "random_bits", "scoring"),
@@ -45,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "layers": {
         *("keras_internals", "masks", "numerics", "ops", "placement"),
-        *("random_bits", "scoring", "strategy", "world"),
+        *("random_bits", "rematerialised", "scoring", "strategy", "world"),
     },
     "losses": {
         *("keras_internals", "layers", "masks", "numerics", "ops"),

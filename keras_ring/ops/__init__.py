@@ -5,6 +5,7 @@ from keras_ring.ops.chunked_cross_entropy import (
     CrossEntropy,
     chunked_cross_entropy,
 )
+from keras_ring.ops.positional_dropout import positional_dropout
 from keras_ring.ops.ring_attention import AttentionResult, ring_attention
 from keras_ring.ops.sequence import (
     gather_sequence,
@@ -19,6 +20,7 @@ __all__ = [
     "chunked_cross_entropy",
     "gather_sequence",
     "own_chunk",
+    "positional_dropout",
     "ring_attention",
     "sequence_positions",
 ]

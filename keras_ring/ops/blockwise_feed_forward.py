@@ -70,16 +70,16 @@ def blockwise_feed_forward(
     }
     _check(inputs, given)
     check_chunk_size(chunk_size)
-    activation = keras.activations.get(activation)
+    activate: Any = keras.activations.get(activation)
     dtype = keras.backend.standardize_dtype(inputs.dtype)
 
     def function(chunk: Tensor, *weights: Tensor) -> tuple[Tensor]:
         named = dict(zip(given, weights, strict=True))
         hidden = _dense(chunk, named, "up")
         if gate_kernel is None:
-            hidden = activation(hidden)
+            hidden = activate(hidden)
         else:
-            hidden = activation(_dense(chunk, named, "gate")) * hidden
+            hidden = activate(_dense(chunk, named, "gate")) * hidden
         return (_dense(hidden, named, "down"),)
 
     (outputs,) = map_chunks(
