@@ -164,7 +164,8 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple:
     # What the keys have of a softmax over themselves and the sink. A row
     # without keys is 0, and so is its gradient: both come from sigmoid.
     share = ops.sigmoid(above)[..., None]
-    lse = ops.cast(sinks, lse.dtype) + ops.softplus(above)
+    # Not softplus: PyTorch's is the identity above 20, too early for float64.
+    lse = ops.cast(sinks, lse.dtype) - ops.log_sigmoid(-above)
     return ops.cast(ops.cast(out, lse.dtype) * share, out.dtype), lse
 
 
