@@ -61,3 +61,13 @@ def _masking(name: str) -> Any:
             f"keras_ring does not know. Received: keras {keras.__version__}, "
             f"{error}. Use Keras 3.15."
         ) from error
+
+
+def added_losses(model: Any) -> list[str]:
+    """The names of the layers of a model, itself included, that added a
+    loss in the call that came last."""
+    return [
+        layer.name
+        for layer in (model, *sublayers(model, recursive=True))
+        if getattr(layer, "_losses", None)
+    ]
