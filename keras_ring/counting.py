@@ -270,7 +270,9 @@ def check_padded(model: Any) -> None:
         known.add(id(model._compile_metrics))
     if model._compile_loss is not None:
         known |= {id(metric) for metric in model._compile_loss.metrics}
-    others = [metric.name for metric in model.metrics if id(metric) not in known]
+    others = [
+        metric.name for metric in model.metrics if id(metric) not in known
+    ]
     if others:
         raise NotImplementedError(
             "Padding cannot be kept out of metrics that layers or a model "
@@ -317,7 +319,9 @@ def _like(values: Any, prediction: Any) -> bool:
 
 
 def _cast(weight: Any, value: Any) -> Any:
-    return weight if isinstance(weight, float) else ops.cast(weight, value.dtype)
+    return (
+        weight if isinstance(weight, float) else ops.cast(weight, value.dtype)
+    )
 
 
 def _meta(value: Any) -> bool:

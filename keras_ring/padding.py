@@ -40,19 +40,34 @@ class PaddedAxis:
         self.padded = False
         self._known: list[tuple[Size, Size, bool]] = []
 
-    def add(self, true: Size, local: Size | None = None) -> Size:
+    @property
+    def sizes(self) -> list[int]:
+        """The true sizes that are known, in the order in which they came."""
+        return [true for _, true, _ in self._known]
+
+    def add(self, true: Size) -> Size:
         """Make a size known, and give the size of its shards.
 
         Args:
             true: the size without padding.
-            local: size of a shard, where it has been chosen before.
         """
-        if local is None:
-            local = self._free(true)
+        local = self._free(true)
         padded = not _same(local * self.parts, true)
-        self.padded = self.padded or padded
-        self._known.append((local, true, padded))
+        self.know(local, true if padded else None)
         return local
+
+    def know(self, local: Size, true: Size | None) -> None:
+        """Take over a size that has been chosen before.
+
+        Args:
+            local: size of a shard.
+            true: the size without padding, None where all shards together
+                have none.
+        """
+        padded = true is not None
+        self.padded = self.padded or padded
+        true = true if padded else local * self.parts
+        self._known.append((local, true, padded))
 
     def true(self, local: Size) -> Size | None:
         """The true size of what has shards of this size, None where that is
@@ -108,6 +123,11 @@ def axis_of(parts: int, sizes: Iterable[int]) -> PaddedAxis:
     return axis
 
 
+def pairs(axis: PaddedAxis, sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """For each true size, the size of its shards and itself."""
+    return [(local_size(axis, size), size) for size in sizes]
+
+
 def local_size(axis: PaddedAxis, true: int) -> int:
     """The size of the shards of a size that `axis_of` was given."""
     for local, known, _ in axis._known:
@@ -126,10 +146,11 @@ def part(tensor: Any, axis: int, index: int, local: int) -> Any:
         local: its size.
     """
     first, size = index * local, tensor.shape[axis]
-    own: Any = slice(first, first + local)
     if first + local > size:
         own = np.minimum(np.arange(first, first + local), size - 1)
-    return tensor[own] if axis == 0 else tensor[:, own]
+        return ops.take(tensor, own, axis=axis)
+    chunk = slice(first, first + local)
+    return tensor[chunk] if axis == 0 else tensor[:, chunk]
 
 
 def trim(tensor: Tensor, axis: int, size: Size) -> Tensor:
@@ -170,7 +191,15 @@ def seen(rows: PaddedAxis, lengths: PaddedAxis) -> Iterator[None]:
         _AXES.reset(token)
 
 
+def axes() -> tuple[PaddedAxis, PaddedAxis]:
+    """The batch and the sequence axis of what the running code sees."""
+    found = _AXES.get()
+    if found is None:
+        raise RuntimeError("No code that sees a shard runs here.")
+    return found
+
+
 def lengths() -> PaddedAxis | None:
     """The sequence axis of what the running code sees, None outside."""
-    axes = _AXES.get()
-    return None if axes is None else axes[1]
+    found = _AXES.get()
+    return None if found is None else found[1]

@@ -177,8 +177,9 @@ class Step:
 
     def share(self, output: Output) -> Any:
         """The part of all values of an output that is on this device."""
-        own, every = output.rows * output.length, (
-            output.all_rows * output.all_length
+        own, every = (
+            output.rows * output.length,
+            (output.all_rows * output.all_length),
         )
         copies = 1 if output.split else self.world.sequence_size
         return _ratio(own, every) / copies
@@ -303,9 +304,7 @@ def _only_if(there: Size, rows: Size) -> Size:
     return ops.where(there > 0, rows, 0)
 
 
-_RUNNING: ContextVar[Step | None] = ContextVar(
-    "keras_ring_step", default=None
-)
+_RUNNING: ContextVar[Step | None] = ContextVar("keras_ring_step", default=None)
 
 
 def running() -> Step | None:

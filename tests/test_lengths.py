@@ -100,7 +100,7 @@ def check_language_model(mesh, sizes):
 
 
 @pytest.mark.parametrize(
-    "mesh, sizes",
+    ("mesh", "sizes"),
     [
         ((1, 2), [(2, 7)]),
         ((1, 3), [(2, 7)]),
