@@ -1,4 +1,4 @@
-"""Which arrays of a batch carry the sequence, and whether it can be split.
+"""Which arrays of a batch carry the sequence.
 
 A batch is `(x, y, sample_weight)`. An array that carries the sequence has it
 on axis 1 and is split over the ring; every array is split over the data
@@ -11,12 +11,13 @@ result everywhere, before anything is sent.
 """
 
 import math
+from collections.abc import Collection
 from typing import Any
 
-import keras
 from keras import tree
 
-from keras_ring import placement
+from keras_ring import padding
+from keras_ring.padding import PaddedAxis
 from keras_ring.world import World
 
 
@@ -33,9 +34,6 @@ def split_batch(world: World, model: Any, batch: Any) -> Any:
     Returns:
         The structure of `batch` with a bool in place of each leaf (None for
         None).
-
-    Raises:
-        ValueError: for a batch or a length that the mesh cannot split.
     """
     parts = batch if isinstance(batch, (tuple, list)) else (batch,)
     x, *rest = parts
@@ -60,25 +58,21 @@ def split_batch(world: World, model: Any, batch: Any) -> Any:
     for part in rest:
         outputs = _matched(part, getattr(model, "outputs", None))
         splits.append(_map(like_output, part, outputs))
-    names = ("x", "y", "sample_weight")
-    for name, part, part_splits in zip(names, parts, splits, strict=False):
-        for leaf, split in zip(
-            _leaves(part), _leaves(part_splits), strict=True
-        ):
-            check_leaf(world, name, tuple(leaf.shape), split)
     if isinstance(batch, (tuple, list)):
         return type(batch)(splits)
     return splits_x
 
 
-def split_outputs(model: Any, outputs: Any, local_length: int | None) -> Any:
+def split_outputs(
+    model: Any, outputs: Any, local_lengths: Collection[int]
+) -> Any:
     """Tell which outputs of a step carry (a shard of) the sequence.
 
     Args:
         model: the Keras model that gave them.
         outputs: nested structure of leaves with a `shape`.
-        local_length: length of a shard, used for a model without symbolic
-            outputs.
+        local_lengths: lengths of the shards of the inputs, used for a model
+            without symbolic outputs.
 
     Returns:
         The structure of `outputs` with a bool in place of each leaf.
@@ -89,87 +83,85 @@ def split_outputs(model: Any, outputs: Any, local_length: int | None) -> Any:
         if len(leaf.shape) < 2:
             return False
         if symbol is not None:
-            return _has_length(symbol)
-        return local_length is not None and leaf.shape[1] == local_length
+            return _has_length(symbol) and len(local_lengths) > 0
+        return leaf.shape[1] in local_lengths
 
     return _map(split, outputs, symbols)
 
 
-def check_leaf(
-    world: World, name: str, shape: tuple[int | None, ...], split: bool
-) -> None:
-    """Refuse an array that the mesh cannot split into equal parts."""
-    if not shape:
-        return
-    batch = shape[0]
-    if isinstance(batch, int) and batch % world.data_size:
-        raise ValueError(
-            "The batch size must be a multiple of `data_parallel`, for the "
-            f"last batch too. Received: `{name}` with a batch of {batch}, "
-            f"data_parallel={world.data_size}. Choose another `batch_size`, "
-            "drop the remainder, or lower `data_parallel`."
-        )
-    length = shape[1] if split else None
-    if isinstance(length, int):
-        placement.check_divisible(length, world.sequence_size, name)
+def axes(
+    world: World, batch: Any, splits: Any
+) -> tuple[PaddedAxis, PaddedAxis]:
+    """The batch and the sequence axis of a batch, with their true sizes.
+
+    Args:
+        world: the mesh.
+        batch: nested structure of whole arrays.
+        splits: of the same structure, as `split_batch` gives it.
+    """
+    leaves, flags = _flatten(batch), _flatten(splits)
+    shapes = [
+        (tuple(leaf.shape), flag)
+        for leaf, flag in zip(leaves, flags, strict=True)
+        if leaf is not None
+    ]
+    return (
+        padding.axis_of(
+            world.data_size, [shape[0] for shape, _ in shapes if shape]
+        ),
+        padding.axis_of(
+            world.sequence_size, [shape[1] for shape, flag in shapes if flag]
+        ),
+    )
 
 
-def check_arrays(
+def needs_padding(
     world: World,
     model: Any,
     batch: Any,
     batch_size: int | None = None,
     validation_split: float = 0.0,
-) -> None:
-    """Refuse in-memory arrays before the first batch is made of them.
+) -> bool:
+    """Whether in-memory arrays make batches that the mesh cannot split
+    equally.
 
     Args:
         world: the mesh.
         model: the model that is fed.
-        batch: `(x, y, sample_weight)` over all samples. Anything that is not
-            made of arrays is left to the check of each batch.
+        batch: `(x, y, sample_weight)` over all samples. Of anything that is
+            not made of arrays nothing is known before its batches come.
         batch_size: samples in a batch; 32 if None, as in Keras. None of the
             arrays is cut into batches if it is 0.
         validation_split: fraction that Keras keeps back at the end.
-
-    Raises:
-        ValueError: as `split_batch`.
     """
     if not all(hasattr(leaf, "shape") for leaf in _leaves(batch)):
-        return
+        return False
     if not _leaves(batch[0]):
-        return
+        return False
     samples = _leaves(batch[0])[0].shape[0]
-    if batch_size == 0:
-        sizes = {samples}
-    else:
+    sizes = {samples}
+    if batch_size != 0:
         step = batch_size or 32
         kept = math.floor(samples * (1.0 - validation_split))
         sizes = set()
         for count in (kept, samples - kept):
             sizes |= {min(count, step), count % step} - {0}
-    for size in sizes:
-        specs = tree.map_structure(
-            lambda leaf, size=size: (
-                None
-                if leaf is None
-                else keras.KerasTensor((size, *leaf.shape[1:]), leaf.dtype)
-            ),
-            tuple(batch),
-        )
-        split_batch(world, model, specs)
+    _, lengths = axes(world, batch, split_batch(world, model, tuple(batch)))
+    return lengths.padded or any(size % world.data_size for size in sizes)
 
 
 def _carries_sequence(world: World, leaf: Any, symbol: Any) -> bool:
     shape = tuple(leaf.shape)
-    if len(shape) < 2 or shape[1] == 1:
+    if len(shape) < 2:
+        return False
+    if symbol is not None and _has_length(symbol):
+        return True
+    if shape[1] == 1:
         return False
     if symbol is None:
         # Features of a sample are rank 2 and floating point; a sequence is
         # rank 3 or more, or made of integer tokens.
         return len(shape) > 2 or "int" in _dtype(leaf)
-    if _has_length(symbol):
-        return True
     # A static length: a step that sees the whole sequence may still have it
     # split; where a step sees a shard, the array is a feature vector.
     return (

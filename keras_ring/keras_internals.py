@@ -66,3 +66,13 @@ def _backend(name: str) -> Any:
             "This release of Keras has no name that keras_ring needs. "
             f"Received: keras {keras.__version__}, {error}. Use Keras 3.15."
         ) from error
+
+
+def added_losses(model: Any) -> list[str]:
+    """The names of the layers of a model, itself included, that added a
+    loss in the call that came last."""
+    return [
+        layer.name
+        for layer in (model, *sublayers(model, recursive=True))
+        if getattr(layer, "_losses", None)
+    ]

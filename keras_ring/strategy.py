@@ -175,27 +175,11 @@ class DistributedStrategy:
             What `function` returns as global tensors in natural order, on
             every process: results of rank 2 and more are joined along batch
             and length, rank 1 along the batch; scalars are averaged over
-            the devices.
-
-        Raises:
-            ValueError: for a batch or a length that the mesh cannot split.
+            the devices. Batches and lengths that the devices cannot split
+            equally are padded, by copies of the last element, while
+            `function` runs, and results come without the padding.
         """
-        world = self.world
-        for position, tensor in enumerate(tensors):
-            shape = tuple(tensor.shape) if hasattr(tensor, "shape") else ()
-            sizes = (
-                ("batch", "data_parallel", world.data_size),
-                ("length", "sequence_parallel", world.sequence_size),
-            )
-            for axis, (what, name, size) in enumerate(sizes[: len(shape)]):
-                if shape[axis] % size:
-                    raise ValueError(
-                        f"The {what} (axis {axis}) of every tensor must be a "
-                        f"multiple of `{name}`. Received: tensor {position} "
-                        f"with shape={shape}, {name}={size}. Pad the tensor "
-                        "or change the strategy."
-                    )
-        return world.run(function, list(tensors))
+        return self.world.run(function, list(tensors))
 
     def summary(self, print_fn: Callable[[str], Any] = print) -> None:
         """Print the mesh, the devices and the kernel that is used.

@@ -15,7 +15,7 @@ from typing import Any
 
 import keras
 
-from keras_ring import backends, batches, guard, strategy
+from keras_ring import backends, batches, counting, guard, strategy
 from keras_ring.keras_internals import sublayers
 from keras_ring.world import World
 
@@ -114,13 +114,15 @@ def _running(world: World, model: Any) -> Iterator[None]:
 def _check_arguments(
     world: World, model: Any, bound: inspect.BoundArguments
 ) -> None:
-    """Refuse arrays that the mesh cannot split before anything runs."""
+    """Refuse what cannot be padded before anything runs."""
     given = bound.arguments
+    if not world.layers_see_shards or "y" not in bound.signature.parameters:
+        return  # Nothing is padded there; predictions are trimmed.
     parts = [given.get(name) for name in ("x", "y", "sample_weight")]
     # The *_on_batch methods have no batch_size: they are given one batch.
     in_batches = "batch_size" in bound.signature.parameters
     batch_size = given.get("batch_size") if in_batches else 0
-    batches.check_arrays(
+    padded = batches.needs_padding(
         world,
         model,
         parts,
@@ -129,9 +131,11 @@ def _check_arguments(
     )
     validation = given.get("validation_data")
     if isinstance(validation, (tuple, list)):
-        batches.check_arrays(
+        padded = padded or batches.needs_padding(
             world,
             model,
             list(validation),
             given.get("validation_batch_size") or batch_size,
         )
+    if padded:
+        counting.check_padded(model)

@@ -80,6 +80,18 @@ class World(abc.ABC):
         """
 
     @abc.abstractmethod
+    def true_length(self, length: Any) -> Any:
+        """How long a sequence is without padding.
+
+        Args:
+            length: that a layer sees; `per_shard` may pad it further.
+
+        Returns:
+            The true length of the whole sequence, an int or an int32 scalar.
+            None where what `per_shard` spreads has no padding.
+        """
+
+    @abc.abstractmethod
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
         """`function` of global tensors; see `DistributedStrategy.run`."""
 

@@ -23,7 +23,7 @@ FRAMEWORKS = ("jax", "tensorflow", "torch")
 # part needs a line.
 LEAVES = {
     *("backends", "keras_internals", "masks", "numerics", "placement"),
-    *("primitives", "random_bits", "transport", "version"),
+    *("padding", "primitives", "random_bits", "transport", "version"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
@@ -36,17 +36,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "world": {"transport"},
     "strategy": {"backends", "placement", "world"},
-    "batches": {"placement", "world"},
+    "batches": {"padding", "world"},
+    "step": {"batches", "padding", "world"},
+    "counting": {"keras_internals", "step"},
     "chunked": {"backends", "numerics", "strategy"},
     "rematerialised": {"backends"},
     "ops": {
-        *("attention", "backends", "chunked", "masks", "numerics"),
+        *("attention", "backends", "chunked", "masks", "numerics", "padding"),
         *("placement", "random_bits", "scoring"),
         *("strategy", "transport", "world"),
     },
     "layers": {
-        *("keras_internals", "masks", "numerics", "ops", "placement"),
-        *("random_bits", "rematerialised", "scoring", "strategy", "world"),
+        *("keras_internals", "masks", "numerics", "ops", "padding"),
+        *("placement", "random_bits", "rematerialised", "scoring"),
+        *("strategy", "world"),
     },
     "losses": {
         *("keras_internals", "layers", "masks", "numerics", "ops"),
@@ -54,11 +57,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "guard": {"keras_internals", "layers", "ops", "strategy", "world"},
     "training": {
-        *("backends", "batches", "guard", "keras_internals"),
+        *("backends", "batches", "counting", "guard", "keras_internals"),
         *("strategy", "world"),
     },
     "a backend": {
-        *("batches", "blockwise", "keras_internals", "masks", "numerics"),
+        *("batches", "blockwise", "counting", "keras_internals", "masks"),
+        *("numerics", "padding", "step"),
         *("primitives", "random_bits", "scoring", "tiling"),
         *("placement", "strategy", "training", "transport", "world"),
     },

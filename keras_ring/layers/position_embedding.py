@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import placement, strategy
+from keras_ring import padding, placement, strategy
 from keras_ring.layers.positions import checked_positions
 from keras_ring.ops.dense_take import dense_take
 from keras_ring.ops.sequence import shard_ring
@@ -103,8 +103,7 @@ class PositionEmbedding(keras.layers.Layer):
         else:
             # The positions of a chunk are contiguous: a slice, whose
             # gradient is dense on every backend.
-            first = self._first(shape[1], start_index)
-            vectors = ops.slice(table, [first, 0], [shape[1], shape[2]])
+            vectors = self._natural(table, shape[1], start_index)
         return ops.broadcast_to(vectors, shape)
 
     def compute_output_shape(
@@ -119,10 +118,13 @@ class PositionEmbedding(keras.layers.Layer):
             "initializer": keras.initializers.serialize(self.initializer),
         }
 
-    def _first(self, length: Any, start_index: Any) -> Any:
-        """The position of the first element that the layer sees."""
+    def _natural(self, table: Tensor, length: Any, start_index: Any) -> Tensor:
+        """The vectors of the natural positions that the layer sees."""
         ring = shard_ring()
-        whole = length * ring.size if ring is not None else length
+        whole, true = length, None
+        if ring is not None:
+            true = strategy.current().true_length(length)
+            whole = length * ring.size if true is None else true
         if isinstance(whole, int) and isinstance(start_index, int):
             end = start_index + whole
             if start_index < 0 or end > self.sequence_length:
@@ -133,9 +135,22 @@ class PositionEmbedding(keras.layers.Layer):
                     "Build the layer with a larger `sequence_length`, or cut "
                     "the sequences."
                 )
+        width = table.shape[1]
         if ring is None:
-            return start_index
-        return placement.start(ring.index(), length) + start_index
+            return ops.slice(table, [start_index, 0], [length, width])
+        first = placement.start(ring.index(), length)
+        if true is None:
+            return ops.slice(table, [first + start_index, 0], [length, width])
+        # Padding has no vector; the table may end before it.
+        own = padding.clip(true - first, 0, length)
+        first = padding.clip(first, 0, true) + start_index
+        return ops.concatenate(
+            [
+                ops.slice(table, [first, 0], [own, width]),
+                ops.zeros((length - own, width), dtype=table.dtype),
+            ],
+            0,
+        )
 
 
 def _has_values(tensor: Tensor, length: Any) -> bool:

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_ring import backends, strategy
 from keras_ring.attention import Ring
-from keras_ring.masks import Carried, Mask
+from keras_ring.masks import Carried, Mask, Padding
 from keras_ring.ops import attention_checks as checks
 from keras_ring.scoring import Dropout, Scoring
 from keras_ring.world import LOCAL, World
@@ -115,11 +115,16 @@ def ring_attention(
         ring = world.sequence_size
     keys = key.shape[1]
     all_keys = keys * ring if isinstance(keys, int) else None
+    limit = None if world is None else world.true_length(ops.shape(key)[1])
+    if limit is not None:
+        all_keys = limit if isinstance(limit, int) else None
     if mask is not None:
         checks.check_mask(mask, query, key, all_keys)
     if bias is not None:
         bias = ops.convert_to_tensor(bias)
         checks.check_bias(bias, query, key, all_keys)
+    if limit is not None:
+        mask, bias = _without_padding(key, limit, mask, bias, ring, world)
     heads = query.shape[2]
     slopes = checks.by_head("alibi", alibi, heads)
     sinks = checks.by_head("sinks", sinks, heads)
@@ -144,6 +149,38 @@ def ring_attention(
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
     return AttentionResult(out, lse) if return_lse else out
+
+
+def _without_padding(
+    key: Tensor,
+    limit: Any,
+    mask: Mask | None,
+    bias: Tensor | None,
+    ring: int,
+    world: World,
+) -> tuple[Mask, Tensor | None]:
+    """A mask that hides the padded keys too, and a bias that has them.
+
+    Args:
+        key: as the layer sees it.
+        limit: true number of all keys.
+        mask: of the call.
+        bias: of the call, for the true keys.
+        ring: members that hold keys like these.
+        world: the running one.
+    """
+    batch, length = ops.shape(key)[:2]
+    positions = ops.arange(length, dtype="int32")
+    if ring > 1:
+        positions = positions + world.ring().index() * length
+    valid = ops.broadcast_to((positions < limit)[None], (batch, length))
+    if bias is not None:
+        # Where the layer sees all keys, `per_shard` pads them.
+        whole = -(-length * ring // world.sequence_size) * world.sequence_size
+        shape = [*ops.shape(bias)[:3], whole - limit]
+        bias = ops.concatenate([bias, ops.zeros(shape, dtype=bias.dtype)], 3)
+    padded = Padding(valid)
+    return (padded if mask is None else mask & padded), bias
 
 
 def _dropout(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
-from keras_ring import backends, placement, strategy
+from keras_ring import backends, padding, placement, strategy
 from keras_ring.numerics import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def gather_sequence(tensor: Tensor, axis: int = 1) -> Tensor:
         axis: the sequence axis; negative values count from the end.
 
     Returns:
-        The tensor with the whole sequence on `axis`, in natural order. Where
+        The tensor with the whole sequence on `axis`, in natural order and
+        without padding. Where
         the code sees the whole sequence already this is the tensor itself;
         under a strategy on JAX the compiler is told not to split it.
 
@@ -89,14 +90,27 @@ def gather_sequence(tensor: Tensor, axis: int = 1) -> Tensor:
     ring = shard_ring()
     if ring is None:
         return _unsplit(tensor)
+    local = ops.shape(tensor)[axis]
+    true = strategy.current().true_length(local)
+
+    def whole(shard):
+        every = ring.all_gather(shard, axis)
+        return every if true is None else padding.trim(every, axis, true)
+
     if "float" not in keras.backend.standardize_dtype(tensor.dtype):
-        return ring.all_gather(tensor, axis)
+        return whole(tensor)
 
     def forward(shard):
-        return (ring.all_gather(shard, axis),), ()
+        return (whole(shard),), ()
 
     def backward(residuals, grad):
         del residuals
+        if true is not None:
+            shape = list(ops.shape(grad))
+            shape[axis] = local * ring.size - shape[axis]
+            grad = ops.concatenate(
+                [grad, ops.zeros(shape, dtype=grad.dtype)], axis
+            )
         return (_sum_of_own_part(ring, grad, axis),)
 
     custom_gradient = backends.load().runtime.custom_gradient
@@ -112,12 +126,13 @@ def own_chunk(tensor: Tensor, axis: int = 1) -> Tensor:
         axis: the sequence axis; negative values count from the end.
 
     Returns:
-        The tensor with the own `1 / sequence_parallel` of `axis`. The
-        tensor itself where the code sees the whole sequence.
+        The tensor with the own `1 / sequence_parallel` of `axis`. A length
+        that the ring cannot split equally is padded by copies of the last
+        element, as that of a batch is. The tensor itself where the code
+        sees the whole sequence.
 
     Raises:
-        ValueError: for a length that the ring cannot split, or an axis that
-            the tensor does not have.
+        ValueError: for an axis that the tensor does not have.
     """
     axis = _checked_axis(tensor, axis)
     ring = shard_ring()
@@ -155,11 +170,17 @@ def _unsplit(tensor: Tensor) -> Tensor:
 
 def _chunk(tensor: Tensor, axis: int, index: Any, size: int) -> Tensor:
     shape = list(ops.shape(tensor))
-    if isinstance(shape[axis], int):
-        placement.check_divisible(shape[axis], size, "the whole sequence")
-    # A length that is only known when the program runs is checked by this
-    # reshape: it fails where the parts do not come out equal.
-    length = shape[axis] // size
+    axes = padding.lengths()
+    if axes is None:
+        length = -(-shape[axis] // size)
+    else:
+        length = axes.add(shape[axis])
+    missing = length * size - shape[axis]
+    if not isinstance(missing, int) or missing:
+        last = ops.take(tensor, [shape[axis] - 1], axis=axis)
+        copies = list(shape)
+        copies[axis] = missing
+        tensor = ops.concatenate([tensor, ops.broadcast_to(last, copies)], axis)
     parts = ops.reshape(
         tensor, [*shape[:axis], size, length, *shape[axis + 1 :]]
     )

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from keras import tree
 
-from keras_ring import batches, numerics, placement, training, world
+from keras_ring import batches, numerics, training, world
 from keras_ring.backends.jax.transport import RingTransport
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.world import LOCAL
@@ -103,10 +103,6 @@ class World(world.World):
     ) -> Any:
         if self.sequence_size == 1 or _building_symbolically(tensors):
             return function(LOCAL, *tensors, *shared)
-        for tensor in tensors:
-            placement.check_divisible(
-                tensor.shape[1], self.sequence_size, "the tensor"
-            )
         sharded = PartitionSpec(None, "seq")
         dtypes = [tensor.dtype for tensor in shared]
 
@@ -115,7 +111,7 @@ class World(world.World):
             same = zip(shards[len(tensors) :], dtypes, strict=True)
             return function(self.ring(), *own, *(t.astype(d) for t, d in same))
 
-        return jax.shard_map(
+        results = jax.shard_map(
             on_member,
             mesh=self.mesh,
             in_specs=(
@@ -125,7 +121,18 @@ class World(world.World):
             out_specs=sharded,
             axis_names={"seq"},
             check_vma=False,
-        )(*tensors, *(_summed_widely(tensor) for tensor in shared))
+        )(
+            *(self._padded(tensor) for tensor in tensors),
+            *(_summed_widely(tensor) for tensor in shared),
+        )
+        length = tensors[0].shape[1]
+        if length % self.sequence_size == 0:
+            return results
+        return tree.map_structure(lambda result: result[:, :length], results)
+
+    def true_length(self, length: Any) -> int | None:
+        whole = isinstance(length, int) and length % self.sequence_size == 0
+        return None if whole or not isinstance(length, int) else length
 
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
         return self.program(function)(tensors)
@@ -137,7 +144,7 @@ class World(world.World):
         def compiled(*arguments: jax.Array) -> Any:
             return tree.map_structure(
                 lambda t: jax.lax.with_sharding_constraint(
-                    t, NamedSharding(self.mesh, self._run_spec(t.ndim))
+                    t, NamedSharding(self.mesh, self._run_spec(t.shape))
                 ),
                 function(*arguments),
             )
@@ -145,7 +152,7 @@ class World(world.World):
         def program(tensors: list[Any]) -> Any:
             placed = [
                 jax.device_put(
-                    t, NamedSharding(self.mesh, self._run_spec(np.ndim(t)))
+                    t, NamedSharding(self.mesh, self._run_spec(np.shape(t)))
                 )
                 for t in tensors
             ]
@@ -179,7 +186,7 @@ class World(world.World):
         axes: list[str | None] = []
         if shape:
             axes.append("batch" if shape[0] % self.data_size == 0 else None)
-        if split:
+        if split and shape[1] % self.sequence_size == 0:
             axes.append("seq")
         return PartitionSpec(*axes)
 
@@ -202,9 +209,24 @@ class World(world.World):
 
         return tree.map_structure(place, batch, splits)
 
-    @staticmethod
-    def _run_spec(rank: int) -> PartitionSpec:
-        return PartitionSpec(*("batch", "seq")[: min(rank, 2)])
+    def _padded(self, tensor: jax.Array) -> jax.Array:
+        """Zeros, or false, up to a length that the ring can split."""
+        missing = -tensor.shape[1] % self.sequence_size
+        if missing == 0:
+            return tensor
+        rest = [(0, 0)] * (tensor.ndim - 2)
+        return jnp.pad(tensor, [(0, 0), (0, missing), *rest])
+
+    def _run_spec(self, shape: Sequence[int]) -> PartitionSpec:
+        """How a tensor of `run` lies on the mesh: an axis that the mesh
+        cannot split is whole on every device."""
+        names, sizes = ("batch", "seq"), (self.data_size, self.sequence_size)
+        return PartitionSpec(
+            *(
+                name if have % size == 0 else None
+                for name, size, have in zip(names, sizes, shape, strict=False)
+            )
+        )
 
 
 def _device_names(asked: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from typing import Any
 import tensorflow as tf
 from keras import tree
 
-from keras_ring import world
-from keras_ring.backends.tensorflow import training
+from keras_ring import padding, world
+from keras_ring.backends.tensorflow import hooks, training
 from keras_ring.backends.tensorflow.transport import (
     InstanceKeys,
     RingTransport,
@@ -160,9 +160,21 @@ class World(world.World):
         )
 
     def ring(self) -> RingTransport:
+        return self._members(self.sequence_size)
+
+    @property
+    def everyone(self) -> RingTransport:
+        """All replicas as one ring; only where `inside()` is true."""
+        return self._members(len(self.devices))
+
+    def place(self) -> tuple[int, int]:
+        """The data index and the sequence index of the running replica."""
+        return divmod(_replica(), self.sequence_size)
+
+    def _members(self, size: int) -> RingTransport:
         return RingTransport(
             _replica(),
-            self.sequence_size,
+            size,
             devices=self._numbers,
             timeout=self.strategy.timeout,
             keys=_KEYS,
@@ -181,6 +193,10 @@ class World(world.World):
         ring = self.ring() if self.inside() else LOCAL
         return function(ring, *tensors, *shared)
 
+    def true_length(self, length: Any) -> Any:
+        axis = padding.lengths()
+        return None if axis is None else axis.true(length)
+
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
         return self.program(function)(tensors)
 
@@ -189,34 +205,42 @@ class World(world.World):
     ) -> Callable[[list[Any]], Any]:
         results: list[Any] = []
 
-        def on_replica(*shards: tf.Tensor) -> list[tf.Tensor]:
-            result = function(*shards)
-            results[:] = [result]
-            return [
-                self.gathered(tf.convert_to_tensor(t))
-                for t in tree.flatten(result)
-                if t is not None
-            ]
+        def on_replica(shards: Any, sizes: training.Sizes) -> Any:
+            splits = [shard.shape.rank >= 2 for shard in shards]
+            axes = training.axes_on_replica(self, shards, splits, sizes)
+            with padding.seen(*axes):
+                result = function(*shards)
+                results[:] = [result]
+                return training.result_on_replica(
+                    self,
+                    [
+                        tf.convert_to_tensor(t)
+                        for t in tree.flatten(result)
+                        if t is not None
+                    ],
+                )
 
         compiled = training.compiled(
-            self, lambda *shards: self.tf_strategy.run(on_replica, shards)
+            self, lambda *parts: self.tf_strategy.run(on_replica, parts)
         )
+
+        def whole(value: Any, true: Any) -> tf.Tensor:
+            pieces = self.everyones(value)
+            rank = pieces[0].shape.rank
+            if rank == 0:
+                return tf.add_n(pieces) / len(pieces)
+            return training.join(self, pieces, rank >= 2, true)
 
         def program(tensors: list[Any]) -> Any:
             tensors = [tf.convert_to_tensor(t) for t in tensors]
-            shards = training.distribute(
+            parts = training.distribute(
                 self, tensors, [len(t.shape) >= 2 for t in tensors]
             )
             with self.scope():
-                rows = [self.everyones(value) for value in compiled(*shards)]
-            joined = iter(
-                [
-                    training.join(self, pieces, pieces[0].shape.rank >= 2)
-                    if pieces[0].shape.rank
-                    else tf.add_n(pieces) / len(pieces)
-                    for pieces in rows
-                ]
-            )
+                values, true = compiled(*parts)
+                joined = iter(
+                    [whole(*pair) for pair in zip(values, true, strict=True)]
+                )
             return tree.map_structure(
                 lambda t: None if t is None else next(joined), results[-1]
             )
@@ -359,4 +383,6 @@ def vjp(
 
 
 def install() -> None:
-    """Nothing: `World.prepare` gives each model its steps."""
+    """Teach Keras' losses and metrics about the strategy; see `hooks`.
+    `World.prepare` gives each model its steps."""
+    hooks.install()

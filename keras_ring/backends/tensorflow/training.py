@@ -17,12 +17,17 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from keras_ring import batches
+from keras_ring import batches, counting, padding, step
+from keras_ring.padding import PaddedAxis
 
 if TYPE_CHECKING:
     from keras_ring.backends.tensorflow.runtime import World
 
 _MARK = "keras_ring_step"
+
+# For the batch and the sequence axis: pairs of the size of a shard and the
+# true size of the whole, int32 `(sizes, 2)`; None where nothing is padded.
+Sizes = tuple[tf.Tensor | None, tf.Tensor | None]
 
 # What a collective raises when its other side is gone.
 _TRANSFER_ERRORS = (
@@ -78,32 +83,12 @@ def _check_compiled(model: Any) -> None:
             "the model with jit_compile='auto' or False."
         )
     for loss in _losses(model):
-        # Each replica divides by what it counts in its own part, and the
-        # mean over the replicas is taken: exact where all count the same.
         reduction = getattr(loss, "reduction", "sum_over_batch_size")
-        ignored = getattr(loss, "ignore_class", None)
-        if reduction in ("sum", "mean_with_sample_weight", "none", None):
+        if reduction in ("none", None):
             raise NotImplementedError(
-                "A loss under a strategy must be the mean over all elements, "
-                "so that the mean over the devices is the loss of the whole "
-                f"batch. Received: reduction={reduction!r} of {loss.name!r}. "
-                "Use reduction='sum_over_batch_size'."
-            )
-        if ignored is not None:
-            raise NotImplementedError(
-                "A loss that leaves out a class divides by the number of the "
-                "rest, which differs from device to device. Received: "
-                f"ignore_class={ignored} of {loss.name!r}. Give a "
-                "sample_weight of zero to those elements instead."
-            )
-    for output in tree.flatten(getattr(model, "outputs", None) or []):
-        if getattr(output, "_keras_mask", None) is not None and _losses(model):
-            raise NotImplementedError(
-                "A loss over masked outputs divides by the number of valid "
-                "elements, which differs from device to device. Received: "
-                f"the output {output.name!r} of the model {model.name!r} with "
-                "a mask. Remove the mask before the loss, and give a "
-                "sample_weight of zero to the padding instead."
+                "A loss under a strategy must be reduced to one number. "
+                f"Received: reduction={reduction!r} of {loss.name!r}. Use "
+                "reduction='sum_over_batch_size'."
             )
 
 
@@ -122,9 +107,13 @@ def _losses(model: Any) -> list[Any]:
 def _step(world: "World", model: Any, name: str) -> Callable[[Any], Any]:
     """A step of training or evaluation: batches in, logs out."""
 
-    def program(data: Any) -> Any:
+    def on_replica(data: Any, sizes: Sizes, splits: Any) -> Any:
+        with step.run(_step_on_replica(world, model, data, sizes, splits)):
+            return getattr(model, name)(data)
+
+    def program(data: Any, sizes: Sizes, splits: Any) -> Any:
         strategy = world.tf_strategy
-        logs = strategy.run(lambda data: getattr(model, name)(data), (data,))
+        logs = strategy.run(on_replica, (data, sizes, splits))
         # Metrics gather over all replicas and so know the exact value, while
         # the mean of what the replicas report is not, for ratios.
         totals = model.get_metrics_result()
@@ -145,35 +134,45 @@ def _step(world: "World", model: Any, name: str) -> Callable[[Any], Any]:
                 if logs is None:
                     raise
                 break
-            data, _ = _cut(world, model, batch)
-            logs = program(data)
+            data, sizes, splits = _cut(world, model, batch)
+            if sizes != (None, None):
+                counting.check_padded(model)
+            logs = program(data, sizes, splits)
         return logs
 
     return function
 
 
-def _prediction(world: "World", model: Any) -> Callable[[Any], Any]:
+def _prediction(world: "World", model: Any) -> Callable[..., Any]:
     """A step of prediction: a list of batches in, joined outputs out."""
 
-    def on_replica(data: Any) -> Any:
-        return tree.map_structure(world.gathered, model.predict_step(data))
+    def on_replica(data: Any, sizes: Sizes, splits: Any) -> Any:
+        with step.run(_step_on_replica(world, model, data, sizes, splits)):
+            return result_on_replica(world, model.predict_step(data))
 
-    program = compiled(
-        world,
-        lambda data: world.tf_strategy.run(on_replica, (data,)),
-        model.run_eagerly,
-    )
+    def program(data: Any, sizes: Sizes, splits: Any) -> Any:
+        return world.tf_strategy.run(on_replica, (data, sizes, splits))
+
+    program = compiled(world, program, model.run_eagerly)
 
     def predict(batch: Any) -> Any:
-        data, local_length = _cut(world, model, batch)
-        outputs = program(data)
+        data, sizes, splits = _cut(world, model, batch)
+        local_lengths = [
+            world.tf_strategy.experimental_local_results(leaf)[0].shape[1]
+            for leaf, split in zip(
+                tree.flatten(data), tree.flatten(splits), strict=True
+            )
+            if split
+        ]
+        outputs, true = program(data, sizes, splits)
         rows = [world.everyones(value) for value in tree.flatten(outputs)]
         first = tree.pack_sequence_as(outputs, [pieces[0] for pieces in rows])
-        split = tree.flatten(batches.split_outputs(model, first, local_length))
-        return tree.pack_sequence_as(
-            outputs,
-            [join(world, p, s) for p, s in zip(rows, split, strict=True)],
-        )
+        carries = batches.split_outputs(model, first, local_lengths)
+        joined = [
+            join(world, *parts)
+            for parts in zip(rows, tree.flatten(carries), true, strict=True)
+        ]
+        return tree.pack_sequence_as(outputs, joined)
 
     def function(data: Sequence[Any]) -> Any:
         steps = [predict(batch) for batch in data]
@@ -218,23 +217,79 @@ def compiled(
     return guarded
 
 
-def _cut(world: "World", model: Any, batch: Any) -> tuple[Any, int | None]:
-    """A whole batch as values for each replica, and a shard's length."""
+def _cut(world: "World", model: Any, batch: Any) -> tuple[Any, Sizes, Any]:
+    """A whole batch as values for each replica, its padded sizes, and which
+    of its leaves have the sequence."""
     if isinstance(batch, list):
         batch = tuple(batch)
     batch = tree.map_structure(_present, batch)
     splits = batches.split_batch(world, model, batch)
     if world.workers > 1:
         _check_same(world, batch)
-    leaves, flags = tree.flatten(batch), tree.flatten(splits)
-    lengths = {
-        leaf.shape[1] for leaf, flag in zip(leaves, flags, strict=True) if flag
-    }
-    parts = distribute(world, leaves, flags)
-    local_length = (
-        lengths.pop() // world.sequence_size if len(lengths) == 1 else None
+    parts, sizes = distribute(world, tree.flatten(batch), tree.flatten(splits))
+    return tree.pack_sequence_as(batch, parts), sizes, splits
+
+
+def _step_on_replica(
+    world: "World", model: Any, data: Any, sizes: Sizes, splits: Any
+) -> step.Step:
+    """The step of the replica whose code runs."""
+    rows, lengths = axes_on_replica(
+        world, tree.flatten(data), tree.flatten(splits), sizes
     )
-    return tree.pack_sequence_as(batch, parts), local_length
+    return step.Step(
+        world,
+        model,
+        place=world.place(),
+        rows=rows,
+        lengths=lengths,
+        local=data,
+        splits=splits,
+        everyones_sum=world.everyone.sum,
+        scale=1.0 / len(world.devices),
+    )
+
+
+def axes_on_replica(
+    world: "World", shards: Sequence[Any], splits: Sequence[Any], sizes: Sizes
+) -> tuple[PaddedAxis, PaddedAxis]:
+    """The batch and the sequence axis that a replica's code sees.
+
+    Args:
+        world: the mesh.
+        shards: the replica's part of every array.
+        splits: whether it has the sequence on axis 1.
+        sizes: of the axes that are padded.
+    """
+    axes = PaddedAxis(world.data_size), PaddedAxis(world.sequence_size)
+    for number, (axis, known) in enumerate(zip(axes, sizes, strict=True)):
+        if known is not None:
+            for pair in tf.unstack(known):
+                axis.know(pair[0], pair[1])
+            continue
+        for shard, split in zip(shards, splits, strict=True):
+            if shard is not None and shard.shape.rank and (split or not number):
+                axis.know(keras.ops.shape(shard)[number], None)
+    return axes
+
+
+def result_on_replica(world: "World", outputs: Any) -> Any:
+    """What a replica gives for `join`: its outputs, and for each of them the
+    true sizes of the first two axes of the whole, -1 where nothing is padded.
+    """
+    axes = padding.axes()
+
+    def sizes(output: Any) -> list[Any]:
+        found = [-1, -1]
+        for number, local in enumerate(keras.ops.shape(output)[:2]):
+            true = axes[number].true(local)
+            found[number] = -1 if true is None else true
+        return [tf.convert_to_tensor(size, tf.int32) for size in found]
+
+    return (
+        tree.map_structure(world.gathered, outputs),
+        [sizes(output) for output in tree.flatten(outputs)],
+    )
 
 
 def _check_same(world: "World", batch: Any) -> None:
@@ -270,7 +325,7 @@ def _present(leaf: Any) -> Any:
 
 def distribute(
     world: "World", tensors: Sequence[Any], split: Sequence[Any]
-) -> list[Any]:
+) -> tuple[list[Any], Sizes]:
     """The part of each replica of whole tensors on the host.
 
     Args:
@@ -278,23 +333,33 @@ def distribute(
         tensors: `(batch, ...)` or `(batch, length, ...)`; scalars and None
             are for all.
         split: whether the tensor has the sequence on axis 1.
+
+    Returns:
+        The parts, and the sizes of the axes that had to be padded.
     """
+    rows, lengths = batches.axes(world, list(tensors), list(split))
 
     def part(tensor: Any, has_length: bool, replica: int) -> tf.Tensor:
         group, index = divmod(replica, world.sequence_size)
-        if len(tensor.shape):
-            rows = tensor.shape[0] // world.data_size
-            tensor = tensor[group * rows : (group + 1) * rows]
         if has_length:
-            length = tensor.shape[1] // world.sequence_size
-            tensor = tensor[:, index * length : (index + 1) * length]
+            local = padding.local_size(lengths, tensor.shape[1])
+            tensor = padding.part(tensor, 1, index, local)
+        if len(tensor.shape):
+            local = padding.local_size(rows, tensor.shape[0])
+            tensor = padding.part(tensor, 0, group, local)
         return tf.convert_to_tensor(tensor)
 
     values: list[Any] = []
+    known: list[list[tuple[int, int]]] = [[], []]
     for tensor, has_length in zip(tensors, split, strict=True):
         if tensor is None:
             values.append(None)
             continue
+        if len(tensor.shape) and not known[0]:
+            known[0] += padding.pairs(rows, sorted(rows.sizes))
+        if has_length:
+            # One for each tensor: then their number is that of every batch.
+            known[1] += padding.pairs(lengths, [tensor.shape[1]])
         with tf.device("CPU:0"):
             value = (
                 world.tf_strategy.experimental_distribute_values_from_function(
@@ -304,18 +369,41 @@ def distribute(
                 )
             )
         values.append(value)
-    return values
+    sizes = tuple(
+        tf.constant(pairs, tf.int32) if axis.padded else None
+        for axis, pairs in zip((rows, lengths), known, strict=True)
+    )
+    return values, sizes
 
 
-def join(world: "World", pieces: Sequence[tf.Tensor], split: bool) -> tf.Tensor:
+def join(
+    world: "World",
+    pieces: Sequence[tf.Tensor],
+    split: bool,
+    true: Sequence[Any],
+) -> tf.Tensor:
     """The whole tensor on the host, from the pieces of all replicas.
 
     What does not carry the sequence is equal on all members of a ring.
+
+    Args:
+        world: the mesh.
+        pieces: everyone's.
+        split: whether they have the sequence on axis 1.
+        true: the sizes of the first two axes without padding, the same on
+            every replica; -1 where there is none.
     """
     size = world.sequence_size
+    rows, length = (
+        int(world.tf_strategy.experimental_local_results(number)[0])
+        for number in true
+    )
     with tf.device("CPU:0"):
         rings = [
             pieces[i : i + size] for i in range(0, world.data_size * size, size)
         ]
         groups = [tf.concat(r, 1) if split else r[0] for r in rings]
-        return tf.concat(groups, 0)
+        whole = tf.concat(groups, 0)
+        if split and length >= 0:
+            whole = whole[:, :length]
+        return whole[:rows] if rows >= 0 else whole

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import torch
 
+from keras_ring import counting
 from keras_ring.backends.torch import saving
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def install(current: Current) -> None:
         from keras.src.optimizers.loss_scale_optimizer import (
             LossScaleOptimizer,
         )
+        from keras.src.trainers import compile_utils
         from keras.src.trainers.trainer import Trainer
 
         targets: list[tuple[Any, str, Callable[..., Any]]] = [
@@ -50,23 +52,54 @@ def install(current: Current) -> None:
             (Trainer, "get_metrics_result", _metrics_result),
             (BaseOptimizer, "apply", _apply),
             (LossScaleOptimizer, "apply", _apply),
-            (loss_module, "reduce_weighted_values", _reduced_loss),
             (keras.callbacks.CallbackList, "__init__", _callback_list),
             (keras.Model, "save", _save),
             (keras.Model, "save_weights", _save),
         ]
-        originals = [getattr(owner, name) for owner, name, _ in targets]
+        shared: list[counting.Target] = [
+            (Trainer, "compute_loss", counting.model_loss),
+            (compile_utils.CompileLoss, "call", counting.compile_loss),
+            (keras.losses.Loss, "__call__", counting.loss),
+            (
+                loss_module,
+                "reduce_weighted_values",
+                functools.partial(
+                    counting.reduced_loss, loss_module.apply_mask
+                ),
+            ),
+            (
+                compile_utils.CompileMetrics,
+                "update_state",
+                counting.compile_metrics,
+            ),
+            (
+                compile_utils.MetricsList,
+                "update_state",
+                counting.output_metrics,
+            ),
+            (keras.metrics.Mean, "update_state", counting.mean_metric),
+        ]
+        counting.wrap_once(
+            [
+                *shared,
+                *(
+                    (owner, name, functools.partial(_with, wrap, current))
+                    for owner, name, wrap in targets
+                ),
+            ]
+        )
     except (ImportError, AttributeError) as error:
         raise NotImplementedError(
             "This version of Keras has another trainer on PyTorch than "
             f"keras_ring knows. Received: keras {keras.__version__}, {error}. "
             "Use Keras 3.15."
         ) from error
-    for (owner, name, wrap), original in zip(targets, originals, strict=True):
-        if not getattr(original, _MARK, False):
-            wrapped = functools.wraps(original)(wrap(original, current))
-            setattr(wrapped, _MARK, True)
-            setattr(owner, name, wrapped)
+
+
+def _with(
+    wrap: Callable[..., Any], current: Current, original: Callable[..., Any]
+) -> Callable[..., Any]:
+    return wrap(original, current)
 
 
 def _steps(kind: str) -> Callable[..., Any]:
@@ -142,45 +175,6 @@ def _apply(
             return original(self, grads, trainable_variables)
 
     return apply
-
-
-def _reduced_loss(
-    original: Callable[..., Any], current: Current
-) -> Callable[..., Any]:
-    """Inside a step, weight a loss by its share of the global count."""
-    from keras.src.losses.loss import apply_mask, standardize_reduction
-
-    def reduce_weighted_values(
-        values: Any,
-        sample_weight: Any = None,
-        mask: Any = None,
-        reduction: str | None = "sum_over_batch_size",
-        dtype: Any = None,
-    ) -> Any:
-        loss = original(
-            values,
-            sample_weight=sample_weight,
-            mask=mask,
-            reduction=reduction,
-            dtype=dtype,
-        )
-        step = _running_step(current)
-        reduction = standardize_reduction(reduction)
-        if step is None or reduction in (None, "none") or loss.is_meta:
-            return loss
-        count = None
-        if reduction == "mean_with_sample_weight":
-            if sample_weight is not None:
-                sample_weight = keras.ops.convert_to_tensor(
-                    sample_weight, dtype=loss.dtype
-                )
-            weights = apply_mask(sample_weight, mask, loss.dtype, reduction)
-            count = None if weights is None else weights.sum()
-        elif reduction != "sum" and mask is not None:
-            count = keras.ops.cast(mask, loss.dtype).sum()
-        return loss * step.loss_weight(reduction, count)
-
-    return reduce_weighted_values
 
 
 def _callback_list(

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from keras import tree
 
-from keras_ring import training, world
+from keras_ring import batches, padding, training, world
 from keras_ring.backends.torch import agreement, hooks, launch
 from keras_ring.backends.torch.training import Step
+from keras_ring.padding import PaddedAxis
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.transport import Transport
 from keras_ring.world import LOCAL
@@ -133,13 +134,23 @@ class World(world.World):
             return function(LOCAL, *tensors, *shared)
         return function(self.ring(), *tensors, *shared)
 
+    def true_length(self, length: int) -> int | None:
+        axis = padding.lengths()
+        return None if axis is None else axis.true(length)
+
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
-        with self.scope(), self.stepping():
+        tensors = [keras.ops.convert_to_tensor(t) for t in tensors]
+        splits = [t.ndim > 1 for t in tensors]
+        rows, lengths = batches.axes(self, tensors, splits)
+        with self.scope(), self.stepping(), padding.seen(rows, lengths):
             shards = [
-                self.shard(keras.ops.convert_to_tensor(t), np.ndim(t) > 1)
-                for t in tensors
+                self.shard(tensor, split, rows, lengths)
+                for tensor, split in zip(tensors, splits, strict=True)
             ]
-            return tree.map_structure(self._joined, function(*shards))
+            results = function(*shards)
+        return tree.map_structure(
+            lambda result: self._joined(result, rows, lengths), results
+        )
 
     def prepare(self, model: Any) -> None:
         if model.jit_compile:
@@ -150,40 +161,52 @@ class World(world.World):
             )
         self.agreement.start(model)
 
-    def shard(self, tensor: Any, split: bool) -> Any:
+    def shard(
+        self, tensor: Any, split: bool, rows: PaddedAxis, lengths: PaddedAxis
+    ) -> Any:
         """The own rows of a global array, and the own chunk if `split`."""
         if len(tensor.shape) == 0:
             return tensor
-        rows = _part(tensor.shape[0], self.data_place, self.data_size)
-        if not split:
-            return tensor[rows]
-        chunk = _part(tensor.shape[1], self.sequence_index, self.sequence_size)
-        return tensor[rows, chunk]
+        size = padding.local_size(rows, tensor.shape[0])
+        if split:
+            chunk = padding.local_size(lengths, tensor.shape[1])
+            tensor = padding.part(tensor, 1, self.sequence_index, chunk)
+        return padding.part(tensor, 0, self.data_place, size)
 
-    def unshard(self, tensor: torch.Tensor, split: bool) -> torch.Tensor:
+    def unshard(
+        self,
+        tensor: torch.Tensor,
+        split: bool,
+        rows: PaddedAxis,
+        lengths: PaddedAxis,
+    ) -> torch.Tensor:
         """The global tensor of everyone's part; the inverse of `shard`."""
         tensor = tensor.detach()
         if self.size == 1:
             return tensor
         parts = self.everyone.all_gather(tensor[None], 0)
-        rows, *rest = tensor.shape
-        parts = parts.reshape(self.data_size, self.sequence_size, rows, *rest)
-        if not split:
-            return parts[:, 0].reshape(self.data_size * rows, *rest)
-        length, *rest = rest
-        return parts.transpose(1, 2).reshape(
-            self.data_size * rows, self.sequence_size * length, *rest
-        )
+        size, *rest = tensor.shape
+        parts = parts.reshape(self.data_size, self.sequence_size, size, *rest)
+        if split:
+            length, *rest = rest
+            parts = parts.transpose(1, 2).reshape(
+                self.data_size * size, self.sequence_size * length, *rest
+            )[:, : lengths.true(length)]
+        else:
+            parts = parts[:, 0].reshape(self.data_size * size, *rest)
+        return parts[: rows.true(size)]
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean of everyone's tensor."""
         return self.everyone.sum(tensor.detach()) / self.size
 
-    def _joined(self, result: Any) -> torch.Tensor:
+    def _joined(
+        self, result: Any, rows: PaddedAxis, lengths: PaddedAxis
+    ) -> torch.Tensor:
         result = keras.ops.convert_to_tensor(result)
         if result.ndim == 0:
             return self.mean(result)
-        return self.unshard(result, split=result.ndim > 1)
+        return self.unshard(result, result.ndim > 1, rows, lengths)
 
     def _connected(self) -> launch.Groups:
         if self._groups is None:
@@ -191,11 +214,6 @@ class World(world.World):
                 self.strategy, (self.data_size, self.sequence_size)
             )
         return self._groups
-
-
-def _part(length: int, index: int, size: int) -> slice:
-    part = length // size
-    return slice(index * part, (index + 1) * part)
 
 
 def _symbolic(tensors: list[Any]) -> bool:

@@ -17,58 +17,42 @@ import keras
 import torch
 from keras import tree
 
-from keras_ring import batches
+from keras_ring import batches, counting, step
 from keras_ring.keras_internals import sublayers
 
 if TYPE_CHECKING:
     from keras_ring.backends.torch.runtime import World
 
 
-class Step:
-    """What one step knows while Keras runs it.
+class Step(step.Step):
+    """What one step knows while Keras runs it."""
 
-    Attributes:
-        world: the processes.
-        model: whose step it is.
-        copies: on how many processes each value of the outputs lies: 1 where
-            they are split over the ring, the ring's size where every member
-            has them whole, None where a model has both kinds.
-    """
+    world: "World"
 
-    def __init__(self, world: "World", model: Any, copies: int | None):
-        self.world = world
-        self.model = model
-        self.copies = copies
+    def __init__(self, world: "World", model: Any, batch: Any, splits: Any):
+        rows, lengths = batches.axes(world, batch, splits)
+        self.local = tree.map_structure(
+            lambda leaf, split: (
+                None
+                if leaf is None
+                else world.shard(leaf, bool(split), rows, lengths)
+            ),
+            batch,
+            splits,
+        )
+        super().__init__(
+            world,
+            model,
+            place=(world.data_place, world.sequence_index),
+            rows=rows,
+            lengths=lengths,
+            local=self.local,
+            splits=splits,
+            everyones_sum=world.everyone.sum,
+        )
         self.results_read = False
         self._applying = 0
         self._before: dict[int, tuple[Any, torch.Tensor]] = {}
-
-    # Losses.
-
-    def loss_weight(self, reduction: str | None, count: Any) -> Any:
-        """Factor on a reduced loss, so that the mean over all processes is
-        the loss of the whole batch.
-
-        Args:
-            reduction: of the loss.
-            count: what the local sum was divided by, or None if that is the
-                same number on every process.
-        """
-        if reduction == "sum":
-            if self.copies is None:
-                raise NotImplementedError(
-                    "A loss with reduction='sum' is not supported in a model "
-                    "with outputs that carry the sequence and others that do "
-                    "not. Use reduction='sum_over_batch_size'."
-                )
-            return self.world.size / self.copies
-        if count is None:
-            return 1.0
-        count = count.detach()
-        total = self.world.everyone.sum(count)
-        return torch.where(
-            total == 0, torch.zeros_like(total), count * self.world.size / total
-        )
 
     # Gradients.
 
@@ -116,8 +100,9 @@ class Step:
         added = _summed(
             self.world, [variable.value.detach() for variable in variables]
         )
-        copies = self._check_copies()
+        copied = self._copied_variables()
         for variable, counts in zip(variables, added, strict=True):
+            copies = copied.get(id(variable), 1)
             if copies > 1:
                 counts = (
                     counts / copies
@@ -181,20 +166,30 @@ class Step:
                 )
         return list(variables.values())
 
-    def _check_copies(self) -> int:
-        """By what sums over all processes count too much."""
-        if self.copies is not None:
-            return self.copies
-        for metric in _leaf_metrics(self.model.metrics):
-            # The quotient of two sums does not mind that both are too large.
-            if not isinstance(metric, keras.metrics.Mean):
-                raise NotImplementedError(
-                    "In a model with outputs that carry the sequence and "
-                    "others that do not, only metrics that are means are "
-                    "supported under a strategy. Received: the metric "
-                    f"{metric.name!r}."
-                )
-        return 1
+    def _copied_variables(self) -> dict[int, int]:
+        """By what the sum over all processes counts too much, for the
+        variables of metrics that a model updates itself. Those that it was
+        compiled with count every element once."""
+        compiled = self.model._compile_metrics
+        copied = {}
+        for metric in self.model.metrics:
+            if metric is compiled or counting.is_tracker(self.model, metric):
+                continue
+            for inner in _leaf_metrics([metric]):
+                # The quotient of two sums does not mind both too large.
+                if self.copies is None:
+                    if not isinstance(inner, keras.metrics.Mean):
+                        raise NotImplementedError(
+                            "In a model with outputs that carry the sequence "
+                            "and others that do not, metrics that the model "
+                            "updates itself must be means under a strategy. "
+                            f"Received: the metric {inner.name!r}. Give it "
+                            "to `compile`."
+                        )
+                    continue
+                for variable in inner.variables:
+                    copied[id(variable)] = self.copies
+        return copied
 
 
 def run_step(
@@ -204,16 +199,21 @@ def run_step(
     the global logs."""
     world.agreement.check(model, batch)
     splits = batches.split_batch(world, model, batch)
-    local = _local(world, batch, splits)
-    step = Step(world, model, _copies(world, splits))
-    previous, world.step = world.step, step
-    step.start_metrics()
+    own = Step(world, model, batch, splits)
+    if own.padded:
+        counting.check_padded(model)
+    previous, world.step = world.step, own
+    own.start_metrics()
     try:
-        with world.stepping(), world.agreement.own_seeds(model):
-            logs = function([local])
-        return step.finish(logs)
+        with (
+            world.stepping(),
+            step.run(own),
+            world.agreement.own_seeds(model),
+        ):
+            logs = function([own.local])
+        return own.finish(logs)
     except BaseException:
-        step.restore_metrics()
+        own.restore_metrics()
         raise
     finally:
         world.step = previous
@@ -229,53 +229,17 @@ def predict_step(
         _build(model, batch)
     world.agreement.check(model, batch)
     splits = batches.split_batch(world, model, batch)
-    local = _local(world, batch, splits)
-    with world.stepping(), world.agreement.own_seeds(model):
-        outputs = function([local])
-    length = _local_length(local, splits)
-    carries = batches.split_outputs(model, outputs, length)
+    own = Step(world, model, batch, splits)
+    with world.stepping(), step.run(own), world.agreement.own_seeds(model):
+        outputs = function([own.local])
+    carries = batches.split_outputs(model, outputs, own.local_lengths)
     return tree.map_structure(
         lambda output, split: world.unshard(
-            keras.ops.convert_to_tensor(output), split and length is not None
+            keras.ops.convert_to_tensor(output), split, own.rows, own.lengths
         ),
         outputs,
         carries,
     )
-
-
-def _local(world: "World", batch: Any, splits: Any) -> Any:
-    """The own part of every array of a batch."""
-    return tree.map_structure(
-        lambda leaf, split: (
-            None if leaf is None else world.shard(leaf, bool(split))
-        ),
-        batch,
-        splits,
-    )
-
-
-def _copies(world: "World", splits: Any) -> int | None:
-    """`Step.copies` of a batch: what the labels say, or else the inputs."""
-    parts = splits if isinstance(splits, tuple | list) else (splits,)
-    deciding = parts[1] if len(parts) > 1 and parts[1] is not None else parts[0]
-    kinds = {leaf for leaf in tree.flatten(deciding) if leaf is not None}
-    if kinds == {True}:
-        return 1
-    if kinds <= {False}:
-        return world.sequence_size
-    return 1 if world.sequence_size == 1 else None
-
-
-def _local_length(local: Any, splits: Any) -> int | None:
-    """Length of a shard, or None where nothing is split."""
-    lengths = [
-        leaf.shape[1]
-        for leaf, split in zip(
-            tree.flatten(local), tree.flatten(splits), strict=True
-        )
-        if split
-    ]
-    return lengths[0] if lengths else None
 
 
 def _build(model: Any, batch: Any) -> None:

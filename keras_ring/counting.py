@@ -1,0 +1,331 @@
+"""Losses and metrics of a shard that add up to those of the whole batch.
+
+Each function here wraps one function of Keras, for backends where a layer
+sees a shard. In a step it lets Keras see the true data only, and gives what
+Keras computes its weight; outside a step it only calls what it wraps. Which
+names of Keras these are is said in each backend's `hooks.py`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from keras_ring import step as steps
+from keras_ring.keras_internals import added_losses
+from keras_ring.step import Output, Step
+
+_MARK = "_keras_ring_wrapped"
+Function = Callable[..., Any]
+# Object, attribute, and what makes the wrapper of the original.
+Target = tuple[Any, str, Callable[[Function], Function]]
+
+# What Keras reduces now: the output, and whether its weights are split.
+_REDUCED: ContextVar[tuple[Output, Any, bool] | None] = ContextVar(
+    "keras_ring_reduced", default=None
+)
+_MEASURED: ContextVar[Output | None] = ContextVar(
+    "keras_ring_measured", default=None
+)
+
+
+def wrap_once(targets: Sequence[Target]) -> None:
+    """Replace each target by its wrapper, unless that has been done."""
+    originals = [getattr(owner, name) for owner, name, _ in targets]
+    for (owner, name, wrap), original in zip(targets, originals, strict=True):
+        if not getattr(original, _MARK, False):
+            wrapped = functools.wraps(original)(wrap(original))
+            setattr(wrapped, _MARK, True)
+            setattr(owner, name, wrapped)
+
+
+def compile_loss(original: Function) -> Function:
+    """Of the object that holds a model's losses: note the outputs."""
+
+    def call(
+        self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
+    ) -> Any:
+        step = steps.running()
+        if step is not None and self is step.model._compile_loss:
+            step.know_outputs(y_pred)
+        return original(self, y_true, y_pred, sample_weight)
+
+    return call
+
+
+def model_loss(original: Function) -> Function:
+    """Of a model: refuse losses that its layers computed of padding."""
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        step = steps.running()
+        if step is not None and step.padded and self is step.model:
+            _check_added_losses(self)
+        return original(self, *args, **kwargs)
+
+    return compute_loss
+
+
+def loss(original: Function) -> Function:
+    """Of one loss: no padding, and the weight of this device's part."""
+
+    def call(
+        self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
+    ) -> Any:
+        step = steps.running()
+        output = None if step is None else step.output(y_pred)
+        if step is None or output is None:
+            return original(self, y_true, y_pred, sample_weight)
+        split = sample_weight is not None and step.carries(
+            sample_weight, output, y_pred
+        )
+        if output.padded:
+            y_true, y_pred, sample_weight = step.trimmed(
+                (y_true, y_pred, sample_weight), output, y_pred, least=1
+            )
+        token = _REDUCED.set((output, tree.flatten(y_pred)[0], split))
+        try:
+            return original(self, y_true, y_pred, sample_weight)
+        finally:
+            _REDUCED.reset(token)
+
+    return call
+
+
+def reduced_loss(apply_mask: Function, original: Function) -> Function:
+    """Of the reduction of a loss: its share of the global count.
+
+    Args:
+        apply_mask: Keras' product of a mask and weights.
+        original: the function that is wrapped.
+    """
+
+    def reduce_weighted_values(
+        values: Any,
+        sample_weight: Any = None,
+        mask: Any = None,
+        reduction: str | None = "sum_over_batch_size",
+        dtype: Any = None,
+    ) -> Any:
+        value = original(
+            values,
+            sample_weight=sample_weight,
+            mask=mask,
+            reduction=reduction,
+            dtype=dtype,
+        )
+        step = steps.running()
+        if step is None or reduction in (None, "none") or _meta(value):
+            return value
+        known = _REDUCED.get()
+        output, prediction, weights_split = known or (None, None, True)
+        values = ops.convert_to_tensor(values)
+        lengthless = output is not None and (
+            output.split and not _like(values, prediction)
+        )
+        if not values.shape:
+            _check_scalar(output)
+            return value * _cast(step.scale, value)
+        if reduction == "sum":
+            weight = step.sum_weight(output, lengthless) * step.scale
+            return value * _cast(weight, value)
+        if reduction == "mean_with_sample_weight" and (
+            sample_weight is not None or mask is not None
+        ):
+            if sample_weight is not None:
+                sample_weight = ops.convert_to_tensor(
+                    sample_weight, dtype=value.dtype
+                )
+            count = ops.sum(
+                apply_mask(sample_weight, mask, value.dtype, reduction)
+            )
+            split = weights_split or mask is not None
+        elif mask is not None:
+            count, split = ops.sum(ops.cast(mask, "float32")), True
+        else:
+            weight = step.plain_weight(output)
+            return value * _cast(weight, value)
+        weight = step.counted_weight(
+            output,
+            ops.stop_gradient(ops.cast(count, "float32")),
+            count_split=split,
+            mean_over_length=lengthless,
+        )
+        return value * _cast(weight, value)
+
+    return reduce_weighted_values
+
+
+def compile_metrics(original: Function) -> Function:
+    """Of the object that holds a model's metrics: note the outputs."""
+
+    def update_state(
+        self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
+    ) -> Any:
+        step = steps.running()
+        if step is not None and self is step.model._compile_metrics:
+            step.know_outputs(y_pred)
+        return original(self, y_true, y_pred, sample_weight)
+
+    return update_state
+
+
+def output_metrics(original: Function) -> Function:
+    """Of the metrics of one output: every true element once."""
+
+    def update_state(
+        self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
+    ) -> Any:
+        step = steps.running()
+        output = None if step is None else step.output(y_pred)
+        if step is None or output is None:
+            return original(self, y_true, y_pred, sample_weight)
+        if not output.split and step.sequence_index > 0:
+            # Every member of the ring has it; the first one counts it.
+            y_true, y_pred, sample_weight = tree.map_structure(
+                lambda t: t if t is None else t[:0],
+                (y_true, y_pred, sample_weight),
+            )
+        elif output.padded:
+            y_true, y_pred, sample_weight = step.trimmed(
+                (y_true, y_pred, sample_weight), output, y_pred, least=0
+            )
+        token = _MEASURED.set(output)
+        try:
+            return original(self, y_true, y_pred, sample_weight)
+        finally:
+            _MEASURED.reset(token)
+
+    return update_state
+
+
+def mean_metric(original: Function) -> Function:
+    """Of a metric that is a mean: as many positions as there are."""
+
+    def update_state(self: Any, values: Any, sample_weight: Any = None) -> Any:
+        step, output = steps.running(), _MEASURED.get()
+        if step is None:
+            return original(self, values, sample_weight)
+        if is_tracker(step.model, self):
+            weight = step.tracker_weight()
+            if weight is not None:
+                sample_weight = weight
+            return original(self, values, sample_weight)
+        weight = None if output is None else step.mean_weight(output)
+        if weight is None:
+            return original(self, values, sample_weight)
+        values = ops.convert_to_tensor(values)
+        if not values.shape:
+            _check_scalar(output)
+        if sample_weight is None:
+            # One weight for each sample, and no mask: without weights Keras
+            # does not look at it.
+            values = ops.cast(values, self.dtype) * 1
+            weight = ops.cast(weight, self.dtype)
+            sample_weight = ops.broadcast_to(weight, ops.shape(values)[:1])
+        else:
+            sample_weight = ops.cast(sample_weight, self.dtype) * ops.cast(
+                weight, self.dtype
+            )
+        return original(self, values, sample_weight)
+
+    return update_state
+
+
+def is_tracker(model: Any, metric: Any) -> bool:
+    """Whether a metric is the mean of a loss of a model."""
+    trackers = [getattr(model, "_loss_tracker", None)]
+    losses = getattr(model, "_compile_loss", None)
+    if losses is not None:
+        trackers += losses.metrics
+    return any(metric is tracker for tracker in trackers)
+
+
+def check_padded(model: Any) -> None:
+    """Refuse a model whose losses and metrics cannot be freed of padding.
+
+    Raises:
+        NotImplementedError: for a model that computes its own, or whose
+            layers count something themselves.
+    """
+    own = [
+        name
+        for name in (
+            *("train_step", "test_step"),
+            *("compute_loss", "compute_metrics"),
+        )
+        if _overrides(model, name)
+    ]
+    if own:
+        raise NotImplementedError(
+            "Padding cannot be kept out of what a model computes itself. "
+            f"Received: the model {model.name!r} with its own "
+            f"{', '.join(own)}, and a batch or length that the devices "
+            f"cannot split equally. {_FIX}"
+        )
+    known = {id(model._loss_tracker)}
+    if model._compile_metrics is not None:
+        known.add(id(model._compile_metrics))
+    if model._compile_loss is not None:
+        known |= {id(metric) for metric in model._compile_loss.metrics}
+    others = [
+        metric.name for metric in model.metrics if id(metric) not in known
+    ]
+    if others:
+        raise NotImplementedError(
+            "Padding cannot be kept out of metrics that layers or a model "
+            f"update themselves. Received: the metrics {others} of the model "
+            f"{model.name!r}, and a batch or length that the devices cannot "
+            f"split equally. {_FIX}"
+        )
+
+
+_FIX = (
+    "Make the length a multiple of `sequence_parallel` (pad, and mask the "
+    "padding) and the batch one of `data_parallel`."
+)
+
+
+def _overrides(model: Any, name: str) -> bool:
+    return getattr(type(model), name) is not getattr(keras.Model, name)
+
+
+def _check_added_losses(model: Any) -> None:
+    names = added_losses(model)
+    if names:
+        raise NotImplementedError(
+            "Padding cannot be kept out of a loss that a layer adds itself. "
+            f"Received: add_loss in {names}, and a batch or length that the "
+            f"devices cannot split equally. {_FIX}"
+        )
+
+
+def _check_scalar(output: Output | None) -> None:
+    if output is not None and output.padded:
+        raise NotImplementedError(
+            "A loss or metric function must return one value for each sample "
+            "or position where devices hold different numbers of them: of "
+            "one number for all nobody knows how it adds up. Received: a "
+            "function that returns a scalar, and a batch or length that the "
+            f"devices cannot split equally. {_FIX}"
+        )
+
+
+def _like(values: Any, prediction: Any) -> bool:
+    """Whether the values of a loss have the sequence axis."""
+    return len(values.shape) > 1 and len(prediction.shape) > 1
+
+
+def _cast(weight: Any, value: Any) -> Any:
+    return (
+        weight if isinstance(weight, float) else ops.cast(weight, value.dtype)
+    )
+
+
+def _meta(value: Any) -> bool:
+    """Whether Keras is only inferring shapes."""
+    return isinstance(value, keras.KerasTensor) or (
+        str(getattr(value, "device", "")) == "meta"
+    )

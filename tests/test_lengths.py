@@ -1,0 +1,115 @@
+"""Any length and any batch: training is that of one device."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+
+import keras_ring
+from tests.language_model import batch, initial_weights, language_model
+
+# Losses are sums of some hundred float32 terms in another order.
+LOSSES = {"rtol": 1e-5, "atol": 1e-7}
+# Weights after a few steps of SGD, each with such a sum behind it.
+WEIGHTS = {"atol": 1e-5}
+
+
+class Losses(keras.callbacks.Callback):
+    """The running mean of every number after every step."""
+
+    def on_train_begin(self, logs=None):
+        self.values = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.values.append([float(logs[name]) for name in sorted(logs)])
+
+
+def outcome(model, batches, epochs=2):
+    """What two epochs over some batches, and an evaluation, give."""
+    losses = Losses()
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return len(batches)
+
+        def __getitem__(self, index):
+            return batches[index]
+
+    history = model.fit(
+        Batches(),
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[losses],
+        validation_data=Batches(),
+    )
+    evaluated = model.evaluate(Batches(), verbose=0, return_dict=True)
+    predicted = [
+        keras.tree.map_structure(np.asarray, model.predict_on_batch(each[0]))
+        for each in batches
+    ]
+    return {
+        "losses": losses.values,
+        "history": history.history,
+        "evaluated": evaluated,
+        "predicted": predicted,
+        "weights": model.get_weights(),
+    }
+
+
+def compare(got, want):
+    for name in ("losses", "history", "evaluated"):
+        keras.tree.map_structure(
+            functools.partial(np.testing.assert_allclose, **LOSSES),
+            got[name],
+            want[name],
+        )
+    for name in ("predicted", "weights"):
+        for have, target in zip(
+            keras.tree.flatten(got[name]),
+            keras.tree.flatten(want[name]),
+            strict=True,
+        ):
+            assert have.shape == target.shape
+            np.testing.assert_allclose(have, target, **WEIGHTS)
+
+
+def check(mesh, make, batches):
+    """Train `make(kind)` on one device and over a mesh."""
+    alone = make("stock")
+    weights = initial_weights(alone)
+    alone.set_weights(weights)
+    want = outcome(alone, batches)
+    strategy = keras_ring.DistributedStrategy(
+        data_parallel=mesh[0], sequence_parallel=mesh[1]
+    )
+    with strategy.scope():
+        model = make("ring")
+        model.set_weights(weights)
+        got = outcome(model, batches)
+    compare(got, want)
+
+
+def check_language_model(mesh, sizes):
+    check(
+        mesh,
+        functools.partial(language_model, optimizer="sgd"),
+        [batch(*size, seed=i) for i, size in enumerate(sizes)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sizes"),
+    [
+        ((1, 2), [(2, 7)]),
+        ((1, 3), [(2, 7)]),
+        ((1, 4), [(2, 7)]),
+        ((1, 4), [(2, 2)]),
+        ((1, 2), [(2, 12), (2, 7), (2, 30)]),
+        ((2, 2), [(4, 6), (3, 6), (1, 5)]),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_any_length_and_batch(on_devices, mesh, sizes):
+    on_devices(mesh[0] * mesh[1], check_language_model, mesh, sizes)
