@@ -53,6 +53,8 @@ def keep(seed: Tensor, coordinates: Sequence[Tensor], rate: float) -> Tensor:
     return state >= _constant(threshold)
 
 
+# Odd and far from 1: seeds of neighbouring devices never meet.
+STRIDE = 0x9E3779B1
 SHARED = "same_on_every_device"
 
 

@@ -182,7 +182,7 @@ class World(world.World):
         )
 
     def data_index(self) -> int:
-        return _replica() // self.sequence_size if self.inside() else 0
+        return self.place()[0] if self.inside() else 0
 
     def per_shard(
         self,

@@ -7,9 +7,10 @@ the step of the model runs on every replica; logs come from the metrics of
 all replicas, predictions are joined in natural order.
 """
 
+import contextlib
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -17,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from keras_ring import batches, counting, padding, step
+from keras_ring import batches, counting, padding, random_bits, step
 from keras_ring.padding import PaddedAxis
 
 if TYPE_CHECKING:
@@ -108,7 +109,10 @@ def _step(world: "World", model: Any, name: str) -> Callable[[Any], Any]:
     """A step of training or evaluation: batches in, logs out."""
 
     def on_replica(data: Any, sizes: Sizes, splits: Any) -> Any:
-        with step.run(_step_on_replica(world, model, data, sizes, splits)):
+        with (
+            step.run(_step_on_replica(world, model, data, sizes, splits)),
+            _own_seeds(world, model),
+        ):
             return getattr(model, name)(data)
 
     def program(data: Any, sizes: Sizes, splits: Any) -> Any:
@@ -141,6 +145,26 @@ def _step(world: "World", model: Any, name: str) -> Callable[[Any], Any]:
         return logs
 
     return function
+
+
+@contextlib.contextmanager
+def _own_seeds(world: "World", model: Any) -> Iterator[None]:
+    """Random numbers of a step: others on every replica, the same in every
+    run, and afterwards the generators stand as on one device."""
+    data_index, sequence_index = world.place()
+    replica = data_index * world.sequence_size + sequence_index
+    offset = (replica * random_bits.STRIDE) % 2**31
+    states = [
+        variable
+        for variable in model.variables
+        if variable.name == "seed_generator_state"
+        and not random_bits.is_shared(variable)
+    ]
+    for state in states:
+        state.assign(state + [offset, 0])
+    yield
+    for state in states:
+        state.assign(state - [offset, 0])
 
 
 def _prediction(world: "World", model: Any) -> Callable[..., Any]:

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 # Values of one variable that enter its fingerprint.
 SAMPLE = 1024
-# Odd and far from 1: seeds of neighbouring processes never meet.
-SEED_STRIDE = 0x9E3779B1
 
 
 class Agreement:
@@ -158,7 +156,7 @@ class Agreement:
         if self.world.size == 1:
             yield
             return
-        offset = (rank * SEED_STRIDE) & 0xFFFFFFFF
+        offset = (rank * random_bits.STRIDE) & 0xFFFFFFFF
         # As the int32 in which seeds are kept.
         offset -= (offset & 0x80000000) << 1
         states = [
