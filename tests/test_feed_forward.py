@@ -99,15 +99,15 @@ def train(layer, **options):
     inputs = keras.Input((None, WIDTH))
     model = keras.Model(inputs, layer(inputs))
     model.compile(keras.optimizers.SGD(0.05), "mse", **options)
-    model.set_weights(
-        [normal(70 + i, *w.shape) / 2 for i, w in enumerate(model.weights)]
-    )
+    for i, weight in enumerate(model.trainable_variables):
+        weight.assign(normal(70 + i, *weight.shape) / 2)
     x, y = (normal(i, 2 * BATCH, LENGTH, WIDTH) for i in (3, 4))
     history = model.fit(
         x, y, batch_size=BATCH, epochs=2, verbose=0, shuffle=False
     )
     predicted = model.predict(x, batch_size=BATCH, verbose=0)
-    return [history.history["loss"], predicted, *model.get_weights()]
+    weights = [ops.convert_to_numpy(v) for v in model.trainable_variables]
+    return [history.history["loss"], predicted, *weights]
 
 
 def check_training(size, name):
@@ -123,3 +123,20 @@ def check_training(size, name):
 @pytest.mark.parametrize("name", ["plain", "swiglu"])
 def test_training_on_a_ring_equals_one_device(on_devices, size, name):
     on_devices(size, check_training, size, name)
+
+
+def check_dropout(size):
+    """The same for every ring and chunk, and other than without."""
+    options = {"dropout": 0.4, "seed": 5}
+    plain = train(BlockwiseFeedForward(HIDDEN))
+    want = train(BlockwiseFeedForward(HIDDEN, **options))
+    ring = keras_ring.DistributedStrategy(sequence_parallel=size)
+    with ring.scope():
+        have = train(BlockwiseFeedForward(HIDDEN, chunk_size=4, **options))
+    for ours, theirs in zip(have, want, strict=True):
+        close(ours, theirs)
+    assert abs(want[-1] - plain[-1]).max() > 1e-3
+
+
+def test_dropout_does_not_depend_on_ring_and_chunks(on_devices):
+    on_devices(2, check_dropout, 2)

@@ -4,11 +4,12 @@ from typing import Any
 
 import keras
 
-from keras_ring import strategy
+from keras_ring import random_bits, strategy
 from keras_ring.ops.blockwise_feed_forward import (
     blockwise_feed_forward,
     check_chunk_size,
 )
+from keras_ring.ops.positional_dropout import check_rate
 
 Shape = tuple[int | None, ...]
 Tensor = Any
@@ -34,16 +35,20 @@ class BlockwiseFeedForward(keras.layers.Layer):
         use_bias: whether the projections have biases.
         chunk_size: positions of a sequence (of a shard of it, under a
             strategy) that are computed at a time, at most.
+        dropout: rate, on the hidden features in training. What is dropped
+            does not depend on the ring or on the chunks.
         kernel_initializer: of the kernels.
         bias_initializer: of the biases.
         kernel_regularizer: of the kernels.
         bias_regularizer: of the biases.
         kernel_constraint: of the kernels.
         bias_constraint: of the biases.
+        seed: of the dropout.
         **kwargs: name, dtype and others of `keras.layers.Layer`.
 
     Call arguments:
         inputs: `(batch, length, features)`, floating point.
+        training: whether the dropout drops.
 
     Returns:
         A tensor with the shape of the inputs, in the compute dtype.
@@ -70,12 +75,14 @@ class BlockwiseFeedForward(keras.layers.Layer):
         gated: bool = False,
         use_bias: bool = True,
         chunk_size: int = 1024,
+        dropout: float = 0.0,
         kernel_initializer: Any = "glorot_uniform",
         bias_initializer: Any = "zeros",
         kernel_regularizer: Any = None,
         bias_regularizer: Any = None,
         kernel_constraint: Any = None,
         bias_constraint: Any = None,
+        seed: int | None = None,
         **kwargs: Any,
     ):
         if not isinstance(hidden_dim, int) or hidden_dim < 1:
@@ -84,6 +91,7 @@ class BlockwiseFeedForward(keras.layers.Layer):
                 f"hidden_dim={hidden_dim!r}."
             )
         check_chunk_size(chunk_size)
+        check_rate(dropout, "dropout")
         super().__init__(**kwargs)
         self.supports_masking = True
         self.hidden_dim = hidden_dim
@@ -91,6 +99,12 @@ class BlockwiseFeedForward(keras.layers.Layer):
         self.gated = gated
         self.use_bias = use_bias
         self.chunk_size = chunk_size
+        self.dropout = dropout
+        self.seed = seed
+        self.seed_generator = None
+        if dropout:
+            self.seed_generator = keras.random.SeedGenerator(seed)
+            random_bits.share_seed(self.seed_generator)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
@@ -113,8 +127,11 @@ class BlockwiseFeedForward(keras.layers.Layer):
         hidden_shape = (*input_shape[:-1], self.hidden_dim)
         self.down = self._dense("down", input_shape[-1], hidden_shape)
 
-    def call(self, inputs: Tensor) -> Tensor:
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         gate = self.gate
+        seed = None
+        if training and self.seed_generator is not None:
+            seed = self.seed_generator.next()
         return blockwise_feed_forward(
             inputs,
             _kernel(self.up),
@@ -124,6 +141,8 @@ class BlockwiseFeedForward(keras.layers.Layer):
             gate_bias=None if gate is None else gate.bias,
             down_bias=self.down.bias,
             activation=self.activation,
+            dropout=0.0 if seed is None else self.dropout,
+            dropout_seed=seed,
             chunk_size=self.chunk_size,
         )
 
@@ -138,6 +157,8 @@ class BlockwiseFeedForward(keras.layers.Layer):
             "gated": self.gated,
             "use_bias": self.use_bias,
             "chunk_size": self.chunk_size,
+            "dropout": self.dropout,
+            "seed": self.seed,
         }
         for kind, module in (
             ("initializer", keras.initializers),

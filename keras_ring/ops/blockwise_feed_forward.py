@@ -7,6 +7,12 @@ import keras
 from keras import ops
 
 from keras_ring.chunked import map_chunks
+from keras_ring.ops.positional_dropout import (
+    batch_rows,
+    check_rate,
+    dropped,
+)
+from keras_ring.ops.sequence import sequence_positions
 
 Tensor = Any
 
@@ -21,6 +27,8 @@ def blockwise_feed_forward(
     gate_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     activation: str | Callable[[Tensor], Tensor] = "gelu",
+    dropout: float = 0.0,
+    dropout_seed: Tensor | None = None,
     chunk_size: int = 1024,
 ) -> Tensor:
     """The feed-forward of a transformer, one chunk of positions at a time.
@@ -41,6 +49,9 @@ def blockwise_feed_forward(
         down_bias: `(output_features,)` or None.
         activation: name of a Keras activation, or a function of a tensor
             that treats positions one by one.
+        dropout: rate, on the hidden features; see `positional_dropout`.
+        dropout_seed: integers `(2,)`, the same on all devices; needed with a
+            rate above 0.
         chunk_size: positions of a sequence in a chunk, at most.
 
     Returns:
@@ -70,22 +81,39 @@ def blockwise_feed_forward(
     }
     _check(inputs, given)
     check_chunk_size(chunk_size)
+    check_rate(dropout, "dropout")
+    if dropout and dropout_seed is None:
+        raise ValueError(
+            "`dropout` needs a `dropout_seed`, the same on all devices. "
+            f"Received: dropout={dropout}, dropout_seed=None. Draw one from a "
+            "keras.random.SeedGenerator."
+        )
+    drawn: list[Tensor] = []
+    if dropout:
+        drawn = [ops.cast(dropout_seed, "int32"), batch_rows(inputs)]
     activate: Any = keras.activations.get(activation)
     dtype = keras.backend.standardize_dtype(inputs.dtype)
 
-    def function(chunk: Tensor, *weights: Tensor) -> tuple[Tensor]:
-        named = dict(zip(given, weights, strict=True))
+    def function(chunk: Tensor, *others: Tensor) -> tuple[Tensor]:
+        positions, others = others[: len(places)], others[len(places) :]
+        named = dict(zip(given, others, strict=False))
         hidden = _dense(chunk, named, "up")
         if gate_kernel is None:
             hidden = activate(hidden)
         else:
             hidden = activate(_dense(chunk, named, "gate")) * hidden
+        if positions:
+            seed, rows = others[len(given) :]
+            rows = rows[:, None, None]
+            at = positions[0][..., None]
+            hidden = dropped(hidden, seed, rows, at, dropout)
         return (_dense(hidden, named, "down"),)
 
+    places = [sequence_positions(inputs)[None]] if dropout else []
     (outputs,) = map_chunks(
         function,
-        [inputs],
-        list(given.values()),
+        [inputs, *places],
+        [*given.values(), *drawn],
         results=[((given["down_kernel"].shape[1],), dtype)],
         chunk_size=chunk_size,
     )
