@@ -27,42 +27,43 @@ SIZES = {
     "tensorflow": (1, 2, 4),
     "torch": (1, 2, 4),
 }
-LENGTH = 16384
+LENGTH = 8192
 # Next to no sequence, for what a process needs anyway.
 SHORT = 64
 FEATURES, HEADS = 128, 4
 
-# The layers of the second table: name, whose attention, ring.
+# The layers of the second table: name, kind, ring, formula.
 VARIANTS = [
-    ("vanilla", "stock", 1),
-    ("memory-efficient attention", "tiles", 1),
-    ("ring attention, 2 devices", "tiles", 2),
-    ("ring attention, 4 devices", "tiles", 4),
-    ("ring attention, 8 devices", "tiles", 8),
+    ("vanilla", "vanilla", 1, "2bns²"),
+    ("memory-efficient attention", "efficient", 1, "8bsh"),
+    ("blockwise, one device", "blockwise", 1, "2bsh"),
+    *(
+        (f"blockwise, ring of {size}", "blockwise", size, "6bch")
+        for size in (2, 4, 8)
+    ),
 ]
-LAYER_LENGTH, LAYER_FEATURES = 4096, 256
-
-
-def attention(kind, features):
-    """A causal attention layer, of the package or of Keras."""
-    import keras
-
-    import keras_ring
-
-    if kind == "stock":
-        layer = keras.layers.MultiHeadAttention(HEADS, features // HEADS)
-        return lambda x: layer(x, x, use_causal_mask=True)
-    return keras_ring.layers.RingAttention(
-        HEADS, key_dim=features // HEADS, causal=True
-    )
+LAYER_LENGTH, LAYER_FEATURES, CHUNK = 2048, 256, 256
 
 
 def block(x, kind, features):
-    """One layer of a decoder."""
+    """One layer of a decoder: of Keras, with attention of the package, or
+    all of the package."""
     from keras import layers
 
+    import keras_ring
+
+    if kind == "blockwise":
+        return keras_ring.layers.RingTransformerBlock(
+            HEADS, 4 * features, causal=True, remat="block", chunk_size=CHUNK
+        )(x)
     y = layers.LayerNormalization()(x)
-    x = x + attention(kind, features)(y)
+    width = features // HEADS
+    if kind == "vanilla":
+        attend = layers.MultiHeadAttention(HEADS, width)
+        x = x + attend(y, y, use_causal_mask=True)
+    else:
+        attend = keras_ring.layers.RingAttention(HEADS, width, causal=True)
+        x = x + attend(y)
     y = layers.LayerNormalization()(x)
     y = layers.Dense(4 * features, activation="gelu")(y)
     return x + layers.Dense(features)(y)
@@ -76,7 +77,7 @@ def decoder():
     tokens = keras.Input((None,), dtype="int32")
     x = layers.Embedding(256, FEATURES)(tokens)
     for _ in range(2):
-        x = block(x, "tiles", FEATURES)
+        x = block(x, "blockwise", FEATURES)
     model = keras.Model(tokens, layers.Dense(256)(x))
     model.compile(
         "adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -141,18 +142,18 @@ def peak_memory():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def layer_bytes(kind, size, kept):
-    """JAX: bytes on a device that one layer adds to forward and backward.
+def layer_bytes(kind, size):
+    """JAX: what one layer needs of a device in forward and backward.
 
     The gradients are results of the program and the weights are arguments,
-    so that what is temporary is activations and workspace. If `kept`, the
-    difference of three layers and two: what one layer keeps for the
-    backward. Else all that is temporary with one layer: the largest that
-    exists at once.
+    so that what is temporary is activations and workspace.
+
+    Returns:
+        Bytes that a layer keeps for the backward: three layers less two. And
+        the most that is temporary at once with a single layer.
     """
-    counts = (3, 2) if kept else (1, 0)
-    first, second = (temporary_bytes(kind, size, count) for count in counts)
-    return first - second if kept else first
+    one, two, three = (temporary_bytes(kind, size, n) for n in (1, 2, 3))
+    return three - two, one
 
 
 def temporary_bytes(kind, size, count):
@@ -163,10 +164,8 @@ def temporary_bytes(kind, size, count):
 
     import keras_ring
 
-    if count == 0:
-        return 0
     strategy = keras_ring.DistributedStrategy(sequence_parallel=size)
-    scope = strategy.scope() if kind != "stock" else contextlib.nullcontext()
+    scope = strategy.scope() if kind != "vanilla" else contextlib.nullcontext()
     with scope:
         inputs = keras.Input((None, LAYER_FEATURES))
         x = inputs
@@ -175,7 +174,7 @@ def temporary_bytes(kind, size, count):
         model = keras.Model(inputs, x)
         weights = [variable.value for variable in model.trainable_variables]
         tensor = np.zeros((1, LAYER_LENGTH, LAYER_FEATURES), "float32")
-        if kind != "stock":
+        if kind != "vanilla":
             layout = keras.distribution.TensorLayout(
                 ("batch", "seq", None), strategy.world.distribution.device_mesh
             )
@@ -190,14 +189,15 @@ def temporary_bytes(kind, size, count):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-def formula(name, size):
+def formula(text, size):
     """Bytes of a layer as the paper has them, with two for each number."""
-    length, features = LAYER_LENGTH, LAYER_FEATURES
-    if name == "vanilla":
-        return "2bns²", 2 * HEADS * length**2
-    if name == "memory-efficient attention":
-        return "8bsh", 8 * length * features
-    return "6bch", 6 * (length // size) * features
+    whole = LAYER_LENGTH * LAYER_FEATURES
+    return {
+        "2bns²": 2 * HEADS * LAYER_LENGTH**2,
+        "8bsh": 8 * whole,
+        "2bsh": 2 * whole,
+        "6bch": 6 * whole // size,
+    }[text]
 
 
 def measure_here(what):
@@ -207,10 +207,7 @@ def measure_here(what):
         size, length = (int(number) for number in numbers)
         reports.simulate_devices(size)
         return [step_bytes(size, length)]
-    return [
-        [layer_bytes(attention, size, kept) for kept in (True, False)]
-        for _, attention, size in VARIANTS
-    ]
+    return [layer_bytes(kind, size) for _, kind, size, _ in VARIANTS]
 
 
 def sequence_bytes(backend, size):
@@ -245,8 +242,10 @@ def report(steps, layers):
             )
     header = ["backend", "ring", "MiB a device", "1/N", "figure by 1/N"]
     rows = []
-    for (name, _, size), (kept, most) in zip(VARIANTS, layers, strict=True):
-        text, amount = formula(name, size)
+    for (name, _, size, text), (kept, most) in zip(
+        VARIANTS, layers, strict=True
+    ):
+        amount = formula(text, size)
         # The measured programs have four bytes for each number.
         rows.append(
             [
@@ -268,8 +267,9 @@ def report(steps, layers):
         "# Memory by ring size",
         reports.surroundings("python -m benchmarks.memory"),
         "## A training step",
-        "What the sequence takes on one device: a decoder of 2 layers "
-        f"(width {FEATURES}, {HEADS} heads, feed-forward {4 * FEATURES}, 256 "
+        "What the sequence takes on one device: a decoder of 2 layers of "
+        f'RingTransformerBlock(remat="block") (width {FEATURES}, {HEADS} '
+        f"heads, feed-forward {4 * FEATURES}, 256 "
         f"classes), float32, batch 1, length {LENGTH:,}, Adam. From it is "
         f"subtracted what a step with {SHORT} tokens takes. On JAX the "
         "compiler says what a device needs; on PyTorch it is the peak "
@@ -279,13 +279,17 @@ def report(steps, layers):
         "count there too).",
         reports.table(header, body),
         "## One layer, beside the paper's formulas",
-        f"Batch 1, length s = {LAYER_LENGTH:,}, width h = {LAYER_FEATURES}, "
-        f"n = {HEADS} heads, feed-forward 4h, chunk c = s / N, on JAX, in "
-        "float32; figures are halved, because the formulas have two bytes "
-        "for each number. The formulas are those of attention and what it "
-        "needs beside it at the largest moment; the figures are of a whole "
-        "layer with its normalisations, projections and a plain feed-forward "
-        "of four times the width, which alone keeps 2 x 8bch.",
+        f"Batch b = 1, length s = {LAYER_LENGTH:,}, width h = "
+        f"{LAYER_FEATURES}, n = {HEADS} heads, feed-forward 4h in chunks of "
+        f"{CHUNK} positions, chunk c = s / N, on JAX. The programs compute in "
+        "float32 and the formulas have two bytes for each number, so the "
+        "figures are halved. A formula is the largest activation of a layer; "
+        "the two figures stand on either side of it. What a layer keeps "
+        "between its forward and its backward is what a deep model "
+        'multiplies by its depth: with `remat="block"` that is its input, '
+        "2bch. The most at once is all of a single layer's forward and "
+        "backward: its input and output, their gradients, queries, keys and "
+        "values with what is under way, and their float32 gradients.",
         reports.table(layer_header, rows),
     ]
     return reports.write("memory", "\n\n".join(sections))
