@@ -1,0 +1,168 @@
+"""Losses and metrics by the global count, on lengths and batches that the
+devices cannot split equally, against stock Keras on one device."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_ring
+from tests.test_lengths import check
+
+WIDTH = 6
+
+
+def attend(kind, x, other=None, **options):
+    """Self- or cross-attention, stock or around the ring."""
+    other = x if other is None else other
+    if kind == "stock":
+        return layers.MultiHeadAttention(2, 3)(x, other, **options)
+    return keras_ring.layers.RingAttention(2, 3)(x, other, **options)
+
+
+def pooled(kind, x):
+    pool = layers.GlobalAveragePooling1D()
+    return pool(x) if kind == "stock" else keras_ring.layers.Gathered(pool)(x)
+
+
+def compiled(model, loss, **options):
+    model.compile(keras.optimizers.SGD(0.05), loss, **options)
+    return model
+
+
+def masked(kind, loss=None):
+    tokens = keras.Input((None,), dtype="int32")
+    x = layers.Embedding(9, WIDTH, mask_zero=True)(tokens)
+    x = attend(kind, x)
+    return compiled(
+        keras.Model(tokens, layers.Dense(9)(x)),
+        loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="w")],
+    )
+
+
+def unmasked(kind, loss, **options):
+    x = keras.Input((None, WIDTH))
+    y = attend(kind, layers.Dense(WIDTH)(x))
+    return compiled(keras.Model(x, layers.Dense(3)(y)), loss, **options)
+
+
+def ignoring(kind):
+    return unmasked(
+        kind,
+        keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, ignore_class=0
+        ),
+    )
+
+
+def weighted_mean(kind):
+    return unmasked(
+        kind,
+        keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        ),
+        weighted_metrics=["accuracy"],
+    )
+
+
+def summed(kind):
+    return unmasked(
+        kind,
+        keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="sum"
+        ),
+    )
+
+
+def two_outputs(kind):
+    x = keras.Input((None, WIDTH))
+    y = attend(kind, layers.Dense(WIDTH, kernel_regularizer="l2")(x))
+    outputs = [
+        layers.Dense(3, name="each")(y),
+        layers.Dense(1, name="all", activation="sigmoid")(pooled(kind, y)),
+    ]
+    return compiled(
+        keras.Model(x, outputs),
+        [
+            keras.losses.SparseCategoricalCrossentropy(
+                from_logits=True, reduction="sum"
+            ),
+            keras.losses.BinaryCrossentropy(),
+        ],
+        loss_weights=[0.1, 2.0],
+        metrics=[["accuracy"], [keras.metrics.TruePositives(), "accuracy"]],
+    )
+
+
+def classifier(kind):
+    x = keras.Input((None, WIDTH))
+    y = pooled(kind, attend(kind, layers.Dense(WIDTH)(x)))
+    return compiled(
+        keras.Model(x, layers.Dense(1, activation="sigmoid")(y)),
+        "binary_crossentropy",
+        metrics=[keras.metrics.TruePositives(), "accuracy"],
+    )
+
+
+def flat(kind):
+    """An output `(batch, length)`, over which the loss itself averages."""
+    x = keras.Input((None, WIDTH))
+    y = layers.Dense(1)(attend(kind, layers.Dense(WIDTH)(x)))
+    y = layers.Lambda(lambda t: t[..., 0], output_shape=(None,))(y)
+    return compiled(keras.Model(x, y), "mse", metrics=["mae"])
+
+
+def crossing(kind):
+    x, other = keras.Input((None, WIDTH)), keras.Input((None, WIDTH))
+    y = attend(kind, layers.Dense(WIDTH)(x), layers.Dense(WIDTH)(other))
+    return compiled(keras.Model([x, other], layers.Dense(3)(y)), "mse")
+
+
+def data(kind, rows, length, seed):
+    """A batch for the models above."""
+    draw = np.random.default_rng(seed)
+    x = draw.normal(size=(rows, length, WIDTH)).astype("float32")
+    classes = draw.integers(0, 3, (rows, length)).astype("int32")
+    weights = draw.random((rows, length)).astype("float32")
+    one = draw.integers(0, 2, (rows, 1)).astype("float32")
+    if kind == "masked":
+        tokens = draw.integers(1, 9, (rows, length)).astype("int32")
+        for row in range(rows):
+            tokens[row, max(length - 3 * row, 1) :] = 0
+        return tokens, tokens, weights
+    if kind == "two_outputs":
+        return x, [classes, one]
+    if kind == "classifier":
+        return x, one
+    if kind == "flat":
+        return x, weights
+    if kind == "crossing":
+        other = draw.normal(size=(rows, length + 1, WIDTH)).astype("float32")
+        return (x, other), x[..., :3]
+    return x, classes, weights
+
+
+MODELS = {
+    "masked": masked,
+    "ignoring": ignoring,
+    "weighted_mean": weighted_mean,
+    "summed": summed,
+    "two_outputs": two_outputs,
+    "classifier": classifier,
+    "flat": flat,
+    "crossing": crossing,
+}
+
+
+def check_model(name, mesh):
+    sizes = [(4, 7), (3, 5), (1, 7)] if mesh[0] > 1 else [(2, 7), (2, 12)]
+    batches = [data(name, *size, seed=i) for i, size in enumerate(sizes)]
+    check(mesh, MODELS[name], batches)
+
+
+@pytest.mark.parametrize("mesh", [(1, 4), (2, 2)], ids=["1x4", "2x2"])
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_metrics(on_devices, name, mesh):
+    on_devices(mesh[0] * mesh[1], check_model, name, mesh)
