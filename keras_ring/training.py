@@ -15,7 +15,14 @@ from typing import Any
 
 import keras
 
-from keras_ring import backends, batches, counting, guard, strategy
+from keras_ring import (
+    backends,
+    batches,
+    checkpoints,
+    counting,
+    guard,
+    strategy,
+)
 from keras_ring.keras_internals import sublayers
 from keras_ring.world import World
 
@@ -24,19 +31,19 @@ _MARK = "_keras_ring_wrapped"
 
 def install() -> None:
     """Make `fit`, `evaluate`, `predict` and the `*_on_batch` methods know
-    strategies. Does nothing where it has been done; without a strategy the
-    methods are Keras' own."""
-    for name in (
-        "fit",
-        "evaluate",
-        "predict",
-        "train_on_batch",
-        "test_on_batch",
-        "predict_on_batch",
-    ):
+    strategies, and files of models know no backend. Does nothing where it
+    has been done; without a strategy the methods are Keras' own."""
+    steps = ("fit", "evaluate", "predict")
+    on_batch = ("train_on_batch", "test_on_batch", "predict_on_batch")
+    wrappers: dict[str, Callable[..., Any]] = {
+        **{name: _under_strategy for name in (*steps, *on_batch)},
+        "get_compile_config": checkpoints.saved,
+        "compile_from_config": checkpoints.loaded,
+    }
+    for name, wrap in wrappers.items():
         method = getattr(keras.Model, name)
         if not getattr(method, _MARK, False):
-            wrapped = _under_strategy(method)
+            wrapped = wrap(method)
             setattr(wrapped, _MARK, True)
             setattr(keras.Model, name, wrapped)
     backends.load().runtime.install()

@@ -56,8 +56,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("placement", "strategy", "world"),
     },
     "guard": {"keras_internals", "layers", "ops", "strategy", "world"},
+    "checkpoints": {"strategy"},
     "training": {
-        *("backends", "batches", "counting", "guard", "keras_internals"),
+        *(
+            "backends",
+            "checkpoints",
+            "batches",
+            "counting",
+            "guard",
+            "keras_internals",
+        ),
         *("strategy", "world"),
     },
     "a backend": {

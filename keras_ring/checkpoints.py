@@ -1,0 +1,54 @@
+"""What a saved model says of its backend, and what another one makes of it.
+
+Weights and the state of an optimizer are the same on every backend. Two
+things in the compile configuration of a file are not: on PyTorch Keras names
+its own subclasses of the optimizers, which fail elsewhere, and `jit_compile`
+is saved as what "auto" came to there.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from keras_ring import strategy
+
+_OF_A_BACKEND = "keras.src.backend."
+
+
+def saved(get_compile_config: Callable[..., Any]) -> Callable[..., Any]:
+    """`Model.get_compile_config` whose result every backend can read."""
+
+    @functools.wraps(get_compile_config)
+    def wrapper(self: Any) -> Any:
+        return portable(get_compile_config(self))
+
+    return wrapper
+
+
+def loaded(compile_from_config: Callable[..., Any]) -> Callable[..., Any]:
+    """`Model.compile_from_config` that reads what any backend wrote."""
+
+    @functools.wraps(compile_from_config)
+    def wrapper(self: Any, config: Any) -> Any:
+        config = portable(config)
+        world = strategy.current()
+        sharded = world is not None and world.layers_see_shards
+        if sharded and config.get("jit_compile") is True:
+            # Steps over several devices are not compiled here.
+            config = {**config, "jit_compile": "auto"}
+        return compile_from_config(self, config)
+
+    return wrapper
+
+
+def portable(config: Any) -> Any:
+    """A configuration in which optimizers have their public names."""
+    if isinstance(config, (list, tuple)):
+        return type(config)(portable(part) for part in config)
+    if not isinstance(config, dict):
+        return config
+    config = {name: portable(part) for name, part in config.items()}
+    module = config.get("module")
+    if isinstance(module, str) and module.startswith(_OF_A_BACKEND):
+        config |= {"module": "keras.optimizers", "registered_name": None}
+    return config
