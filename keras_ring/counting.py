@@ -16,7 +16,7 @@ from keras import ops, tree
 
 from keras_ring import step as steps
 from keras_ring.keras_internals import added_losses
-from keras_ring.step import Output, Step
+from keras_ring.step import Output
 
 _MARK = "_keras_ring_wrapped"
 Function = Callable[..., Any]
@@ -85,6 +85,10 @@ def loss(original: Function) -> Function:
             y_true, y_pred, sample_weight = step.trimmed(
                 (y_true, y_pred, sample_weight), output, y_pred, least=1
             )
+        if sample_weight is not None:
+            # On PyTorch Keras multiplies the weights by its mask in place,
+            # and metrics would see weights scaled by a local count.
+            sample_weight = ops.copy(sample_weight)
         token = _REDUCED.set((output, tree.flatten(y_pred)[0], split))
         try:
             return original(self, y_true, y_pred, sample_weight)

@@ -158,6 +158,10 @@ MODELS = {
 
 def check_model(name, mesh):
     sizes = [(4, 7), (3, 5), (1, 7)] if mesh[0] > 1 else [(2, 7), (2, 12)]
+    if name == "masked":
+        # On PyTorch Keras itself scales the weights of the metrics by the
+        # loss' mask, another factor in every batch.
+        sizes = sizes[1:2] if mesh[0] > 1 else sizes[:1]
     batches = [data(name, *size, seed=i) for i, size in enumerate(sizes)]
     check(mesh, MODELS[name], batches)
 

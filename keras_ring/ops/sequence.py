@@ -171,10 +171,7 @@ def _unsplit(tensor: Tensor) -> Tensor:
 def _chunk(tensor: Tensor, axis: int, index: Any, size: int) -> Tensor:
     shape = list(ops.shape(tensor))
     axes = padding.lengths()
-    if axes is None:
-        length = -(-shape[axis] // size)
-    else:
-        length = axes.add(shape[axis])
+    length = -(-shape[axis] // size) if axes is None else axes.add(shape[axis])
     missing = length * size - shape[axis]
     if not isinstance(missing, int) or missing:
         last = ops.take(tensor, [shape[axis] - 1], axis=axis)
