@@ -11,7 +11,8 @@ Writes `docs/reports/<date>-memory.md` with two tables:
    TensorFlow one process holds all devices, and its sum is divided.
 2. What one layer adds to the memory of a device, beside the formulas of
    Liu, Zaharia and Abbeel 2023 (https://arxiv.org/abs/2310.01889, table 1),
-   from compiled programs that differ by one layer.
+   from what JAX hands from the forward to the backward and from the compiled
+   program of a layer.
 """
 
 import argparse
@@ -145,19 +146,13 @@ def peak_memory():
 def layer_bytes(kind, size):
     """JAX: what one layer needs of a device in forward and backward.
 
-    The gradients are results of the program and the weights are arguments,
-    so that what is temporary is activations and workspace.
-
     Returns:
-        Bytes that a layer keeps for the backward: three layers less two. And
-        the most that is temporary at once with a single layer.
+        Bytes that the backward is handed by the forward, weights left out,
+        as JAX traces it (three layers less two; a CPU's compiler may undo
+        what is computed again to save memory). And the most that is
+        temporary at once in the compiled program of a single layer, whose
+        weights are arguments and whose gradients are results.
     """
-    one, two, three = (temporary_bytes(kind, size, n) for n in (1, 2, 3))
-    return three - two, one
-
-
-def temporary_bytes(kind, size, count):
-    """Temporary bytes of the gradient of `count` layers, on a device."""
     import jax
     import keras
     import numpy as np
@@ -166,27 +161,49 @@ def temporary_bytes(kind, size, count):
 
     strategy = keras_ring.DistributedStrategy(sequence_parallel=size)
     scope = strategy.scope() if kind != "vanilla" else contextlib.nullcontext()
-    with scope:
+
+    def layers(count):
+        """Weights, and the function of weights and inputs."""
         inputs = keras.Input((None, LAYER_FEATURES))
         x = inputs
         for _ in range(count):
             x = block(x, kind, LAYER_FEATURES)
         model = keras.Model(inputs, x)
         weights = [variable.value for variable in model.trainable_variables]
+
+        def apply(weights, x):
+            return model.stateless_call(weights, [], x, training=True)[0]
+
+        return weights, apply
+
+    def handed(count):
+        weights, apply = layers(count)
+        kept = jax.eval_shape(
+            lambda *both: jax.vjp(apply, *both)[1], weights, tensor
+        )
+        return sum(
+            leaf.size * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(kept)
+            if LAYER_LENGTH in leaf.shape
+        )
+
+    with scope:
         tensor = np.zeros((1, LAYER_LENGTH, LAYER_FEATURES), "float32")
+        kept = (handed(3) - handed(2)) // size
         if kind != "vanilla":
             layout = keras.distribution.TensorLayout(
                 ("batch", "seq", None), strategy.world.distribution.device_mesh
             )
             tensor = jax.device_put(tensor, layout.backend_layout)
+        weights, apply = layers(1)
 
         def objective(weights, x):
-            y, _ = model.stateless_call(weights, [], x, training=True)
+            y = apply(weights, x)
             return keras.ops.sum(y * y)
 
         program = jax.jit(jax.grad(objective, (0, 1)))
         compiled = program.lower(weights, tensor).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return kept, compiled.memory_analysis().temp_size_in_bytes
 
 
 def formula(text, size):
@@ -260,7 +277,7 @@ def report(steps, layers):
         "layer",
         "formula",
         "formula, MiB",
-        "kept for the backward, MiB",
+        "kept, MiB",
         "most at once, MiB",
     ]
     sections = [
@@ -283,13 +300,12 @@ def report(steps, layers):
         f"{LAYER_FEATURES}, n = {HEADS} heads, feed-forward 4h in chunks of "
         f"{CHUNK} positions, chunk c = s / N, on JAX. The programs compute in "
         "float32 and the formulas have two bytes for each number, so the "
-        "figures are halved. A formula is the largest activation of a layer; "
-        "the two figures stand on either side of it. What a layer keeps "
-        "between its forward and its backward is what a deep model "
-        'multiplies by its depth: with `remat="block"` that is its input, '
-        "2bch. The most at once is all of a single layer's forward and "
-        "backward: its input and output, their gradients, queries, keys and "
-        "values with what is under way, and their float32 gradients.",
+        "figures are halved. What is kept is what the forward of a layer "
+        "hands to its backward, weights left out, and what a deep model "
+        'multiplies by its depth: with `remat="block"` the input of the '
+        "layer, 2bch. The most at once is all that the compiled forward and "
+        "backward of a single layer hold beside weights and results, on a "
+        "CPU, whose compiler may undo what is computed again to save memory.",
         reports.table(layer_header, rows),
     ]
     return reports.write("memory", "\n\n".join(sections))
