@@ -76,14 +76,11 @@ def build_model() -> keras.Model:
     ids = keras.Input((None,), dtype="int32", name="ids")
     x = keras.layers.Embedding(256, 96)(tokens)
     for _ in range(2):
-        y = keras.layers.LayerNormalization()(x)
         # Rotary embedding knows distances only: the same in every place.
-        attend = keras_ring.layers.RingAttention(
-            3, key_dim=32, causal=True, rotary=True
+        block = keras_ring.layers.RingTransformerBlock(
+            3, hidden_dim=384, causal=True, rotary=True
         )
-        x = x + attend(y, segment_ids=ids)
-        y = keras.layers.LayerNormalization()(x)
-        x = x + keras_ring.layers.BlockwiseFeedForward(384)(y)
+        x = block(x, segment_ids=ids)
     x = keras.layers.LayerNormalization()(x)
     model = keras.Model(
         {"tokens": tokens, "ids": ids}, keras.layers.Dense(256)(x)

@@ -78,13 +78,9 @@ def build_model() -> keras.Model:
     spread = keras.initializers.RandomNormal(stddev=1.0)
     x = keras.layers.Embedding(KINDS, 64, spread)(tokens // VALUES)
     x += keras.layers.Embedding(VALUES, 64, spread)(tokens % VALUES)
-    y = keras.layers.LayerNormalization()(x)
-    y = keras_ring.layers.RingAttention(1, key_dim=32, causal=True)(y)
-    x = x + y
-    y = keras.layers.LayerNormalization()(x)
-    x = x + keras.layers.Dense(64)(
-        keras.layers.Dense(128, activation="gelu")(y)
-    )
+    x = keras_ring.layers.RingTransformerBlock(
+        1, hidden_dim=128, key_dim=32, causal=True
+    )(x)
     x = keras.layers.LayerNormalization()(x)
     model = keras.Model(tokens, keras.layers.Dense(VALUES, dtype="float32")(x))
     model.compile(

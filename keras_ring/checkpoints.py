@@ -3,7 +3,8 @@
 Weights and the state of an optimizer are the same on every backend. Two
 things in the compile configuration of a file are not: on PyTorch Keras names
 its own subclasses of the optimizers, which fail elsewhere, and `jit_compile`
-is saved as what "auto" came to there.
+is saved as what "auto" came to there. Files that are written while the
+package is in use say neither; those of stock Keras are read all the same.
 """
 
 import functools
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from keras_ring import strategy
+from keras_ring.keras_internals import automatic_jit
 
 _OF_A_BACKEND = "keras.src.backend."
 
@@ -20,7 +22,10 @@ def saved(get_compile_config: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(get_compile_config)
     def wrapper(self: Any) -> Any:
-        return portable(get_compile_config(self))
+        config = portable(get_compile_config(self))
+        if config and config.get("jit_compile") == automatic_jit(self):
+            config = {**config, "jit_compile": "auto"}
+        return config
 
     return wrapper
 

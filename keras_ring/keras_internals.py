@@ -76,3 +76,10 @@ def added_losses(model: Any) -> list[str]:
         for layer in (model, *sublayers(model, recursive=True))
         if getattr(layer, "_losses", None)
     ]
+
+
+def automatic_jit(model: Any) -> Any:
+    """What `jit_compile="auto"` comes to for a model; None where Keras does
+    not tell."""
+    resolve = getattr(model, "_resolve_auto_jit_compile", None)
+    return None if resolve is None else resolve()

@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("placement", "strategy", "world"),
     },
     "guard": {"keras_internals", "layers", "ops", "strategy", "world"},
-    "checkpoints": {"strategy"},
+    "checkpoints": {"keras_internals", "strategy"},
     "training": {
         *(
             "backends",

@@ -111,7 +111,7 @@ class World(world.World):
             same = zip(shards[len(tensors) :], dtypes, strict=True)
             return function(self.ring(), *own, *(t.astype(d) for t, d in same))
 
-        results = jax.shard_map(
+        mapped = jax.shard_map(
             on_member,
             mesh=self.mesh,
             in_specs=(
@@ -121,7 +121,9 @@ class World(world.World):
             out_specs=sharded,
             axis_names={"seq"},
             check_vma=False,
-        )(
+        )
+        # Where the step is not compiled, its gradient fails without this.
+        results = jax.jit(mapped)(
             *(self._padded(tensor) for tensor in tensors),
             *(_summed_widely(tensor) for tensor in shared),
         )
