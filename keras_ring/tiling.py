@@ -14,8 +14,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ring import masks, numerics, random_bits
+from keras_ring import numerics, random_bits
 from keras_ring.masks import Carried, Span
+from keras_ring.masks.by_tensor import columns
 from keras_ring.primitives import Primitives
 from keras_ring.scoring import Scoring
 
@@ -214,7 +215,7 @@ class Tiling:
             slopes = self._by_row(ops.cast(scoring.slopes, self.dtype))
             extra = -slopes[:, :, None] * self.distances(i, j)
         if scoring.bias is not None:
-            bias = masks.columns(self._tile(i, j).bias, self._key_positions(j))
+            bias = columns(self._tile(i, j).bias, self._key_positions(j))
             bias = self._as_rows(ops.cast(bias, self.dtype))
             extra = bias if extra is None else extra + bias
         if extra is not None:

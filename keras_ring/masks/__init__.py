@@ -13,13 +13,7 @@ from keras_ring.masks.by_position import (
     PrefixLM,
     SlidingWindow,
 )
-from keras_ring.masks.by_tensor import (
-    Explicit,
-    Padding,
-    Segments,
-    check_pairs,
-    columns,
-)
+from keras_ring.masks.by_tensor import Explicit, Padding, Segments
 from keras_ring.masks.mask import And, Carried, Mask, Or, Span
 
 __all__ = [
@@ -35,6 +29,4 @@ __all__ = [
     "Or",
     "Carried",
     "Span",
-    "check_pairs",
-    "columns",
 ]

@@ -48,6 +48,10 @@ class Span(NamedTuple):
 
     Plain integers for one tile; for many, arrays that broadcast to
     `(query tiles, key tiles)`.
+
+    Attributes:
+        first: the first position of each tile.
+        last: the last one.
     """
 
     first: Any

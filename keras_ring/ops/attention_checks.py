@@ -6,7 +6,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring.masks import Mask, check_pairs
+from keras_ring.masks import Mask
+from keras_ring.masks.by_tensor import check_pairs
 
 Tensor = Any
 
