@@ -41,10 +41,10 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage(64, 50, 64),
-    Stage(512, 20, 16),
-    Stage(4096, 5, 4),
-    Stage(16384, 3, 1),
+    Stage(64, 80, 64),
+    Stage(512, 30, 16),
+    Stage(4096, 16, 4),
+    Stage(16384, 8, 2),
 )
 EPOCHS = 6
 # How much of the context the truncated model keeps.
@@ -83,11 +83,11 @@ def build_model() -> keras.Model:
     )(x)
     x = keras.layers.LayerNormalization()(x)
     model = keras.Model(tokens, keras.layers.Dense(VALUES, dtype="float32")(x))
+    steps = EPOCHS * sum(stage.steps for stage in STAGES)
+    schedule = keras.optimizers.schedules.CosineDecay(3e-3, steps, alpha=0.02)
     model.compile(
-        keras.optimizers.Adam(3e-3),
-        keras.losses.SparseCategoricalCrossentropy(
-            from_logits=True, reduction="sum_over_batch_size"
-        ),
+        keras.optimizers.Adam(schedule),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         weighted_metrics=["accuracy"],
     )
     return model
