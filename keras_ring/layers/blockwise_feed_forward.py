@@ -5,6 +5,7 @@ from typing import Any
 import keras
 
 from keras_ring import random_bits, strategy
+from keras_ring.layers import dense_options
 from keras_ring.ops.blockwise_feed_forward import (
     blockwise_feed_forward,
     check_chunk_size,
@@ -16,7 +17,7 @@ Tensor = Any
 
 
 @keras.saving.register_keras_serializable(package="keras_ring")
-class BlockwiseFeedForward(keras.layers.Layer):
+class BlockwiseFeedForward(dense_options.DenseOptions, keras.layers.Layer):
     """The feed-forward of a transformer, one chunk of positions at a time.
 
     `down(activation(up(x)))`, or with a gate
@@ -105,27 +106,27 @@ class BlockwiseFeedForward(keras.layers.Layer):
         if dropout:
             self.seed_generator = keras.random.SeedGenerator(seed)
             random_bits.share_seed(self.seed_generator)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
-        self.kernel_constraint = keras.constraints.get(kernel_constraint)
-        self.bias_constraint = keras.constraints.get(bias_constraint)
+        dense_options.keep(
+            self,
+            {
+                "kernel_initializer": kernel_initializer,
+                "bias_initializer": bias_initializer,
+                "kernel_regularizer": kernel_regularizer,
+                "bias_regularizer": bias_regularizer,
+                "kernel_constraint": kernel_constraint,
+                "bias_constraint": bias_constraint,
+            },
+        )
 
     def build(self, input_shape: Shape) -> None:
-        if len(input_shape) != 3 or input_shape[-1] is None:
-            raise ValueError(
-                "Inputs must have the shape (batch, length, features) with a "
-                f"known number of features. Received: input_shape="
-                f"{tuple(input_shape)}."
-            )
+        features = dense_options.features_of(input_shape)
         self._ring_world = strategy.current()
         self.gate = None
         if self.gated:
             self.gate = self._dense("gate", self.hidden_dim, input_shape)
         self.up = self._dense("up", self.hidden_dim, input_shape)
         hidden_shape = (*input_shape[:-1], self.hidden_dim)
-        self.down = self._dense("down", input_shape[-1], hidden_shape)
+        self.down = self._dense("down", features, hidden_shape)
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         gate = self.gate
@@ -150,8 +151,9 @@ class BlockwiseFeedForward(keras.layers.Layer):
         return tuple(input_shape)
 
     def get_config(self) -> dict[str, Any]:
-        config = {
+        return {
             **super().get_config(),
+            **dense_options.config(self),
             "hidden_dim": self.hidden_dim,
             "activation": keras.activations.serialize(self.activation),
             "gated": self.gated,
@@ -160,15 +162,6 @@ class BlockwiseFeedForward(keras.layers.Layer):
             "dropout": self.dropout,
             "seed": self.seed,
         }
-        for kind, module in (
-            ("initializer", keras.initializers),
-            ("regularizer", keras.regularizers),
-            ("constraint", keras.constraints),
-        ):
-            for what in ("kernel", "bias"):
-                value = getattr(self, f"{what}_{kind}")
-                config[f"{what}_{kind}"] = module.serialize(value)
-        return config
 
     def _dense(
         self, name: str, units: int, input_shape: Shape
@@ -178,8 +171,8 @@ class BlockwiseFeedForward(keras.layers.Layer):
             units,
             use_bias=self.use_bias,
             # A copy each: one initializer object gives equal values twice.
-            kernel_initializer=_copy(self.kernel_initializer),
-            bias_initializer=_copy(self.bias_initializer),
+            kernel_initializer=dense_options.copied(self.kernel_initializer),
+            bias_initializer=dense_options.copied(self.bias_initializer),
             kernel_regularizer=self.kernel_regularizer,
             bias_regularizer=self.bias_regularizer,
             kernel_constraint=self.kernel_constraint,
@@ -200,10 +193,3 @@ def _kernel(layer: keras.layers.Dense) -> Any:
             f"{layer.quantization_mode!r}. Leave it out of the quantization."
         )
     return layer.kernel
-
-
-def _copy(initializer: Any) -> Any:
-    """A new initializer of the same kind, or a plain function as it is."""
-    if isinstance(initializer, keras.initializers.Initializer):
-        return initializer.__class__.from_config(initializer.get_config())
-    return initializer

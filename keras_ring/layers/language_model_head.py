@@ -6,13 +6,14 @@ import keras
 from keras import ops
 
 from keras_ring import strategy
+from keras_ring.layers import dense_options
 
 Shape = tuple[int | None, ...]
 Tensor = Any
 
 
 @keras.saving.register_keras_serializable(package="keras_ring")
-class LanguageModelHead(keras.layers.Layer):
+class LanguageModelHead(dense_options.DenseOptions, keras.layers.Layer):
     """The projection to the vocabulary, for a loss that works in chunks.
 
     The layer owns the weights of `keras.layers.Dense(vocabulary_size)`, but
@@ -89,24 +90,24 @@ class LanguageModelHead(keras.layers.Layer):
         self.accuracy = None
         if accuracy:
             self.accuracy = keras.metrics.Mean(name="accuracy")
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
-        self.kernel_constraint = keras.constraints.get(kernel_constraint)
-        self.bias_constraint = keras.constraints.get(bias_constraint)
+        dense_options.keep(
+            self,
+            {
+                "kernel_initializer": kernel_initializer,
+                "bias_initializer": bias_initializer,
+                "kernel_regularizer": kernel_regularizer,
+                "bias_regularizer": bias_regularizer,
+                "kernel_constraint": kernel_constraint,
+                "bias_constraint": bias_constraint,
+            },
+        )
 
     def build(self, input_shape: Shape) -> None:
-        if len(input_shape) != 3 or input_shape[-1] is None:
-            raise ValueError(
-                "Inputs must have the shape (batch, length, features) with a "
-                f"known number of features. Received: input_shape="
-                f"{tuple(input_shape)}."
-            )
+        features = dense_options.features_of(input_shape)
         self._ring_world = strategy.current()
         self.kernel = self.add_weight(
             name="kernel",
-            shape=(input_shape[-1], self.vocabulary_size),
+            shape=(features, self.vocabulary_size),
             initializer=self.kernel_initializer,
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
@@ -156,19 +157,11 @@ class LanguageModelHead(keras.layers.Layer):
         return tuple(input_shape)
 
     def get_config(self) -> dict[str, Any]:
-        config = {
+        return {
             **super().get_config(),
+            **dense_options.config(self),
             "vocabulary_size": self.vocabulary_size,
             "use_bias": self.use_bias,
             "soft_cap": self.soft_cap,
             "accuracy": self.accuracy is not None,
         }
-        for kind, module in (
-            ("initializer", keras.initializers),
-            ("regularizer", keras.regularizers),
-            ("constraint", keras.constraints),
-        ):
-            for what in ("kernel", "bias"):
-                value = getattr(self, f"{what}_{kind}")
-                config[f"{what}_{kind}"] = module.serialize(value)
-        return config

@@ -5,6 +5,8 @@ from typing import Any
 
 import keras
 
+from keras_ring.layers import dense_options
+
 Shape = tuple[int | None, ...]
 
 
@@ -17,6 +19,12 @@ class Projections:
     """
 
     dtype_policy: Any
+    _kernel_initializer: Any
+    _bias_initializer: Any
+    _kernel_regularizer: Any
+    _bias_regularizer: Any
+    _kernel_constraint: Any
+    _bias_constraint: Any
     _num_heads: int
     _num_key_value_heads: int
     _key_dim: int
@@ -38,30 +46,29 @@ class Projections:
         kernel_constraint: Any,
         bias_constraint: Any,
     ) -> None:
-        self._kernel_initializer = keras.initializers.get(kernel_initializer)
-        self._bias_initializer = keras.initializers.get(bias_initializer)
-        self._kernel_regularizer = keras.regularizers.get(kernel_regularizer)
-        self._bias_regularizer = keras.regularizers.get(bias_regularizer)
+        dense_options.keep(
+            self,
+            {
+                "kernel_initializer": kernel_initializer,
+                "bias_initializer": bias_initializer,
+                "kernel_regularizer": kernel_regularizer,
+                "bias_regularizer": bias_regularizer,
+                "kernel_constraint": kernel_constraint,
+                "bias_constraint": bias_constraint,
+            },
+            prefix="_",
+        )
         self._activity_regularizer = keras.regularizers.get(
             activity_regularizer
         )
-        self._kernel_constraint = keras.constraints.get(kernel_constraint)
-        self._bias_constraint = keras.constraints.get(bias_constraint)
 
     def _projection_config(self) -> dict[str, Any]:
-        config = {}
-        for kind, module in (
-            ("initializer", keras.initializers),
-            ("regularizer", keras.regularizers),
-            ("constraint", keras.constraints),
-        ):
-            for what in ("kernel", "bias"):
-                value = getattr(self, f"_{what}_{kind}")
-                config[f"{what}_{kind}"] = module.serialize(value)
-        config["activity_regularizer"] = keras.regularizers.serialize(
-            self._activity_regularizer
-        )
-        return config
+        return {
+            **dense_options.config(self, prefix="_"),
+            "activity_regularizer": keras.regularizers.serialize(
+                self._activity_regularizer
+            ),
+        }
 
     def _build_projections(
         self, query_shape: Shape, value_shape: Shape, key_shape: Shape
@@ -101,9 +108,8 @@ class Projections:
             f"{kept}{summed},{summed}{made}->{kept}{made}",
             output_shape=(None,) * (len(kept) - 1) + tuple(features),
             bias_axes=made if self._use_bias else None,
-            # A copy each: one initializer object gives equal values twice.
-            kernel_initializer=_copy(self._kernel_initializer),
-            bias_initializer=_copy(self._bias_initializer),
+            kernel_initializer=dense_options.copied(self._kernel_initializer),
+            bias_initializer=dense_options.copied(self._bias_initializer),
             kernel_regularizer=self._kernel_regularizer,
             bias_regularizer=self._bias_regularizer,
             activity_regularizer=self._activity_regularizer,
@@ -186,10 +192,3 @@ class Projections:
     @property
     def sliding_window(self) -> int | None:
         return self._sliding_window
-
-
-def _copy(initializer: Any) -> Any:
-    """A new initializer of the same kind, or a plain function as it is."""
-    if isinstance(initializer, keras.initializers.Initializer):
-        return initializer.__class__.from_config(initializer.get_config())
-    return initializer

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_ring import random_bits, strategy
 from keras_ring.keras_internals import full_values
+from keras_ring.layers import dense_options
 from keras_ring.layers.blockwise_feed_forward import BlockwiseFeedForward
 from keras_ring.layers.ring_attention import RingAttention
 from keras_ring.ops.positional_dropout import check_rate, positional_dropout
@@ -180,13 +181,7 @@ class RingTransformerBlock(keras.layers.Layer):
         )
 
     def build(self, input_shape: Shape) -> None:
-        if len(input_shape) != 3 or input_shape[-1] is None:
-            raise ValueError(
-                "Inputs must have the shape (batch, length, features) with a "
-                f"known number of features. Received: input_shape="
-                f"{tuple(input_shape)}."
-            )
-        features = input_shape[-1]
+        features = dense_options.features_of(input_shape)
         if self.key_dim is None and features % self.num_heads:
             raise ValueError(
                 "The features must be a multiple of `num_heads`, or `key_dim` "
