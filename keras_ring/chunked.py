@@ -58,20 +58,9 @@ def map_chunks(
         chunk_size=chunk_size,
     )
     world = strategy.current()
-    if world is None or not _splits(world, tensors):
+    if world is None:
         return run(None, *tensors, *shared)
     return world.per_shard(run, list(tensors), shared)
-
-
-def _splits(world: Any, tensors: Sequence[Tensor]) -> bool:
-    """Whether each member can work on its own part. One that sees the whole
-    sequence need not, and a length may not come out even."""
-    length = tensors[0].shape[1]
-    return (
-        world.layers_see_shards
-        or not isinstance(length, int)
-        or length % world.sequence_size == 0
-    )
 
 
 def _map_local(

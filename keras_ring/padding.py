@@ -85,6 +85,11 @@ class PaddedAxis:
                 )
         return None if found is natural else found
 
+    def whole(self, local: Size) -> Size:
+        """The true size of what has shards of this size."""
+        true = self.true(local)
+        return local * self.parts if true is None else true
+
     def valid(self, local: Size, index: Any) -> Size:
         """How much of a shard is no padding.
 

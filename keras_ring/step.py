@@ -117,15 +117,11 @@ class Step:
         _, split = self._splits[id(leaf)]
         shape = ops.shape(leaf)
         rows = self.rows.valid(shape[0], self.data_index)
-        all_rows = self.rows.true(shape[0])
-        if all_rows is None:
-            all_rows = shape[0] * self.world.data_size
+        all_rows = self.rows.whole(shape[0])
         length, all_length = 1, 1
         if split:
             length = self.lengths.valid(shape[1], self.sequence_index)
-            all_length = self.lengths.true(shape[1])
-            if all_length is None:
-                all_length = shape[1] * self.world.sequence_size
+            all_length = self.lengths.whole(shape[1])
         return Output(split, rows, all_rows, length, all_length, self.padded)
 
     def carries(self, tensor: Any, output: Output, prediction: Any) -> bool:

@@ -8,7 +8,7 @@ from keras import ops
 from keras_ring import padding, placement, strategy
 from keras_ring.layers.positions import checked_positions
 from keras_ring.ops.dense_take import dense_take
-from keras_ring.ops.sequence import shard_ring
+from keras_ring.ops.sequence import shard_ring, true_length, whole_length
 
 Tensor = Any
 
@@ -120,11 +120,7 @@ class PositionEmbedding(keras.layers.Layer):
 
     def _natural(self, table: Tensor, length: Any, start_index: Any) -> Tensor:
         """The vectors of the natural positions that the layer sees."""
-        ring = shard_ring()
-        whole, true = length, None
-        if ring is not None:
-            true = strategy.current().true_length(length)
-            whole = length * ring.size if true is None else true
+        ring, whole = shard_ring(), whole_length(length)
         if isinstance(whole, int) and isinstance(start_index, int):
             end = start_index + whole
             if start_index < 0 or end > self.sequence_length:
@@ -138,7 +134,7 @@ class PositionEmbedding(keras.layers.Layer):
         width = table.shape[1]
         if ring is None:
             return ops.slice(table, [start_index, 0], [length, width])
-        first = placement.start(ring.index(), length)
+        first, true = placement.start(ring.index(), length), true_length(length)
         if true is None:
             return ops.slice(table, [first + start_index, 0], [length, width])
         # Padding has no vector; the table may end before it.

@@ -15,6 +15,7 @@ from keras_ring.layers.attention_masks import AttentionMasks, dense_attention
 from keras_ring.layers.projections import Projections
 from keras_ring.layers.rotary_embedding import RotaryEmbedding
 from keras_ring.ops.ring_attention import ring_attention
+from keras_ring.ops.sequence import whole_length
 from keras_ring.scoring import Dropout, Scoring
 
 Tensor = Any
@@ -503,14 +504,10 @@ class RingAttention(Projections, keras.layers.Layer):
         query_length, all_keys)`."""
         if pairs is None:
             return None
-        world = strategy.current()
-        shards = 1
-        if world is not None and world.inside():
-            shards = world.sequence_size
         return axes.fold_pairs(
             pairs,
             (*ops.shape(query)[:-1], self._num_heads),
-            tuple(n * shards for n in axes.lengths(ops.shape(key))),
+            tuple(whole_length(n) for n in axes.lengths(ops.shape(key))),
             name,
         )
 

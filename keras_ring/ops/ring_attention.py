@@ -7,8 +7,10 @@ from keras import ops
 
 from keras_ring import backends, strategy
 from keras_ring.attention import Ring
-from keras_ring.masks import Carried, Mask, Padding
+from keras_ring.masks import Carried, Mask
+from keras_ring.masks.by_position import Before
 from keras_ring.ops import attention_checks as checks
+from keras_ring.ops.sequence import shard_ring, true_length, whole_length
 from keras_ring.scoring import Dropout, Scoring
 from keras_ring.world import LOCAL, World
 
@@ -110,21 +112,20 @@ def ring_attention(
     query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
     checks.check_tensors(query, key, value)
     world = strategy.current()
-    ring = 1
-    if world is not None and world.inside():
-        ring = world.sequence_size
-    keys = key.shape[1]
-    all_keys = keys * ring if isinstance(keys, int) else None
-    limit = None if world is None else world.true_length(ops.shape(key)[1])
-    if limit is not None:
-        all_keys = limit if isinstance(limit, int) else None
+    keys = ops.shape(key)[1]
+    all_keys = whole_length(keys)
+    known = all_keys if isinstance(all_keys, int) else None
     if mask is not None:
-        checks.check_mask(mask, query, key, all_keys)
+        checks.check_mask(mask, query, key, known)
     if bias is not None:
         bias = ops.convert_to_tensor(bias)
-        checks.check_bias(bias, query, key, all_keys)
-    if limit is not None:
-        mask, bias = _without_padding(key, limit, mask, bias, ring, world)
+        checks.check_bias(bias, query, key, known)
+    limit = true_length(keys)
+    if world is not None and limit is not None:
+        hidden = Before(limit)
+        mask = hidden if mask is None else mask & hidden
+        if bias is not None:
+            bias = _with_padding(bias, keys, limit, world.sequence_size)
     heads = query.shape[2]
     slopes = checks.by_head("alibi", alibi, heads)
     sinks = checks.by_head("sinks", sinks, heads)
@@ -151,36 +152,22 @@ def ring_attention(
     return AttentionResult(out, lse) if return_lse else out
 
 
-def _without_padding(
-    key: Tensor,
-    limit: Any,
-    mask: Mask | None,
-    bias: Tensor | None,
-    ring: int,
-    world: World,
-) -> tuple[Mask, Tensor | None]:
-    """A mask that hides the padded keys too, and a bias that has them.
+def _with_padding(bias: Tensor, keys: Any, limit: Any, members: int) -> Tensor:
+    """A bias over the true keys, with columns for the padded ones.
 
     Args:
-        key: as the layer sees it.
+        bias: `(batch, query_length, heads, limit)`.
+        keys: as many as the layer sees.
         limit: true number of all keys.
-        mask: of the call.
-        bias: of the call, for the true keys.
-        ring: members that hold keys like these.
-        world: the running one.
+        members: of the ring that they are or will be spread over.
     """
-    batch, length = ops.shape(key)[:2]
-    positions = ops.arange(length, dtype="int32")
-    if ring > 1:
-        positions = positions + world.ring().index() * length
-    valid = ops.broadcast_to((positions < limit)[None], (batch, length))
-    if bias is not None:
-        # Where the layer sees all keys, `per_shard` pads them.
-        whole = -(-length * ring // world.sequence_size) * world.sequence_size
-        shape = [*ops.shape(bias)[:3], whole - limit]
-        bias = ops.concatenate([bias, ops.zeros(shape, dtype=bias.dtype)], 3)
-    padded = Padding(valid)
-    return (padded if mask is None else mask & padded), bias
+    ring = shard_ring()
+    if ring is not None:
+        whole = keys * ring.size
+    else:  # All keys are here, and `per_shard` pads them.
+        whole = -(-keys // members) * members
+    shape = [*ops.shape(bias)[:3], whole - limit]
+    return ops.concatenate([bias, ops.zeros(shape, dtype=bias.dtype)], 3)
 
 
 def _dropout(

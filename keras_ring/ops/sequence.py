@@ -91,7 +91,7 @@ def gather_sequence(tensor: Tensor, axis: int = 1) -> Tensor:
     if ring is None:
         return _unsplit(tensor)
     local = ops.shape(tensor)[axis]
-    true = strategy.current().true_length(local)
+    true = true_length(local)
 
     def whole(shard):
         every = ring.all_gather(shard, axis)
@@ -149,6 +149,23 @@ def shard_ring() -> "Transport | None":
         return None
     ring = world.ring()
     return ring if ring.size > 1 else None
+
+
+def true_length(length: Any) -> Any:
+    """How long the whole sequence is without padding, for the length that
+    this code sees; None where there is no padding, see
+    `World.true_length`."""
+    world = strategy.current()
+    return None if world is None else world.true_length(length)
+
+
+def whole_length(length: Any) -> Any:
+    """How long the whole sequence is, for the length that this code sees."""
+    ring = shard_ring()
+    if ring is None:
+        return length
+    true = true_length(length)
+    return length * ring.size if true is None else true
 
 
 def _unsplit(tensor: Tensor) -> Tensor:

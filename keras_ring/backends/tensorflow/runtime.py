@@ -194,7 +194,7 @@ class World(world.World):
         return function(ring, *tensors, *shared)
 
     def true_length(self, length: Any) -> Any:
-        axis = padding.lengths()
+        axis = padding.lengths() if self.inside() else None
         return None if axis is None else axis.true(length)
 
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:

@@ -161,10 +161,10 @@ def _own_seeds(world: "World", model: Any) -> Iterator[None]:
         and not random_bits.is_shared(variable)
     ]
     for state in states:
-        state.assign(state + [offset, 0])
+        state.assign(keras.ops.add(state, (offset, 0)))
     yield
     for state in states:
-        state.assign(state - [offset, 0])
+        state.assign(keras.ops.subtract(state, (offset, 0)))
 
 
 def _prediction(world: "World", model: Any) -> Callable[..., Any]:
@@ -393,11 +393,11 @@ def distribute(
                 )
             )
         values.append(value)
-    sizes = tuple(
+    of_rows, of_lengths = (
         tf.constant(pairs, tf.int32) if axis.padded else None
         for axis, pairs in zip((rows, lengths), known, strict=True)
     )
-    return values, sizes
+    return values, (of_rows, of_lengths)
 
 
 def join(
