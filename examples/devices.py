@@ -23,6 +23,12 @@ def simulate_devices() -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         if "host_platform_device_count" not in flags:
             flags += f" --xla_force_host_platform_device_count={SIMULATED}"
+            # More devices than cores: some wait long for the others.
+            for kind, seconds in (("warn_stuck", 300), ("terminate", 3600)):
+                flags += (
+                    f" --xla_cpu_collective_call_{kind}_timeout_seconds="
+                    f"{seconds}"
+                )
             os.environ["XLA_FLAGS"] = flags
     elif BACKEND == "tensorflow":
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -42,9 +42,9 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage(64, 80, 64),
-    Stage(512, 30, 16),
-    Stage(4096, 16, 4),
-    Stage(16384, 8, 2),
+    Stage(512, 60, 32),
+    Stage(4096, 24, 4),
+    Stage(16384, 12, 2),
 )
 EPOCHS = 6
 # How much of the context the truncated model keeps.

@@ -14,6 +14,11 @@ if BACKEND == "jax":
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "")
         + " --xla_force_host_platform_device_count=8"
+        # More devices than cores: on a busy machine some wait long.
+        + " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
+        + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+        # Tests compile thousands of small programs, each run a few times.
+        + " --xla_backend_optimization_level=0"
     )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
