@@ -349,12 +349,51 @@ def test_arguments_are_refused(name):
         keras_ring.ops.ring_attention(*arguments, **options)
 
 
-def check_length_that_does_not_divide():
-    ring = keras_ring.DistributedStrategy(sequence_parallel=2)
-    query = np.ones((1, 7, 1, 16), "float32")
-    with pytest.raises(ValueError, match=r"shape=\(1, 7, 1, 16\)"):
-        ring.run(lambda q: q, query)
+def check_padded_keys(size, queries, keys):
+    """What is said of each score, where the package pads the lengths."""
+    draw = np.random.default_rng(keys)
+    shapes = {
+        "query": (2, queries, 4, 8),
+        "key": (2, keys, 2, 8),
+        "value": (2, keys, 2, 8),
+        "bias": (2, queries, 4, keys),
+        "grad_out": (2, queries, 4, 8),
+    }
+    data = {
+        name: draw.normal(size=shape).astype("float32")
+        for name, shape in shapes.items()
+    }
+    pairs = draw.random((2, queries, 1, keys)) < 0.7
+    pairs[:, 0] = False  # A query that sees nothing at all.
+
+    def differentiate(query, key, value, bias, grad_out, pairs):
+        out, grads = vjp(
+            lambda query, key, value, bias: keras_ring.ops.ring_attention(
+                query, key, value, mask=masks.Explicit(pairs), bias=bias
+            ),
+            [query, key, value, bias],
+            grad_out,
+        )
+        return out, *grads
+
+    ring = keras_ring.DistributedStrategy(sequence_parallel=size)
+    got = ring.run(differentiate, *data.values(), pairs)
+    expected = reference.full_attention(
+        **data, allowed=np.swapaxes(pairs, 1, 2)
+    )
+    names = ("out", "grad_query", "grad_key", "grad_value", "grad_bias")
+    for name, tensor in zip(names, got, strict=True):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(tensor),
+            getattr(expected, name),
+            err_msg=name,
+            rtol=TOLERANCE["float32"],
+            atol=TOLERANCE["float32"],
+        )
 
 
-def test_a_length_that_does_not_divide_is_refused(on_devices):
-    on_devices(2, check_length_that_does_not_divide)
+@pytest.mark.parametrize(
+    ("size", "queries", "keys"), [(2, 7, 5), (4, 7, 8), (4, 3, 2)]
+)
+def test_pairs_of_any_lengths(on_devices, size, queries, keys):
+    on_devices(size, check_padded_keys, size, queries, keys)
