@@ -22,11 +22,11 @@ Tensor = Any
 Shape = tuple[int | None, ...]
 
 
-def _rotary(value: Any) -> RotaryEmbedding | None:
+def _rotary(value: Any, dtype: Any) -> RotaryEmbedding | None:
     if isinstance(value, dict):
         value = keras.saving.deserialize_keras_object(value)
     if value is True:
-        return RotaryEmbedding(name="rotary")
+        return RotaryEmbedding(name="rotary", dtype=dtype)
     if value is None or value is False:
         return None
     if not isinstance(value, RotaryEmbedding):
@@ -245,7 +245,7 @@ class RingAttention(Projections, keras.layers.Layer):
         self._soft_cap = soft_cap
         self._slopes = slopes
         self._sinks = bool(sinks)
-        self._rotary = _rotary(rotary)
+        self._rotary = _rotary(rotary, self.dtype_policy)
         self.seed = seed
         self._set_projection_options(
             kernel_initializer,
@@ -356,7 +356,11 @@ class RingAttention(Projections, keras.layers.Layer):
             for tensor in self._project(query, key, value)
         )
         if self._rotary is not None:
-            query, key = self._rotary(query), self._rotary(key)
+            # A layer that the user made may have another dtype.
+            query, key = (
+                ops.cast(self._rotary(tensor), self.compute_dtype)
+                for tensor in (query, key)
+            )
         if bias is not None:
             bias = ops.transpose(bias, (0, 2, 1, 3))
         scores = None

@@ -1,5 +1,6 @@
 """`keras_ring.layers.RingTransformerBlock`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -8,6 +9,7 @@ from keras import ops
 from keras_ring import random_bits, strategy
 from keras_ring.keras_internals import full_values
 from keras_ring.layers import dense_options
+from keras_ring.layers.attention_arguments import alibi_slopes
 from keras_ring.layers.blockwise_feed_forward import BlockwiseFeedForward
 from keras_ring.layers.ring_attention import RingAttention
 from keras_ring.ops.positional_dropout import check_rate, positional_dropout
@@ -66,6 +68,9 @@ class RingTransformerBlock(keras.layers.Layer):
         attention_dropout: rate, on the attention probabilities.
         sliding_window: hides keys this far away and further.
         soft_cap: bound on the attention scores.
+        alibi: slopes of ALiBi, as of `RingAttention`.
+        sinks: whether each head learns a logit that attends to nothing, as
+            of `RingAttention`.
         use_bias: whether projections have biases.
         epsilon: of the norms.
         remat: `"feed_forward"` or `"block"`.
@@ -119,6 +124,8 @@ class RingTransformerBlock(keras.layers.Layer):
         attention_dropout: float = 0.0,
         sliding_window: int | None = None,
         soft_cap: float | None = None,
+        alibi: bool | Sequence[float] | None = None,
+        sinks: bool = False,
         use_bias: bool = True,
         epsilon: float = 1e-6,
         remat: str = "feed_forward",
@@ -157,6 +164,8 @@ class RingTransformerBlock(keras.layers.Layer):
         self.attention_dropout = attention_dropout
         self.sliding_window = sliding_window
         self.soft_cap = soft_cap
+        self.alibi = alibi_slopes(alibi, num_heads)
+        self.sinks = bool(sinks)
         self.use_bias = use_bias
         self.epsilon = epsilon
         self.remat = remat
@@ -199,6 +208,8 @@ class RingTransformerBlock(keras.layers.Layer):
             dropout=self.attention_dropout,
             sliding_window=self.sliding_window,
             soft_cap=self.soft_cap,
+            alibi=self.alibi,
+            sinks=self.sinks,
             use_bias=self.use_bias,
             kernel_initializer=self.kernel_initializer,
             bias_initializer=self.bias_initializer,
@@ -301,8 +312,8 @@ class RingTransformerBlock(keras.layers.Layer):
         plain = (
             *("num_heads", "hidden_dim", "key_dim", "num_key_value_heads"),
             *("causal", "norm", "norm_placement", "gated", "dropout"),
-            *("attention_dropout", "sliding_window", "soft_cap", "use_bias"),
-            *("epsilon", "remat", "chunk_size", "seed"),
+            *("attention_dropout", "sliding_window", "soft_cap", "alibi"),
+            *("sinks", "use_bias", "epsilon", "remat", "chunk_size", "seed"),
         )
         return {
             **super().get_config(),
