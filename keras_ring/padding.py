@@ -153,7 +153,9 @@ def part(tensor: Any, axis: int, index: int, local: int) -> Any:
     first, size = index * local, tensor.shape[axis]
     if first + local > size:
         own = np.minimum(np.arange(first, first + local), size - 1)
-        return ops.take(tensor, own, axis=axis)
+        # What is no tensor stays none: Keras takes no mixture.
+        take = np.take if isinstance(tensor, np.ndarray) else ops.take
+        return take(tensor, own, axis=axis)
     chunk = slice(first, first + local)
     return tensor[chunk] if axis == 0 else tensor[:, chunk]
 

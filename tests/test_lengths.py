@@ -25,8 +25,15 @@ class Losses(keras.callbacks.Callback):
         self.values.append([float(logs[name]) for name in sorted(logs)])
 
 
-def outcome(model, batches, epochs=2):
-    """What two epochs over some batches, and an evaluation, give."""
+def outcome(model, batches, valid=None, epochs=2):
+    """What two epochs over some batches, and an evaluation, give.
+
+    Args:
+        model: compiled.
+        batches: list of `(x, y)` or `(x, y, sample_weight)`.
+        valid: of an input, which positions have a prediction; None for all.
+        epochs: of training.
+    """
     losses = Losses()
 
     class Batches(keras.utils.PyDataset):
@@ -49,6 +56,11 @@ def outcome(model, batches, epochs=2):
         keras.tree.map_structure(np.asarray, model.predict_on_batch(each[0]))
         for each in batches
     ]
+    if valid is not None:
+        predicted = [
+            np.where(valid(x)[..., None], output, 0)
+            for output, (x, *_) in zip(predicted, batches, strict=True)
+        ]
     return {
         "losses": losses.values,
         "history": history.history,
@@ -79,19 +91,19 @@ def compare(got, want):
             np.testing.assert_allclose(have, target, **WEIGHTS)
 
 
-def check(mesh, make, batches):
+def check(mesh, make, batches, valid=None):
     """Train `make(kind)` on one device and over a mesh."""
     alone = make("stock")
     weights = initial_weights(alone)
     alone.set_weights(weights)
-    want = outcome(alone, batches)
+    want = outcome(alone, batches, valid)
     strategy = keras_ring.DistributedStrategy(
         data_parallel=mesh[0], sequence_parallel=mesh[1]
     )
     with strategy.scope():
         model = make("ring")
         model.set_weights(weights)
-        got = outcome(model, batches)
+        got = outcome(model, batches, valid)
     compare(got, want)
 
 

@@ -226,7 +226,7 @@ def predict_step(
     if not all(
         layer.built for layer in (model, *sublayers(model, recursive=True))
     ):
-        _build(model, batch)
+        _build(model, batch, batches.split_batch(world, model, batch))
     world.agreement.check(model, batch)
     splits = batches.split_batch(world, model, batch)
     own = Step(world, model, batch, splits)
@@ -242,17 +242,22 @@ def predict_step(
     )
 
 
-def _build(model: Any, batch: Any) -> None:
-    """Build a model from the shapes of a global batch."""
-    x = batch[0] if isinstance(batch, tuple | list) else batch
-    model(
-        tree.map_structure(
-            lambda leaf: keras.KerasTensor(
-                tuple(leaf.shape), keras.backend.standardize_dtype(leaf.dtype)
-            ),
-            x,
-        )
+def _build(model: Any, batch: Any, splits: Any) -> None:
+    """Build a model from the shapes of a global batch, of any length."""
+    x, split = (
+        part[0] if isinstance(part, tuple | list) else part
+        for part in (batch, splits)
     )
+
+    def symbol(leaf: Any, has_length: bool) -> keras.KerasTensor:
+        shape = list(leaf.shape)
+        if has_length:
+            shape[1] = None
+        return keras.KerasTensor(
+            tuple(shape), keras.backend.standardize_dtype(leaf.dtype)
+        )
+
+    model(tree.map_structure(symbol, x, split))
 
 
 def _leaf_metrics(metrics: Sequence[Any]) -> Iterator[Any]:
