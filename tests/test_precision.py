@@ -1,0 +1,150 @@
+"""Training in half precision: a ring of two against one device."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_ring
+from keras_ring.layers import LanguageModelHead, RingTransformerBlock
+from keras_ring.losses import ChunkedCrossEntropy
+from tests.language_model import VOCABULARY, WIDTH, batch, initial_weights
+
+HIDDEN = 24
+LENGTH, BATCH, STEPS = 12, 2, 5
+# Relative error of one rounding.
+UNIT = {"mixed_bfloat16": 2.0**-9, "mixed_float16": 2.0**-12}
+
+
+def decoder(policy, chunked, scale=None):
+    """A compiled decoder of one block, with weights that are known."""
+    tokens = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(VOCABULARY, WIDTH, dtype=policy)(tokens)
+    x = RingTransformerBlock(
+        2,
+        HIDDEN,
+        num_key_value_heads=1,
+        causal=True,
+        rotary=True,
+        remat="block" if chunked else "feed_forward",
+        chunk_size=4,
+        dtype=policy,
+    )(x)
+    if chunked:
+        head = LanguageModelHead(VOCABULARY, dtype=policy)
+        x = head(x)
+        loss = ChunkedCrossEntropy(head, chunk_size=4)
+    else:
+        x = keras.layers.Dense(VOCABULARY, dtype=policy)(x)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model = keras.Model(tokens, x)
+    optimizer = keras.optimizers.SGD(0.01)
+    if scale is not None:
+        optimizer = keras.optimizers.LossScaleOptimizer(
+            optimizer, initial_scale=scale, dynamic_growth_steps=3
+        )
+    model.compile(optimizer, loss)
+    model.set_weights(initial_weights(model))
+    return model
+
+
+class Scales(keras.callbacks.Callback):
+    """The loss scale after every step."""
+
+    def on_train_begin(self, logs=None):
+        self.values = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        scale = getattr(self.model.optimizer, "dynamic_scale", 1.0)
+        self.values.append(float(ops.convert_to_numpy(scale)))
+
+
+def train(model, only=None):
+    """Losses of each step, loss scales, weights after the last step."""
+    x, y, _ = batch(BATCH, LENGTH)
+    weight = np.ones(y.shape, "float32")
+    if only is not None:
+        weight[:, only:] = 0
+    scales = Scales()
+    history = model.fit(
+        x,
+        y,
+        sample_weight=weight,
+        batch_size=BATCH,
+        epochs=STEPS,
+        verbose=0,
+        callbacks=[scales],
+    )
+    return history.history["loss"], scales.values, model.get_weights()
+
+
+def check_training(policy, chunked):
+    scale = 2.0**15 if policy == "mixed_float16" else None
+    model = decoder(policy, chunked, scale)
+    start = model.get_weights()
+    want, want_scales, want_weights = train(model)
+    ring = keras_ring.DistributedStrategy(sequence_parallel=2)
+    with ring.scope():
+        model = decoder(policy, chunked, scale)
+        have, scales, weights = train(model)
+    assert np.isfinite(have).all()
+    assert have[-1] < have[0]
+    assert scales == want_scales
+    assert {w.dtype for w in weights} == {np.dtype("float32")}
+    # Some ten results in a row are rounded, each relative to values of order
+    # one, and what is summed in another order is rounded another way.
+    unit = UNIT[policy]
+    np.testing.assert_allclose(have, want, rtol=10 * unit)
+    # Of weights of order one the moves are compared: the sum of the steps,
+    # each with the errors of a forward and a backward.
+    moved, wanted = (
+        np.concatenate(
+            [(b - a).ravel() for a, b in zip(start, end, strict=True)]
+        )
+        for end in (weights, want_weights)
+    )
+    error = np.linalg.norm(moved - wanted) / np.linalg.norm(wanted)
+    print(
+        "ERR",
+        policy,
+        chunked,
+        np.max(np.abs(np.array(have) / want - 1)) / unit,
+        error / unit,
+        scales,
+    )
+    assert error < 20 * unit
+
+
+@pytest.mark.parametrize(
+    ("policy", "chunked"), [("mixed_bfloat16", False), ("mixed_float16", True)]
+)
+def test_training_in_half_precision(on_devices, policy, chunked):
+    on_devices(2, check_training, policy, chunked)
+
+
+def check_overflow():
+    """Only the first device's gradients overflow: the labels of the other
+    have no weight, and later positions no part in earlier losses."""
+    only = LENGTH // 2
+    *_, start = train(decoder("mixed_float16", True, 2.0**40), only)
+    want, want_scales, _ = train(decoder("mixed_float16", True, 2.0**19), only)
+    ring = keras_ring.DistributedStrategy(sequence_parallel=2)
+    with ring.scope():
+        model = decoder("mixed_float16", True, 2.0**19)
+        have, scales, weights = train(model, only)
+        _, falling, kept = train(decoder("mixed_float16", True, 2.0**40), only)
+    print("SC", scales, want_scales, have, want)
+    # Each device of two may have twice the mean gradient, and finds its
+    # scale a step later.
+    ratios = np.array(scales) / want_scales
+    assert set(ratios) <= {0.5, 1.0}
+    assert scales[0] == 2.0**18
+    assert all(np.isfinite(w).all() for w in weights)
+    # No step was made with what overflows, by no device.
+    assert falling == [2.0 ** (39 - i) for i in range(STEPS)]
+    for ours, theirs in zip(kept, start, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_overflow_on_one_device_is_one_on_all(on_devices):
+    on_devices(2, check_overflow)
