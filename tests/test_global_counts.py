@@ -92,7 +92,7 @@ def two_outputs(kind):
             keras.losses.BinaryCrossentropy(),
         ],
         loss_weights=[0.1, 2.0],
-        metrics=[["accuracy"], [keras.metrics.TruePositives(), "accuracy"]],
+        metrics=[["accuracy"], [keras.metrics.TruePositives(name="hits"), "accuracy"]],
     )
 
 
@@ -102,7 +102,7 @@ def classifier(kind):
     return compiled(
         keras.Model(x, layers.Dense(1, activation="sigmoid")(y)),
         "binary_crossentropy",
-        metrics=[keras.metrics.TruePositives(), "accuracy"],
+        metrics=[keras.metrics.TruePositives(name="hits"), "accuracy"],
     )
 
 
