@@ -238,7 +238,7 @@ def combined(parts, remat="feed_forward"):
         value = normal(70 + i, *weight.shape) / 2 + (weight.ndim == 1)
         weight.assign(value)
     x, y = (normal(i, BATCH, 7, WIDTH) for i in (3, 4))
-    x[1, 5:] = 0
+    x[1, 1:3] = 0  # Later positions would see them.
     ids = np.array([[0] * 3 + [1] * 4, [2] * 7], "int32")
     history = model.fit([x, ids], y, batch_size=BATCH, epochs=2, verbose=0)
     predicted = model.predict([x, ids], batch_size=BATCH, verbose=0)
