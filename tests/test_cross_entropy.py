@@ -275,6 +275,25 @@ def test_ignored_classes_and_masks_on_one_device():
         close(ours, theirs)
 
 
+def check_uneven(size):
+    """What counts differs from device to device."""
+    x, y = batch()
+    x[:, 9:] = 0
+    x[0, 2:] = 0
+    y[1, :5] = 5
+    want = train(language_model(True, 5, True), x, y)
+    ring = keras_ring.DistributedStrategy(sequence_parallel=size)
+    with ring.scope():
+        have = train(language_model(True, 5, True), x, y)
+    for ours, theirs in zip(have, want, strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("size", RINGS)
+def test_ignored_classes_and_masks_on_a_ring(on_devices, size):
+    on_devices(size, check_uneven, size)
+
+
 def test_save_and_load(tmp_path):
     x, y = batch()
     model = language_model(True)

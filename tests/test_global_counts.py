@@ -92,7 +92,10 @@ def two_outputs(kind):
             keras.losses.BinaryCrossentropy(),
         ],
         loss_weights=[0.1, 2.0],
-        metrics=[["accuracy"], [keras.metrics.TruePositives(name="hits"), "accuracy"]],
+        metrics=[
+            ["accuracy"],
+            [keras.metrics.TruePositives(name="hits"), "accuracy"],
+        ],
     )
 
 

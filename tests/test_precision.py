@@ -79,7 +79,9 @@ def train(model, only=None):
 
 
 def check_training(policy, chunked):
-    scale = 2.0**15 if policy == "mixed_float16" else None
+    # Far below the scale at which anything overflows: there a device may
+    # find one at half or twice the scale that is too much for another.
+    scale = 2.0**9 if policy == "mixed_float16" else None
     model = decoder(policy, chunked, scale)
     start = model.get_weights()
     want, want_scales, want_weights = train(model)
@@ -90,6 +92,8 @@ def check_training(policy, chunked):
     assert np.isfinite(have).all()
     assert have[-1] < have[0]
     assert scales == want_scales
+    if scale is not None:
+        assert scales[-1] == 2 * scale
     assert {w.dtype for w in weights} == {np.dtype("float32")}
     # Some ten results in a row are rounded, each relative to values of order
     # one, and what is summed in another order is rounded another way.
@@ -104,14 +108,6 @@ def check_training(policy, chunked):
         for end in (weights, want_weights)
     )
     error = np.linalg.norm(moved - wanted) / np.linalg.norm(wanted)
-    print(
-        "ERR",
-        policy,
-        chunked,
-        np.max(np.abs(np.array(have) / want - 1)) / unit,
-        error / unit,
-        scales,
-    )
     assert error < 20 * unit
 
 
@@ -127,17 +123,16 @@ def check_overflow():
     have no weight, and later positions no part in earlier losses."""
     only = LENGTH // 2
     *_, start = train(decoder("mixed_float16", True, 2.0**40), only)
-    want, want_scales, _ = train(decoder("mixed_float16", True, 2.0**19), only)
+    _, want_scales, _ = train(decoder("mixed_float16", True, 2.0**19), only)
     ring = keras_ring.DistributedStrategy(sequence_parallel=2)
     with ring.scope():
         model = decoder("mixed_float16", True, 2.0**19)
-        have, scales, weights = train(model, only)
+        _, scales, weights = train(model, only)
         _, falling, kept = train(decoder("mixed_float16", True, 2.0**40), only)
-    print("SC", scales, want_scales, have, want)
-    # Each device of two may have twice the mean gradient, and finds its
-    # scale a step later.
+    # What a device of two has before the mean is up to twice or half of it:
+    # the largest scale that it can bear may differ that much.
     ratios = np.array(scales) / want_scales
-    assert set(ratios) <= {0.5, 1.0}
+    assert set(ratios) <= {0.5, 1.0, 2.0}
     assert scales[0] == 2.0**18
     assert all(np.isfinite(w).all() for w in weights)
     # No step was made with what overflows, by no device.

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import keras_ring
-from keras_ring.layers import RingTransformerBlock
+from keras_ring.layers import RingAttention, RingTransformerBlock
 from tests import worlds
 from tests.attention_layers import call, normal
 from tests.gradients import vjp
@@ -191,6 +191,83 @@ def test_training_on_a_ring_equals_one_device(on_devices, size, name, remat):
     on_devices(size, check_training, size, name, remat)
 
 
+COMBINED = {
+    "num_key_value_heads": 1,
+    "causal": True,
+    "sliding_window": 5,
+    "soft_cap": 3.0,
+    "rotary": True,
+    "sinks": True,
+    "alibi": (0.25, 0.125),
+}
+
+
+def combined(parts, remat="feed_forward"):
+    """Outputs and weights after steps with all options, documents and a
+    mask; `parts` has the block's parts in place of the block."""
+    inputs = keras.Input((None, WIDTH))
+    ids = keras.Input((None,), dtype="int32")
+    x = keras.layers.Masking()(inputs)
+    if parts:
+        first, second = (
+            keras.layers.LayerNormalization(epsilon=1e-6) for _ in "12"
+        )
+        attention = RingAttention(HEADS, WIDTH // HEADS, **COMBINED)
+        up = keras.layers.Dense(HIDDEN, activation="gelu")
+        down = keras.layers.Dense(WIDTH)
+        h = first(x)
+        # The sum as a layer, which hands the mask on to the loss.
+        x = keras.layers.Add()([x, attention(h, h, segment_ids=ids)])
+        x = keras.layers.Add()([x, down(up(second(x)))])
+    else:
+        block = RingTransformerBlock(
+            HEADS, HIDDEN, remat=remat, chunk_size=3, **COMBINED
+        )
+        x = block(x, segment_ids=ids)
+        first, attention = block.attention_norm, block.attention
+        second, feed = block.feed_forward_norm, block.feed_forward
+        up, down = feed.up, feed.down
+    model = keras.Model([inputs, ids], x)
+    model.compile(keras.optimizers.SGD(0.02), "mse")
+    weights = [
+        weight
+        for part in (first, attention, second, up, down)
+        for weight in part.trainable_variables
+    ]
+    for i, weight in enumerate(weights):
+        value = normal(70 + i, *weight.shape) / 2 + (weight.ndim == 1)
+        weight.assign(value)
+    x, y = (normal(i, BATCH, 7, WIDTH) for i in (3, 4))
+    x[1, 1:3] = 0  # Later positions would see them.
+    ids = np.array([[0] * 3 + [1] * 4, [2] * 7], "int32")
+    history = model.fit([x, ids], y, batch_size=BATCH, epochs=2, verbose=0)
+    predicted = model.predict([x, ids], batch_size=BATCH, verbose=0)
+    return [
+        history.history["loss"],
+        predicted,
+        *(ops.convert_to_numpy(weight) for weight in weights),
+    ]
+
+
+def check_combined(mesh, remat):
+    want = combined(True)
+    data, sequence = mesh
+    ring = keras_ring.DistributedStrategy(
+        data_parallel=data, sequence_parallel=sequence
+    )
+    with ring.scope():
+        have = combined(False, remat)
+    for ours, theirs in zip(have, want, strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "remat"), [((1, 2), "block"), ((2, 2), "feed_forward")]
+)
+def test_all_options_and_an_odd_length(on_devices, mesh, remat):
+    on_devices(mesh[0] * mesh[1], check_combined, mesh, remat)
+
+
 def check_dropout(size, remat):
     """Dropout of a block does not depend on ring or recomputation."""
     options = {"dropout": 0.3, "attention_dropout": 0.2, "rotary": True}
@@ -225,7 +302,9 @@ def test_dropout_is_that_of_one_device(on_devices, size):
 
 def test_a_block_is_saved_and_loaded(tmp_path):
     inputs = keras.Input((None, WIDTH))
-    layer = RingTransformerBlock(HEADS, HIDDEN, rotary=True, dropout=0.1)
+    layer = RingTransformerBlock(
+        HEADS, HIDDEN, rotary=True, dropout=0.1, alibi=True, sinks=True
+    )
     model = keras.Model(inputs, layer(inputs))
     path = str(tmp_path / "block.keras")
     model.save(path)

@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_ring import random_bits, strategy
-from keras_ring.keras_internals import full_values
+from keras_ring.keras_internals import full_values, mask_of
 from keras_ring.layers import dense_options
 from keras_ring.layers.attention_arguments import alibi_slopes
 from keras_ring.layers.blockwise_feed_forward import BlockwiseFeedForward
@@ -229,6 +229,9 @@ class RingTransformerBlock(keras.layers.Layer):
         training: bool | None = None,
     ) -> Tensor:
         training = bool(training)
+        if mask is None:
+            # Keras fills `mask` in only where the inputs are the only tensor.
+            mask = mask_of(inputs)
         if self.remat != "block":
             return self._compute(inputs, mask, segment_ids, training)
         variables = self.variables
