@@ -87,7 +87,10 @@ class Step:
         flags = [flag for flag in tree.flatten(splits) if flag is not None]
         for leaf, flag in zip(leaves, flags, strict=True):
             self._splits[id(leaf)] = leaf, flag
-        self.local_rows = next((t.shape[0] for t in leaves if t.shape), None)
+        # Not the static size, which a program for many sizes does not know.
+        self.local_rows = next(
+            (ops.shape(t)[0] for t in leaves if len(t.shape)), None
+        )
         self.local_lengths = [
             leaf.shape[1]
             for leaf, flag in zip(leaves, flags, strict=True)
