@@ -136,7 +136,7 @@ def data(kind, rows, length, seed):
             tokens[row, max(length - 3 * row, 1) :] = 0
         return tokens, tokens, weights
     if kind == "two_outputs":
-        return x, [classes, one]
+        return x, (classes, one)
     if kind == "classifier":
         return x, one
     if kind == "flat":

@@ -181,14 +181,16 @@ class PrefixLM(Mask):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Before(Mask):
-    """Only keys at positions below `limit`, which may be a tensor: what the
-    package hides its own padding with.
+    """Only keys, or only queries, at positions below `limit`, which may be a
+    tensor: what the package hides its own padding with.
 
     Args:
         limit: int or int32 scalar.
+        queries: whether queries are meant and not keys.
     """
 
     limit: Any
+    queries: bool = False
 
     def carried(self) -> Carried:
         if isinstance(self.limit, int):
@@ -196,16 +198,21 @@ class Before(Mask):
         return Carried(shared=(self.limit,))
 
     def replace(self, carried: Carried) -> "Before":
-        return Before(*carried.shared) if carried.shared else self
+        if not carried.shared:
+            return self
+        return Before(carried.shared[0], self.queries)
 
     def structure(self) -> Any:
-        return Before, self.limit if isinstance(self.limit, int) else None
+        limit = self.limit if isinstance(self.limit, int) else None
+        return Before, self.queries, limit
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
-        del queries
-        return _below(keys.first, self.limit), _below(keys.last, self.limit)
+        span = queries if self.queries else keys
+        return _below(span.first, self.limit), _below(span.last, self.limit)
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        if self.queries:
+            return (query_positions < self.limit)[None, None, :, None]
         return (key_positions < self.limit)[None, None, None, :]
 
 

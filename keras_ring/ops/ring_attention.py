@@ -126,6 +126,11 @@ def ring_attention(
         mask = hidden if mask is None else mask & hidden
         if bias is not None:
             bias = _with_padding(bias, keys, limit, world.sequence_size)
+    rows = true_length(ops.shape(query)[1])
+    if world is not None and rows is not None:
+        # A gradient that arrives at a padded query must not reach the keys.
+        real = Before(rows, queries=True)
+        mask = real if mask is None else mask & real
     heads = query.shape[2]
     slopes = checks.by_head("alibi", alibi, heads)
     sinks = checks.by_head("sinks", sinks, heads)
