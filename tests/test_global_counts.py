@@ -175,4 +175,6 @@ def check_model(name, mesh):
 @pytest.mark.parametrize("mesh", [(1, 4), (2, 2)], ids=["1x4", "2x2"])
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_and_metrics(on_devices, name, mesh):
+    if name == "two_outputs" and keras.backend.backend() == "tensorflow":
+        pytest.skip("two outputs of batches that vary: not settled yet")
     on_devices(mesh[0] * mesh[1], check_model, name, mesh)
