@@ -139,8 +139,9 @@ def reduced_loss(apply_mask: Function, original: Function) -> Function:
             sample_weight is not None or mask is not None
         ):
             if sample_weight is not None:
-                sample_weight = ops.convert_to_tensor(
-                    sample_weight, dtype=value.dtype
+                # A copy: Keras may mask it in place, and the gradient needs it.
+                sample_weight = ops.copy(
+                    ops.convert_to_tensor(sample_weight, dtype=value.dtype)
                 )
             count = ops.sum(
                 apply_mask(sample_weight, mask, value.dtype, reduction)

@@ -13,6 +13,7 @@ import torch
 from keras import ops
 
 import keras_ring
+from keras_ring import padding
 from keras_ring.backends.torch import runtime
 from tests.language_model import batch, language_model
 
@@ -113,9 +114,10 @@ def check_slices():
             seen.last, x[2 + row : 3 + row, 3 * column : 3 * column + 3]
         )
         for split in (True, False):
-            own = world.shard(torch.tensor(x), split)
+            axes = padding.axis_of(2, [4]), padding.axis_of(2, [6])
+            own = world.shard(torch.tensor(x), split, *axes)
             assert own.shape[1] == (3 if split else 6)
-            np.testing.assert_array_equal(world.unshard(own, split), x)
+            np.testing.assert_array_equal(world.unshard(own, split, *axes), x)
 
 
 def test_every_process_takes_its_part(on_devices):
