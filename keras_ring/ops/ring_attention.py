@@ -189,12 +189,19 @@ def _dropout(
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple:
     """Attention with one more logit for each head that has no value."""
-    above = lse - ops.cast(sinks, lse.dtype)
+    # Cast once, or the parts of the gradient are rounded before they meet.
+    sinks = ops.broadcast_to(ops.cast(sinks, lse.dtype), ops.shape(lse))
+    above = lse - sinks
     # What the keys have of a softmax over themselves and the sink. A row
     # without keys is 0, and so is its gradient: both come from sigmoid.
     share = ops.sigmoid(above)[..., None]
+    # The larger of both and what the other adds: so that the gradient of
+    # the smaller is its small share and no difference of two numbers near 1.
     # Not softplus: PyTorch's is the identity above 20, too early for float64.
-    lse = ops.cast(sinks, lse.dtype) - ops.log_sigmoid(-above)
+    below = above < 0
+    lse = ops.where(below, sinks, lse) - ops.log_sigmoid(
+        ops.where(below, -above, above)
+    )
     return ops.cast(ops.cast(out, lse.dtype) * share, out.dtype), lse
 
 
