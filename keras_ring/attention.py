@@ -59,11 +59,13 @@ class Ring:
         transport: moves chunks between the members.
         kernel: computes one visit.
         scoring: what makes the scores, over the own tensors.
+        balanced: whether the chunks are the balanced ones of `placement`.
     """
 
     transport: Transport
     kernel: Kernel
     scoring: Scoring
+    balanced: bool = False
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Partial:
         """Attention of the own queries over the keys of every member.
@@ -71,7 +73,7 @@ class Ring:
         Returns:
             `Partial` over all keys, in the accumulation dtype.
         """
-        size = self.transport.size
+        first, last = self._hops(query, key)
 
         def visit(hop: Any, visiting: list[Tensor]) -> Partial:
             key, value, *tensors = visiting
@@ -88,13 +90,13 @@ class Ring:
             partial = numerics.merge(partial, visit(hop, visiting))
             return arriving.wait(), partial
 
-        visiting = [key, value, *self.scoring.carried().key]
-        if size == 1:
-            return visit(0, visiting)
+        visiting = self._first_visit(first, key, value)
+        if first == last:
+            return visit(last, visiting)
         visiting, partial = self.transport.repeat(
-            size - 1, hop_body, (visiting, _nothing(query, value))
+            last - first, hop_body, (visiting, _nothing(query, value)), first
         )
-        return numerics.merge(partial, visit(size - 1, visiting))
+        return numerics.merge(partial, visit(last, visiting))
 
     def backward(
         self,
@@ -116,7 +118,7 @@ class Ring:
             In the accumulation dtype; the bias' gradient is that of the own
             rows over all keys, the slopes' is the member's term of a sum.
         """
-        size = self.transport.size
+        first, last = self._hops(query, key)
         dtype = numerics.accumulation_dtype(query.dtype)
         lse = ops.cast(lse, dtype)
         delta = numerics.row_delta(
@@ -154,21 +156,28 @@ class Ring:
             staying, grads = add(hop, visiting, travelling, staying)
             return arriving.wait(), grads, staying
 
-        visiting = [key, value, *self.scoring.carried().key]
-        if size == 1:
-            share = visit(0, visiting)
-            return share._replace(bias=self._all_keys(share.bias))
-        arriving = self.transport.start_shift(visiting)
-        share = visit(0, visiting)
-        staying = self._add_staying(0, self._no_staying(query, key), share)
-        grads = [share.key, share.value]
-        visiting, grads, staying = self.transport.repeat(
-            size - 2, hop_body, (arriving.wait(), grads, staying), first=1
-        )
-        travelling = self.transport.start_shift(grads)
-        staying, grads = add(size - 1, visiting, travelling, staying)
-        # The chunk has come to the member before its owner: one hop home.
-        grad_key, grad_value = self.transport.shift(grads)
+        visiting = self._first_visit(first, key, value)
+        if first == last:
+            share = visit(last, visiting)
+            staying = self._staying(last, share, key)
+            grads = [share.key, share.value]
+        else:
+            arriving = self.transport.start_shift(visiting)
+            share = visit(first, visiting)
+            staying = self._staying(first, share, key)
+            grads = [share.key, share.value]
+            visiting, grads, staying = self.transport.repeat(
+                last - first - 1,
+                hop_body,
+                (arriving.wait(), grads, staying),
+                first=first + 1,
+            )
+            travelling = self.transport.start_shift(grads)
+            staying, grads = add(last, visiting, travelling, staying)
+        # The chunk is `last` hops away from its owner: all of them at once.
+        if last % self.transport.size:
+            grads = self.transport.shift(grads, by=-last)
+        grad_key, grad_value = grads
         return BlockGradients(
             staying["query"],
             grad_key,
@@ -177,18 +186,19 @@ class Ring:
             staying.get("slopes"),
         )
 
-    def _no_staying(self, query: Tensor, key: Tensor) -> dict[str, Tensor]:
-        """The gradients of what stays where it is, before any visit."""
-        dtype = numerics.accumulation_dtype(query.dtype)
-        scoring = self.scoring
-        staying = {"query": ops.zeros(ops.shape(query), dtype=dtype)}
-        if scoring.bias is not None:
+    def _staying(
+        self, hop: Any, share: BlockGradients, key: Tensor
+    ) -> dict[str, Tensor]:
+        """The gradients of what stays where it is, after one visit."""
+        staying = {"query": share.query}
+        if share.slopes is not None:
+            staying["slopes"] = share.slopes
+        if share.bias is not None:
             # Padding of the keys may make their chunks reach past the bias.
             columns = ops.shape(key)[2] * self.transport.size
-            rows = ops.shape(scoring.bias)[:3]
-            staying["bias"] = ops.zeros((*rows, columns), dtype=dtype)
-        if scoring.slopes is not None:
-            staying["slopes"] = ops.zeros(ops.shape(scoring.slopes), dtype)
+            rows = ops.shape(share.bias)[:3]
+            empty = ops.zeros((*rows, columns), dtype=share.bias.dtype)
+            staying["bias"] = self._with_columns(hop, empty, share.bias)
         return staying
 
     def _add_staying(
@@ -199,16 +209,42 @@ class Ring:
         if share.slopes is not None:
             staying["slopes"] = staying["slopes"] + share.slopes
         if share.bias is not None:
-            start = placement.start(self._source(hop), share.bias.shape[3])
-            staying["bias"] = ops.slice_update(
-                staying["bias"], (0, 0, 0, start), share.bias
+            staying["bias"] = self._with_columns(
+                hop, staying["bias"], share.bias
             )
         return staying
+
+    def _with_columns(self, hop: Any, bias: Tensor, columns: Tensor) -> Tensor:
+        """The gradient of the bias with the columns of one visit."""
+        starts = self._starts(self._source(hop), columns.shape[3])
+        parts = ops.split(columns, len(starts), axis=3)
+        for start, part in zip(starts, parts, strict=True):
+            bias = ops.slice_update(bias, (0, 0, 0, start), part)
+        return bias
 
     def _all_keys(self, grad_bias: Tensor | None) -> Tensor | None:
         if grad_bias is None:
             return None
         return grad_bias[..., : ops.shape(self.scoring.bias)[3]]
+
+    def _hops(self, query: Tensor, key: Tensor) -> tuple[int, int]:
+        """The first and the last hop at which some member has work."""
+        size, mask = self.transport.size, self.scoring.mask
+        if mask is None or self.balanced:
+            return 0, size - 1
+        lengths = ops.shape(query)[2], ops.shape(key)[2]
+        return placement.hops(size, *lengths, mask.reach())
+
+    def _first_visit(
+        self, first: int, key: Tensor, value: Tensor
+    ) -> list[Tensor]:
+        """The chunk that visits first, with what travels with its keys."""
+        visiting = [key, value, *self.scoring.carried().key]
+        return self.transport.shift(visiting, by=first) if first else visiting
+
+    def _starts(self, index: Any, length: Any) -> tuple[Any, ...]:
+        size = self.transport.size
+        return placement.starts(index, length, size, self.balanced)
 
     def _source(self, hop: Any) -> Any:
         index = self.transport.index()
@@ -221,8 +257,8 @@ class Ring:
         lengths = ops.shape(query)[2], ops.shape(key)[2]
         carried = self.scoring.carried()._replace(key=tuple(key_tensors))
         block = Block(
-            query_start=placement.start(self.transport.index(), lengths[0]),
-            key_start=placement.start(self._source(hop), lengths[1]),
+            query_starts=self._starts(self.transport.index(), lengths[0]),
+            key_starts=self._starts(self._source(hop), lengths[1]),
             scoring=self.scoring.replace(carried),
         )
         some, every = block.relation(*lengths)

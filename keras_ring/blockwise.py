@@ -112,7 +112,7 @@ def block_forward(
             )
 
         top, total, acc = primitives.loop(
-            tiling.key_count,
+            tiling.keys.count,
             visit,
             (
                 ops.full(rows, -float("inf"), dtype=dtype),
@@ -127,14 +127,14 @@ def block_forward(
         return write(outs, i, acc / total[..., None]), write(lses, i, lse)
 
     outs, lses = primitives.loop(
-        tiling.query_count,
+        tiling.queries.count,
         query_tile,
         (
             primitives.store(
-                ops.zeros((tiling.query_count, *rows, value_dim), dtype=dtype)
+                ops.zeros((tiling.queries.count, *rows, value_dim), dtype=dtype)
             ),
             primitives.store(
-                ops.zeros((tiling.query_count, *rows), dtype=dtype)
+                ops.zeros((tiling.queries.count, *rows), dtype=dtype)
             ),
         ),
     )
@@ -222,7 +222,7 @@ def block_backward(
                     extra = extra | {
                         "bias": write(
                             extra["bias"],
-                            i * tiling.key_count + j,
+                            i * tiling.keys.count + j,
                             tiling.grad_bias(grad_score),
                         )
                     }
@@ -255,12 +255,12 @@ def block_backward(
 
         grad_queries, grad_keys, grad_values, extra = stores
         grad_queries, grad_key, grad_value, extra = primitives.loop(
-            tiling.query_count,
+            tiling.queries.count,
             visit,
             (
                 grad_queries,
-                ops.zeros((pairs, tiling.key_tile, key_dim), dtype=dtype),
-                ops.zeros((pairs, tiling.key_tile, value_dim), dtype=dtype),
+                ops.zeros((pairs, tiling.keys.tile, key_dim), dtype=dtype),
+                ops.zeros((pairs, tiling.keys.tile, value_dim), dtype=dtype),
                 extra,
             ),
         )
@@ -277,17 +277,17 @@ def block_backward(
     extra = {}
     if scoring.bias is not None:
         batch, _, heads, _ = ops.shape(scoring.bias)
-        tile = (batch, tiling.query_tile, heads, tiling.key_tile)
-        extra["bias"] = zeros(tiling.query_count * tiling.key_count, *tile)
+        tile = (batch, tiling.queries.tile, heads, tiling.keys.tile)
+        extra["bias"] = zeros(tiling.queries.count * tiling.keys.count, *tile)
     if scoring.slopes is not None:
         extra["slopes"] = ops.zeros((tiling.heads,), dtype=dtype)
     grad_queries, grad_keys, grad_values, extra = primitives.loop(
-        tiling.key_count,
+        tiling.keys.count,
         key_tile,
         (
-            zeros(tiling.query_count, pairs, key_dim, rows),
-            zeros(tiling.key_count, pairs, tiling.key_tile, key_dim),
-            zeros(tiling.key_count, pairs, tiling.key_tile, value_dim),
+            zeros(tiling.queries.count, pairs, key_dim, rows),
+            zeros(tiling.keys.count, pairs, tiling.keys.tile, key_dim),
+            zeros(tiling.keys.count, pairs, tiling.keys.tile, value_dim),
             extra,
         ),
     )

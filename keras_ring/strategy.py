@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from keras_ring import backends
+from keras_ring.balance import Choice
 
 if TYPE_CHECKING:
     from keras_ring.world import World
@@ -38,6 +39,11 @@ class DistributedStrategy:
         devices: device names such as `"gpu:0"`, in mesh order; all devices
             of the framework's default kind if None. On PyTorch one name per
             process.
+        balance: whether attention under a causal mask exchanges half chunks
+            first, so that every device has the same work; what goes in and
+            comes out stays in natural order. "auto" does so where it pays
+            (chunks of 256 positions and more), True wherever the length of
+            a chunk is known and even, False never.
         timeout: seconds after which a transfer that does not finish ends
             the run with an error (PyTorch, TensorFlow).
 
@@ -65,6 +71,7 @@ class DistributedStrategy:
     data_parallel: int = 1
     model_parallel: int = 1
     devices: tuple[str, ...] | None = None
+    balance: Choice = "auto"
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
@@ -99,6 +106,11 @@ class DistributedStrategy:
                     f"devices={names}."
                 )
             object.__setattr__(self, "devices", names)
+        if not isinstance(self.balance, bool) and self.balance != "auto":
+            raise ValueError(
+                '`balance` must be True, False or "auto". Received: '
+                f"balance={self.balance!r}."
+            )
         if not (
             isinstance(self.timeout, (int, float))
             and not isinstance(self.timeout, bool)

@@ -15,7 +15,7 @@ import numpy as np
 from keras import ops
 
 from keras_ring import numerics, random_bits
-from keras_ring.masks import Carried, Span
+from keras_ring.masks import Carried, Mask, Span
 from keras_ring.masks.by_tensor import columns
 from keras_ring.primitives import Primitives
 from keras_ring.scoring import Scoring
@@ -26,17 +26,150 @@ TILE = 256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Side:
+    """The positions of one side of a visit, cut into tiles.
+
+    A chunk is one or more contiguous parts of equal length, and no tile
+    reaches over the end of one; the last tile of each may be padded.
+
+    Attributes:
+        starts: global position at which each part begins; ints or int32
+            scalars.
+        length: of all parts together; an int, or a tensor if unknown.
+        limit: positions of a tile at most; None if each part is one tile.
+    """
+
+    starts: tuple[Any, ...]
+    length: Any
+    limit: int | None = None
+
+    @property
+    def part(self) -> Any:
+        """The length of a part."""
+        return self.length // len(self.starts)
+
+    @property
+    def tile(self) -> Any:
+        """The length of a tile."""
+        part = self.part
+        if self.limit is None:
+            return part
+        if not isinstance(part, int):
+            return self.limit
+        # As equal as can be, so that little is padded.
+        return -(-part // -(-part // self.limit)) if part else 1
+
+    @property
+    def tiles_of_part(self) -> Any:
+        return 1 if self.limit is None else -(-self.part // self.tile)
+
+    @property
+    def count(self) -> Any:
+        """Number of tiles."""
+        return len(self.starts) * self.tiles_of_part
+
+    @property
+    def full(self) -> bool:
+        """Whether no tile is padded, as far as is known."""
+        if self.limit is None:
+            return True
+        return isinstance(self.part, int) and self.part % self.tile == 0
+
+    def cut(self, tensor: Tensor, axis: int, fill: Any = 0) -> Tensor:
+        """(..., length, ...) -> (..., count, tile, ...)."""
+        if self.limit is None and len(self.starts) == 1:
+            return ops.expand_dims(tensor, axis)
+        before = tuple(ops.shape(tensor)[:axis])
+        after = tuple(ops.shape(tensor)[axis + 1 :])
+        if not self.full:
+            parts = len(self.starts)
+            tensor = ops.reshape(tensor, (*before, parts, self.part, *after))
+            widths: list = [(0, 0)] * len(tensor.shape)
+            widths[axis + 1] = 0, self.tiles_of_part * self.tile - self.part
+            tensor = ops.pad(tensor, widths, constant_values=fill)
+        return ops.reshape(tensor, (*before, self.count, self.tile, *after))
+
+    def join(self, tiles: Tensor, axis: int) -> Tensor:
+        """(..., count, tile, ...) -> (..., length, ...)."""
+        before = tuple(ops.shape(tiles)[:axis])
+        after = tuple(ops.shape(tiles)[axis + 2 :])
+        if not self.full:
+            parts, padded = len(self.starts), self.tiles_of_part * self.tile
+            tiles = ops.reshape(tiles, (*before, parts, padded, *after))
+            kept = (slice(None),) * (axis + 1) + (slice(0, self.part),)
+            tiles = tiles[kept]
+        return ops.reshape(tiles, (*before, self.length, *after))
+
+    def place(self, index: Any) -> Any:
+        """Where in its part a tile begins."""
+        if len(self.starts) == 1:
+            return index * self.tile
+        return index % self.tiles_of_part * self.tile
+
+    def positions(self, index: Any) -> Tensor:
+        """int32 (tile,): the global positions of a tile."""
+        start = self.starts[0]
+        for number, other in enumerate(self.starts[1:], start=1):
+            later = index >= number * self.tiles_of_part
+            if isinstance(later, bool):
+                start = other if later else start
+            else:
+                start = ops.where(later, other, start)
+        first = start + self.place(index)
+        return first + ops.arange(self.tile, dtype="int32")
+
+    def real(self, index: Any) -> Tensor:
+        """Boolean (tile,): false where a tile is padded."""
+        place = self.place(index) + ops.arange(self.tile, dtype="int32")
+        return place < self.part
+
+    def spans(self, shape: tuple[int, int]) -> Span:
+        """The positions of all tiles, as arrays of a shape."""
+        numbers = *self.starts, self.tiles_of_part
+        if all(isinstance(number, int) for number in numbers):
+            inside = self.tile * np.arange(self.tiles_of_part)
+            firsts = [start + inside for start in self.starts]
+            first: Any = np.concatenate(firsts).reshape(shape)
+        else:
+            inside = self.tile * ops.arange(self.tiles_of_part, dtype="int32")
+            firsts = [start + inside for start in self.starts]
+            if len(firsts) > 1:
+                firsts = [ops.concatenate(firsts)]
+            first = ops.reshape(firsts[0], shape)
+        return Span(first, first + self.tile - 1)
+
+
+def relations(mask: Mask, queries: Side, keys: Side) -> tuple[Any, Any]:
+    """`Mask.relation` of every tile of a visit at once.
+
+    Args:
+        mask: over the uncut tensors of the visit.
+        queries, keys: the tiles.
+    """
+    carried = mask.carried()
+    cut = Carried(
+        tuple(_tiles(t, queries) for t in carried.query),
+        tuple(_tiles(t, keys) for t in carried.key),
+        carried.shared,
+    )
+    return mask.replace(cut).relation(
+        queries.spans((-1, 1)), keys.spans((1, -1))
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Block:
     """What a kernel must know of one visit beside the tensors.
 
     Attributes:
-        query_start: global position of the first query; int or int32 scalar.
-        key_start: global position of the first visiting key.
+        query_starts: global position of the first query of each part of the
+            chunk, see `Side`; ints or int32 scalars.
+        key_starts: likewise of the visiting keys.
         scoring: what makes the scores, over the tensors of this visit.
     """
 
-    query_start: Any
-    key_start: Any
+    query_starts: tuple[Any, ...]
+    key_starts: tuple[Any, ...]
     scoring: Scoring
 
     def relation(self, query_length: Any, key_length: Any) -> tuple[Any, Any]:
@@ -44,23 +177,17 @@ class Block:
         mask = self.scoring.mask
         if mask is None:
             return True, True
-        # A symbolic dimension (JAX) does not compare with every number.
-        query_length, key_length = (
-            n if isinstance(n, int) else ops.convert_to_tensor(n, dtype="int32")
-            for n in (query_length, key_length)
-        )
-        query, key, shared = mask.carried()
-        # The chunk is one tile.
-        cut = Carried(
-            tuple(ops.expand_dims(t, 0) for t in query),
-            tuple(ops.expand_dims(t, 0) for t in key),
-            shared,
-        )
-        some, every = mask.replace(cut).relation(
-            Span(self.query_start, self.query_start + query_length - 1),
-            Span(self.key_start, self.key_start + key_length - 1),
-        )
-        return _only(some), _only(every)
+        sides = []
+        for starts, length in (
+            (self.query_starts, query_length),
+            (self.key_starts, key_length),
+        ):
+            # A symbolic dimension (JAX) does not compare with every number.
+            if not isinstance(length, int):
+                length = ops.convert_to_tensor(length, dtype="int32")
+            sides.append(Side(starts, length))
+        some, every = relations(mask, *sides)
+        return _reduced(some, np.any, ops.any), _reduced(every, np.all, ops.all)
 
 
 class Tiling:
@@ -70,116 +197,77 @@ class Tiling:
     def __init__(
         self, primitives: Primitives, query: Tensor, key: Tensor, block: Block
     ):
-        self.batch, self.heads, self.query_length, _ = ops.shape(query)
-        _, self.key_heads, self.key_length, _ = ops.shape(key)
+        self.batch, self.heads, query_length, _ = ops.shape(query)
+        _, self.key_heads, key_length, _ = ops.shape(key)
         self.group = self.heads // self.key_heads
-        self.query_tile = _tile_size(self.query_length)
-        self.key_tile = _tile_size(self.key_length)
-        self.query_count = -(-self.query_length // self.query_tile)
-        self.key_count = -(-self.key_length // self.key_tile)
+        self.queries = Side(block.query_starts, query_length, TILE)
+        self.keys = Side(block.key_starts, key_length, TILE)
         self.pairs = self.batch * self.key_heads
-        self.rows = self.group * self.query_tile
-        self.block = block
+        self.rows = self.group * self.queries.tile
         self.scoring = block.scoring
         self.primitives = primitives
         self.dtype = numerics.accumulation_dtype(query.dtype)
-        carried = self.scoring.carried()
-        self.cut = Carried(
-            tuple(
-                self._cut(t, self.query_length, self.query_tile)
-                for t in carried.query
-            ),
-            tuple(
-                self._cut(t, self.key_length, self.key_tile)
-                for t in carried.key
-            ),
-            carried.shared,
-        )
         self.some, self.every = self._relations()
-        self.stores = self.cut._replace(
-            query=tuple(primitives.store(t) for t in self.cut.query),
-            key=tuple(primitives.store(t) for t in self.cut.key),
+        carried = self.scoring.carried()
+        self.stores = Carried(
+            tuple(
+                primitives.store(_tiles(t, self.queries)) for t in carried.query
+            ),
+            tuple(primitives.store(_tiles(t, self.keys)) for t in carried.key),
+            carried.shared,
         )
 
     def cut_queries(self, tensor: Tensor, fill: float = 0.0) -> Tensor:
         """(B, H, Q, ...) -> (count, N, G * q, ...)."""
         rest = tuple(ops.shape(tensor)[3:])
-        tensor = _pad(tensor, 2, self.query_length, self.query_tile, fill)
+        side = self.queries
         tensor = ops.reshape(
-            tensor,
-            (
-                self.batch * self.key_heads,
-                self.group,
-                self.query_count,
-                self.query_tile,
-                *rest,
-            ),
+            side.cut(tensor, 2, fill),
+            (self.pairs, self.group, side.count, side.tile, *rest),
         )
         axes = (2, 0, 1, 3, *range(4, 4 + len(rest)))
-        tensor = ops.transpose(tensor, axes)
         return ops.reshape(
-            tensor,
-            (
-                self.query_count,
-                self.batch * self.key_heads,
-                self.group * self.query_tile,
-                *rest,
-            ),
+            ops.transpose(tensor, axes),
+            (side.count, self.pairs, self.rows, *rest),
         )
 
     def join_queries(self, tiles: Tensor) -> Tensor:
         """(count, N, G * q, ...) -> (B, H, Q, ...)."""
         rest = tuple(ops.shape(tiles)[3:])
+        side = self.queries
         tiles = ops.reshape(
-            tiles,
-            (
-                self.query_count,
-                self.batch * self.key_heads,
-                self.group,
-                self.query_tile,
-                *rest,
-            ),
+            tiles, (side.count, self.pairs, self.group, side.tile, *rest)
         )
         axes = (1, 2, 0, 3, *range(4, 4 + len(rest)))
-        tensor = ops.reshape(
+        tiles = ops.reshape(
             ops.transpose(tiles, axes),
-            (
-                self.batch,
-                self.heads,
-                self.query_count * self.query_tile,
-                *rest,
-            ),
+            (self.batch, self.heads, side.count, side.tile, *rest),
         )
-        return tensor[:, :, : self.query_length]
+        return side.join(tiles, 2)
 
     def cut_keys(self, tensor: Tensor) -> Tensor:
         """(B, K, S, D) -> (count, N, s, D)."""
         depth = ops.shape(tensor)[3]
-        tensor = _pad(tensor, 2, self.key_length, self.key_tile, 0.0)
         tensor = ops.reshape(
-            tensor,
-            (
-                self.batch * self.key_heads,
-                self.key_count,
-                self.key_tile,
-                depth,
-            ),
+            self.keys.cut(tensor, 2),
+            (self.pairs, self.keys.count, self.keys.tile, depth),
         )
         return ops.transpose(tensor, (1, 0, 2, 3))
 
     def join_keys(self, tiles: Tensor) -> Tensor:
         """(count, N, s, D) -> (B, K, S, D)."""
         depth = ops.shape(tiles)[3]
-        tensor = ops.reshape(
+        tiles = ops.reshape(
             ops.transpose(tiles, (1, 0, 2, 3)),
             (
                 self.batch,
                 self.key_heads,
-                self.key_count * self.key_tile,
+                self.keys.count,
+                self.keys.tile,
                 depth,
             ),
         )
-        return tensor[:, :, : self.key_length]
+        return self.keys.join(tiles, 2)
 
     def relation(self, query_index: Any, key_index: Any) -> tuple[Any, Any]:
         """Whether some and whether every pair of a tile is allowed."""
@@ -215,7 +303,7 @@ class Tiling:
             slopes = self._by_row(ops.cast(scoring.slopes, self.dtype))
             extra = -slopes[:, :, None] * self.distances(i, j)
         if scoring.bias is not None:
-            bias = columns(self._tile(i, j).bias, self._key_positions(j))
+            bias = columns(self._tile(i, j).bias, self.keys.positions(j))
             bias = self._as_rows(ops.cast(bias, self.dtype))
             extra = bias if extra is None else extra + bias
         if extra is not None:
@@ -242,8 +330,8 @@ class Tiling:
             [
                 ops.reshape(batch, (-1, 1, 1, 1)),
                 ops.reshape(heads, (1, -1, 1, 1)),
-                self._query_positions(i)[:, None],
-                self._key_positions(j),
+                self.queries.positions(i)[:, None],
+                self.keys.positions(j),
             ],
             dropout.rate,
         )
@@ -255,19 +343,18 @@ class Tiling:
     def distances(self, i: Any, j: Any) -> Tensor:
         """(r, s): how far apart queries and keys of a tile are."""
         distance = ops.abs(
-            self._query_positions(i)[:, None] - self._key_positions(j)[None, :]
+            self.queries.positions(i)[:, None] - self.keys.positions(j)[None, :]
         )
         return ops.cast(ops.tile(distance, (self.group, 1)), self.dtype)
 
     def allowed(self, i: Any, j: Any) -> Tensor:
         """Boolean (N or 1, r, s): the pairs of a tile that count."""
-        local = j * self.key_tile + ops.arange(self.key_tile, dtype="int32")
-        allowed = ops.reshape(local < self.key_length, (1, 1, 1, self.key_tile))
+        allowed = ops.reshape(self.keys.real(j), (1, 1, 1, -1))
         if self.scoring.mask is not None:
             mask: Any = self._tile(i, j).mask
             allowed = ops.logical_and(
                 allowed,
-                mask.allowed(self._query_positions(i), self._key_positions(j)),
+                mask.allowed(self.queries.positions(i), self.keys.positions(j)),
             )
         return self._as_rows(allowed)
 
@@ -275,19 +362,14 @@ class Tiling:
         """(N, s, r) -> (B or 1, q, H or 1, s): one tile of the gradient."""
         bias: Any = self.scoring.bias
         bias_batch, _, bias_heads, _ = bias.shape
+        rows, columns = self.queries.tile, self.keys.tile
         tile = ops.reshape(
             grad_scores,
-            (
-                self.batch,
-                self.key_heads,
-                self.key_tile,
-                self.group,
-                self.query_tile,
-            ),
+            (self.batch, self.key_heads, columns, self.group, rows),
         )
         tile = ops.reshape(
             ops.transpose(tile, (0, 4, 1, 3, 2)),
-            (self.batch, self.query_tile, self.heads, self.key_tile),
+            (self.batch, rows, self.heads, columns),
         )
         if bias_batch == 1:
             tile = ops.sum(tile, axis=0, keepdims=True)
@@ -296,32 +378,18 @@ class Tiling:
     def join_bias(self, tiles: Tensor) -> Tensor:
         """(query tiles * key tiles, B', q, H', s) -> (B', Q, H', S)."""
         _, batch, _, heads, _ = ops.shape(tiles)
+        rows, columns = self.queries, self.keys
         tiles = ops.reshape(
             tiles,
-            (
-                self.query_count,
-                self.key_count,
-                batch,
-                self.query_tile,
-                heads,
-                self.key_tile,
-            ),
+            (rows.count, columns.count, batch, rows.tile, heads, columns.tile),
         )
-        joined = ops.reshape(
-            ops.transpose(tiles, (2, 0, 3, 4, 1, 5)),
-            (
-                batch,
-                self.query_count * self.query_tile,
-                heads,
-                self.key_count * self.key_tile,
-            ),
-        )
-        return joined[:, : self.query_length, :, : self.key_length]
+        tiles = ops.transpose(tiles, (2, 0, 3, 4, 1, 5))
+        return columns.join(rows.join(tiles, 1), 3)
 
     def by_head(self, rows: Tensor) -> Tensor:
         """(N, r) -> (H,): the sum over samples and queries."""
         rows = ops.reshape(
-            rows, (self.batch, self.key_heads, self.group, self.query_tile)
+            rows, (self.batch, self.key_heads, self.group, self.queries.tile)
         )
         return ops.reshape(ops.sum(rows, axis=(0, 3)), (self.heads,))
 
@@ -330,7 +398,7 @@ class Tiling:
         return ops.reshape(
             ops.broadcast_to(
                 ops.reshape(by_head, (1, self.key_heads, self.group, 1)),
-                (self.batch, self.key_heads, self.group, self.query_tile),
+                (self.batch, self.key_heads, self.group, self.queries.tile),
             ),
             (self.pairs, self.rows),
         )
@@ -350,9 +418,9 @@ class Tiling:
             )
         tile = ops.broadcast_to(
             tile,
-            (batch, key_heads, self.group, self.query_tile, self.key_tile),
+            (batch, key_heads, self.group, self.queries.tile, self.keys.tile),
         )
-        return ops.reshape(tile, (batch * key_heads, self.rows, self.key_tile))
+        return ops.reshape(tile, (batch * key_heads, self.rows, self.keys.tile))
 
     def _tile(self, i: Any, j: Any) -> Scoring:
         """The scoring over the tensors of one tile."""
@@ -364,50 +432,13 @@ class Tiling:
             )
         )
 
-    def _query_positions(self, i: Any) -> Tensor:
-        start = self.block.query_start + i * self.query_tile
-        return start + ops.arange(self.query_tile, dtype="int32")
-
-    def _key_positions(self, j: Any) -> Tensor:
-        start = self.block.key_start + j * self.key_tile
-        return start + ops.arange(self.key_tile, dtype="int32")
-
     def _relations(self) -> tuple[Any, Any]:
         """`relation` of every tile at once: bools, or arrays that broadcast
         to (query tiles, key tiles)."""
-        whole: Any = (
-            isinstance(self.key_length, int)
-            and self.key_length % self.key_tile == 0
-        )
-        mask = self.scoring.mask
+        whole, mask = self.keys.full, self.scoring.mask
         if mask is None:
             return True, whole
-        spans = []
-        for start, count, tile, shape in (
-            (
-                self.block.query_start,
-                self.query_count,
-                self.query_tile,
-                (-1, 1),
-            ),
-            (self.block.key_start, self.key_count, self.key_tile, (1, -1)),
-        ):
-            if isinstance(start, int) and isinstance(count, int):
-                first: Any = start + tile * np.arange(count).reshape(shape)
-            else:
-                first = start + tile * ops.reshape(
-                    ops.arange(count, dtype="int32"), shape
-                )
-            spans.append(Span(first, first + tile - 1))
-        query, key, shared = self.cut
-        # Those of the mask stand behind those of the scoring.
-        behind = mask.carried()
-        cut = Carried(
-            query[len(query) - len(behind.query) :],
-            key[len(key) - len(behind.key) :],
-            shared[len(shared) - len(behind.shared) :],
-        )
-        some, every = mask.replace(cut).relation(*spans)
+        some, every = relations(mask, self.queries, self.keys)
         return some, every if whole else False
 
     def _pick(self, relation: Any, i: Any, j: Any) -> Any:
@@ -421,40 +452,23 @@ class Tiling:
             return bool(entry) if isinstance(entry, np.bool_) else entry
         return ops.convert_to_tensor(relation)[i, j]
 
-    def _cut(self, tensor: Tensor, length: Any, tile: int) -> Any:
-        """(B, L, ...) -> (count, B, tile, ...)."""
-        shape = ops.shape(tensor)
-        if keras.backend.standardize_dtype(tensor.dtype) == "bool":
-            tensor = ops.cast(tensor, "int8")
-        tensor = _pad(tensor, 1, length, tile, 0)
-        tensor = ops.reshape(tensor, (shape[0], -1, tile, *shape[2:]))
-        axes = (1, 0, *range(2, len(shape) + 1))
-        return ops.transpose(tensor, axes)
+
+def _tiles(tensor: Tensor, side: Side) -> Tensor:
+    """(B, L, ...) -> (count, B, tile, ...)."""
+    if keras.backend.standardize_dtype(tensor.dtype) == "bool":
+        tensor = ops.cast(tensor, "int8")
+    tensor = side.cut(tensor, 1)
+    return ops.transpose(tensor, (1, 0, *range(2, len(tensor.shape))))
 
 
-def _only(relation: Any) -> Any:
-    """The one entry that there is for one tile."""
+def _reduced(relation: Any, plain: Any, traced: Any) -> Any:
+    """What holds for some, or for all, of many tiles."""
     if isinstance(relation, bool):
         return relation
     if isinstance(relation, (np.bool_, np.ndarray)):
-        return bool(np.all(relation))
-    return ops.reshape(relation, ())
+        return bool(plain(relation))
+    return traced(relation)
 
 
 def _turned(tile: Tensor) -> Tensor:
     return ops.swapaxes(tile, 1, 2)
-
-
-def _tile_size(length: Any) -> int:
-    return min(TILE, length) if isinstance(length, int) else TILE
-
-
-def _pad(
-    tensor: Tensor, axis: int, length: Any, tile: int, fill: Any
-) -> Tensor:
-    """Pad one axis up to a multiple of the tile."""
-    if isinstance(length, int) and length % tile == 0:
-        return tensor
-    widths: list = [(0, 0)] * len(tensor.shape)
-    widths[axis] = (0, -(-length // tile) * tile - length)
-    return ops.pad(tensor, widths, constant_values=fill)

@@ -72,6 +72,7 @@ class Program:
     bias: tuple[bool, bool] | None
     dropout: float
     return_lse: bool
+    balance: bool | str
 
     @property
     def devices(self):
@@ -115,6 +116,7 @@ def draw_program(seed, number):
         bias=(one_row, chance(0.5)) if chance(0.3) else None,
         dropout=one_of([0.0, 0.0, 0.1, 0.5]),
         return_lse=chance(0.6),
+        balance=one_of(["auto", True, True]),
     )
 
 
@@ -365,7 +367,9 @@ class Compiled:
         self.program = program
         self.names = names
         strategy = keras_ring.DistributedStrategy(
-            data_parallel=program.mesh[0], sequence_parallel=program.mesh[1]
+            data_parallel=program.mesh[0],
+            sequence_parallel=program.mesh[1],
+            balance=program.balance,
         )
         self.call = strategy.world.program(self.attend)
         self.sees_shards = strategy.world.layers_see_shards

@@ -1,6 +1,7 @@
 """Masks that are known from the positions alone."""
 
 import dataclasses
+import math
 from typing import Any
 
 from keras import ops
@@ -22,6 +23,12 @@ class Causal(Mask):
         1 1 1 0
         1 1 1 1
     """
+
+    def reach(self) -> tuple[float, float]:
+        return math.inf, 0
+
+    def grows(self) -> bool:
+        return True
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
         return queries.last >= keys.first, queries.first >= keys.last
@@ -53,6 +60,9 @@ class SlidingWindow(Mask):
 
     def __post_init__(self) -> None:
         _check_size("The `size` of a sliding window", self.size)
+
+    def reach(self) -> tuple[float, float]:
+        return self.size - 1, self.size - 1
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
         below, above = queries.first - keys.last, keys.first - queries.last
@@ -87,6 +97,12 @@ class BlockCausal(Mask):
 
     def __post_init__(self) -> None:
         _check_size("The `size` of a block", self.size)
+
+    def reach(self) -> tuple[float, float]:
+        return math.inf, self.size - 1
+
+    def grows(self) -> bool:
+        return True
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
         return (
@@ -156,6 +172,9 @@ class PrefixLM(Mask):
                     "each sample, (batch,). Received: length.shape="
                     f"{tuple(length.shape)}, query.shape={query}."
                 )
+
+    def grows(self) -> bool:
+        return True
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
         shortest = longest = self.length

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -115,6 +116,16 @@ class Mask(abc.ABC):
         del queries, keys
         return True, False
 
+    def reach(self) -> tuple[float, float]:
+        """How many positions back and ahead of itself a query may see at
+        most; `math.inf` where the mask sets no limit."""
+        return math.inf, math.inf
+
+    def grows(self) -> bool:
+        """Whether later queries see more keys than earlier ones, so that
+        the members of a ring have different amounts of work."""
+        return False
+
     @abc.abstractmethod
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Boolean, broadcastable to `(batch, heads, queries, keys)`.
@@ -159,6 +170,12 @@ class _Pair(Mask):
         self.first.check(query, key, all_keys)
         self.second.check(query, key, all_keys)
 
+    def grows(self) -> bool:
+        # Within limits on both sides every query sees about as many.
+        return max(self.reach()) == math.inf and (
+            self.first.grows() or self.second.grows()
+        )
+
     def _relations(
         self, combine: Callable[[Any, Any], Any], queries: Span, keys: Span
     ) -> tuple[Any, Any]:
@@ -181,6 +198,10 @@ class And(_Pair):
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
         return self._relations(both, queries, keys)
 
+    def reach(self) -> tuple[float, float]:
+        first, second = self.first.reach(), self.second.reach()
+        return min(first[0], second[0]), min(first[1], second[1])
+
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         return ops.logical_and(
             self.first.allowed(query_positions, key_positions),
@@ -200,6 +221,10 @@ class Or(_Pair):
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
         return self._relations(either, queries, keys)
+
+    def reach(self) -> tuple[float, float]:
+        first, second = self.first.reach(), self.second.reach()
+        return max(first[0], second[0]), max(first[1], second[1])
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         return ops.logical_or(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_ring import backends, strategy
+from keras_ring import backends, balance, strategy
 from keras_ring.attention import Ring
 from keras_ring.masks import Carried, Mask
 from keras_ring.masks.by_position import Before
@@ -145,7 +145,10 @@ def ring_attention(
     carried = scoring.carried()
     shared = [ops.convert_to_tensor(t) for t in carried.shared]
     function = functools.partial(
-        _attend, scoring=scoring, counts=tuple(len(side) for side in carried)
+        _attend,
+        scoring=scoring,
+        counts=tuple(len(side) for side in carried),
+        choice=world is not None and world.strategy.balance,
     )
     tensors = [query, key, value, *carried.query, *carried.key]
     if world is None:
@@ -210,6 +213,7 @@ def _attend(
     *tensors: Tensor,
     scoring: Scoring,
     counts: tuple[int, ...],
+    choice: balance.Choice,
 ) -> tuple[Tensor, Tensor]:
     """Attention on one member of the ring, with its native gradient.
 
@@ -220,31 +224,52 @@ def _attend(
     dtype = tensors[0].dtype
     at_key, at_shared = counts[0], counts[0] + counts[1]
 
+    size, mask = transport.size, scoring.mask
+    lengths = (ops.shape(tensor)[1] for tensor in tensors[:2])
+    balanced = balance.pays(choice, size, mask, *lengths)
+
+    def chunks(move, tensors, axis=2):
+        """Tensors with the sequence on one axis, in the other order."""
+        if not balanced or not tensors:
+            return list(tensors)
+        return move(transport, list(tensors), [axis] * len(tensors))
+
     def ring(carried):
         sides = carried[:at_key], carried[at_key:at_shared], carried[at_shared:]
         return Ring(
             transport,
             backend.kernel.KERNEL,
             scoring.replace(Carried(*(tuple(side) for side in sides))),
+            balanced,
         )
 
     def forward(query, key, value, *carried):
+        # Exchanged once: the backward finds them as they are needed.
+        query, key, value = chunks(balance.enter, (query, key, value))
+        carried = (
+            *chunks(balance.enter, carried[:at_shared], axis=1),
+            *carried[at_shared:],
+        )
         out, lse = ring(carried).forward(query, key, value)
         out = ops.cast(out, dtype)
-        return (out, lse), (query, key, value, *carried, out, lse)
+        residuals = query, key, value, *carried, out, lse
+        return tuple(chunks(balance.leave, (out, lse))), residuals
 
     def backward(residuals, grad_out, grad_lse):
         query, key, value, *carried, out, lse = residuals
+        grad_out, grad_lse = chunks(balance.enter, (grad_out, grad_lse))
         grads = ring(carried).backward(
             query, key, value, out, lse, grad_out, grad_lse
         )
         others = [None] * len(carried)
         if grads.bias is not None:
-            others[0] = ops.cast(grads.bias, carried[0].dtype)
+            grad_bias = ops.cast(grads.bias, carried[0].dtype)
+            (others[0],) = chunks(balance.leave, (grad_bias,), axis=1)
         if grads.slopes is not None:
             others[at_shared] = ops.cast(grads.slopes, carried[at_shared].dtype)
         inputs = zip((query, key, value), grads[:3], strict=True)
-        return (*(ops.cast(g, t.dtype) for t, g in inputs), *others)
+        own = chunks(balance.leave, [ops.cast(g, t.dtype) for t, g in inputs])
+        return (*own, *others)
 
     def heads_first(tensor):
         return ops.transpose(tensor, (0, 2, 1, 3))

@@ -197,11 +197,15 @@ def _visit(name: str, block: Block, *tensors: tf.Tensor) -> list[tf.Tensor]:
     if kind not in _PROGRAMS:
         _PROGRAMS[kind] = _program(name, scoring)
     return _PROGRAMS[kind](
-        tf.convert_to_tensor(block.query_start, tf.int32),
-        tf.convert_to_tensor(block.key_start, tf.int32),
+        _scalars(block.query_starts),
+        _scalars(block.key_starts),
         tf.nest.map_structure(tf.convert_to_tensor, carried),
         *tensors,
     )
+
+
+def _scalars(starts: tuple[Any, ...]) -> tuple[tf.Tensor, ...]:
+    return tuple(tf.convert_to_tensor(start, tf.int32) for start in starts)
 
 
 # Stands where a tensor will be.
@@ -219,9 +223,9 @@ def _program(name: str, scoring: Scoring) -> Callable[..., list[tf.Tensor]]:
     # Not with `reduce_retracing`, which would forget the number of heads.
     @tf.function(autograph=False)
     def visit(
-        query_start: Any, key_start: Any, carried: Carried, *tensors: Any
+        query_starts: Any, key_starts: Any, carried: Carried, *tensors: Any
     ) -> Any:
-        block = Block(query_start, key_start, scoring.replace(carried))
+        block = Block(query_starts, key_starts, scoring.replace(carried))
         results = compute(KERNEL, *tensors, block)
         return [tensor for tensor in results if tensor is not None]
 
