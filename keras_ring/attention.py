@@ -219,7 +219,8 @@ class Ring:
         starts = self._starts(self._source(hop), columns.shape[3])
         parts = ops.split(columns, len(starts), axis=3)
         for start, part in zip(starts, parts, strict=True):
-            bias = ops.slice_update(bias, (0, 0, 0, start), part)
+            zero = start * 0  # JAX wants all of them in one dtype.
+            bias = ops.slice_update(bias, (zero, zero, zero, start), part)
         return bias
 
     def _all_keys(self, grad_bias: Tensor | None) -> Tensor | None:
