@@ -1,0 +1,92 @@
+"""Equal work for all members of a ring under a causal mask.
+
+Chunks lie in natural order outside of attention. Inside, where it pays, the
+members hold the balanced chunks of `placement`: halves of the natural ones
+are exchanged on the way in and back again on the way out, so that nothing
+else, and no user, ever sees another order.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from keras import ops
+
+from keras_ring import placement
+from keras_ring.masks import Mask
+from keras_ring.transport import Transport
+
+Tensor = Any
+Choice = bool | Literal["auto"]
+
+# Shorter halves have less work than their exchange costs.
+SHORTEST = 128
+
+
+def pays(
+    choice: Choice,
+    size: int,
+    mask: Mask | None,
+    query_length: Any,
+    key_length: Any,
+) -> bool:
+    """Whether attention should work on balanced chunks.
+
+    Args:
+        choice: what the user wants; "auto" for where it pays, and True for
+            wherever it is possible and the work is not equal anyway.
+        size: members of the ring.
+        mask: of the attention.
+        query_length: of one chunk; no integer where it is not known.
+        key_length: likewise.
+    """
+    if choice is False or size == 1 or mask is None or not mask.grows():
+        return False
+    if not isinstance(query_length, int) or query_length != key_length:
+        return False
+    shortest = 1 if choice is True else SHORTEST
+    return query_length % 2 == 0 and query_length // 2 >= shortest
+
+
+def enter(
+    transport: Transport, tensors: Sequence[Tensor], axes: Sequence[int]
+) -> list[Tensor]:
+    """Natural chunks become balanced ones.
+
+    Args:
+        transport: of the ring.
+        tensors: any that lie along the sequence.
+        axes: the sequence axis of each.
+    """
+    first, second = placement.moves(transport.size)
+    halves = [
+        ops.split(t, 2, axis=a) for t, a in zip(tensors, axes, strict=True)
+    ]
+    evens = transport.exchange([h[0] for h in halves], first)
+    odds = transport.exchange([h[1] for h in halves], second)
+    return _joined(evens, odds, axes)
+
+
+def leave(
+    transport: Transport, tensors: Sequence[Tensor], axes: Sequence[int]
+) -> list[Tensor]:
+    """Balanced chunks become natural ones; undoes `enter`."""
+    first, second = placement.moves(transport.size)
+    halves = [
+        ops.split(t, 2, axis=a) for t, a in zip(tensors, axes, strict=True)
+    ]
+    evens = transport.exchange([h[0] for h in halves], _inverse(first))
+    odds = transport.exchange([h[1] for h in halves], _inverse(second))
+    return _joined(evens, odds, axes)
+
+
+def _joined(
+    evens: list[Tensor], odds: list[Tensor], axes: Sequence[int]
+) -> list[Tensor]:
+    return [
+        ops.concatenate(parts, axis=axis)
+        for *parts, axis in zip(evens, odds, axes, strict=True)
+    ]
+
+
+def _inverse(permutation: list[int]) -> list[int]:
+    return [permutation.index(i) for i in range(len(permutation))]

@@ -1,0 +1,290 @@
+"""What the ring moves, and how much each member of it computes."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_ring
+from keras_ring import backends, balance, placement, strategy
+from keras_ring.attention import Ring
+from keras_ring.masks import BlockCausal, Causal, Padding, PrefixLM
+from keras_ring.masks import SlidingWindow as Window
+from keras_ring.scoring import Scoring
+from keras_ring.transport import Transport
+from tests import worlds
+
+SIZES = [size for size in (2, 3, 4, 8) if size <= worlds.DEVICES]
+BATCH, HEADS, KEY_HEADS, DIM = 2, 4, 2, 8
+CHUNK = 12
+# Bytes of an entry of what travels.
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+class Counting(Transport):
+    """Another transport, and the bytes that a member sends by it."""
+
+    def __init__(self, transport):
+        self.transport, self.size = transport, transport.size
+        self.sent, self.times = 0, 1
+
+    def index(self):
+        return self.transport.index()
+
+    def _count(self, tensors):
+        for tensor in tensors:
+            dtype = keras.backend.standardize_dtype(tensor.dtype)
+            self.sent += self.times * math.prod(tensor.shape) * BYTES[dtype]
+
+    def start_shift(self, tensors, by=1):
+        self._count(tensors)
+        return self.transport.start_shift(tensors, by)
+
+    def exchange(self, tensors, permutation):
+        self._count(tensors)
+        return self.transport.exchange(tensors, permutation)
+
+    def all_gather(self, tensor, axis):
+        raise AssertionError("The ring gathers nothing.")
+
+    def all_to_all(self, tensor, split_axis, concat_axis):
+        raise AssertionError("The ring has no all-to-all.")
+
+    def sum(self, tensor):
+        raise AssertionError("The ring sums nothing.")
+
+    def repeat(self, count, body, carry, first=0):
+        calls = 0
+
+        def counted(hop, carry):
+            # A compiled loop is traced once, or more often, for all hops.
+            nonlocal calls
+            calls += 1
+            before, self.times = self.sent, self.times * count
+            result = body(hop, carry)
+            self.times //= count
+            self._each = self.sent - before
+            self.sent = before
+            return result
+
+        result = self.transport.repeat(count, counted, carry, first)
+        if count:
+            self.sent += self._each
+        return result
+
+
+def measured(size, dtype, mask):
+    """Bytes that a member of a ring sends, forward and backward."""
+    sent = {}
+
+    def body(transport, query, key, value):
+        query, key, value = (
+            ops.cast(ops.transpose(t, (0, 2, 1, 3)), dtype)
+            for t in (query, key, value)
+        )
+        counting = Counting(transport)
+        kernel = backends.load().kernel.KERNEL
+        ring = Ring(counting, kernel, Scoring(0.3, mask))
+        out, lse = ring.forward(query, key, value)
+        sent["forward"], counting.sent = counting.sent, 0
+        grads = ring.backward(
+            query, key, value, out, lse, ops.ones_like(out), lse * 0
+        )
+        sent["backward"] = counting.sent
+        return ops.transpose(grads.query, (0, 2, 1, 3))
+
+    length = size * CHUNK
+    arrays = [
+        np.ones((BATCH, length, heads, DIM), "float32")
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    ]
+    ring = keras_ring.DistributedStrategy(sequence_parallel=size)
+
+    def per_shard(*shards):
+        return strategy.current().per_shard(body, list(shards))
+
+    ring.run(per_shard, *arrays)
+    return sent
+
+
+def check_bytes(size, dtype, mask, hops):
+    sent = measured(size, dtype, mask)
+    entries = 2 * BATCH * CHUNK * KEY_HEADS * DIM  # Keys and values.
+    moved = entries * BYTES[dtype] * hops
+    assert sent["forward"] == moved
+    # The gradients start after the first visit and end at their owner; they
+    # travel in the accumulation dtype.
+    assert sent["backward"] == moved + 4 * entries * (hops + (hops > 0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", SIZES)
+def test_bytes_of_a_hop_are_keys_and_values_as_they_are(
+    on_devices, size, dtype
+):
+    """Own dtype, own heads (grouped-query), one hop less than members."""
+    on_devices(size, check_bytes, size, dtype, Causal(), size - 1)
+
+
+def test_a_window_makes_only_the_hops_that_it_needs(on_devices):
+    size = worlds.DEVICES
+    narrow = Causal() & Window(CHUNK + 1)
+    on_devices(size, check_bytes, size, "float32", narrow, 1)
+    on_devices(size, check_bytes, size, "float32", Causal() & Window(1), 0)
+    # One more key reaches into one more chunk.
+    wider = Causal() & Window(CHUNK + 2)
+    on_devices(size, check_bytes, size, "float32", wider, 2)
+
+
+@pytest.mark.parametrize(
+    ("mask", "hops"),
+    [
+        (Window(CHUNK + 1), (-1, 1)),
+        (Window(1), (0, 0)),
+        (Causal() & Window(2 * CHUNK), (0, 2)),
+        (Causal(), (0, 7)),
+        (Causal() | Window(3), (0, 7)),
+        (Window(3) | Window(3 * CHUNK), (-3, 3)),
+        (Window(7 * CHUNK), (0, 7)),
+        (BlockCausal(CHUNK) & Window(2), (-1, 1)),
+        (PrefixLM(3) & Window(2), (-1, 1)),
+    ],
+)
+def test_hops_of_a_mask(mask, hops):
+    assert placement.hops(8, CHUNK, CHUNK, mask.reach()) == hops
+
+
+def test_hops_are_those_of_the_allowed_pairs():
+    """Against the pairs themselves, for chunks of different lengths too."""
+    for size, rows, columns in ((4, 5, 5), (3, 4, 7), (5, 6, 3)):
+        for mask in (Window(4), Causal() & Window(5), BlockCausal(3), Causal()):
+            first, last = placement.hops(size, rows, columns, mask.reach())
+            made = {hop % size for hop in range(first, last + 1)}
+            pairs = ops.convert_to_numpy(
+                mask.allowed(
+                    ops.arange(size * rows), ops.arange(size * columns)
+                )
+            )[0, 0]
+            needed = {
+                (i - j // columns) % size
+                for i in range(size)
+                for j in range(size * columns)
+                if pairs[i * rows : (i + 1) * rows, j].any()
+            }
+            assert needed <= made
+            # Nothing is visited twice.
+            assert last - first < size
+
+
+def check_enter(size):
+    """`enter` moves what `placement` says, `leave` brings it back."""
+    length = size * CHUNK
+    positions = np.arange(length, dtype="float32").reshape(1, length, 1)
+
+    def enter(transport, shard):
+        moved, twice = balance.enter(
+            transport, [shard, ops.swapaxes(shard, 1, 2) * 2], [1, 2]
+        )
+        starts = placement.starts(transport.index(), CHUNK, size, True)
+        inside = ops.arange(CHUNK // 2, dtype="int32")
+        expected = ops.concatenate([s + inside for s in starts])
+        right = ops.all(ops.cast(moved[0, :, 0], "int32") == expected)
+        same = ops.all(twice[0, 0] == 2 * moved[0, :, 0])
+        back = balance.leave(transport, [moved], [1])[0]
+        ok = ops.cast(ops.logical_and(right, same), "float32")
+        return ops.concatenate([back, back * 0 + ok], axis=2)
+
+    ring = keras_ring.DistributedStrategy(sequence_parallel=size)
+
+    def body(shard):
+        return strategy.current().per_shard(enter, [shard])
+
+    result = ops.convert_to_numpy(ring.run(body, positions))
+    np.testing.assert_array_equal(result[..., :1], positions)
+    assert (result[..., 1] == 1).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_halves_go_where_placement_says_and_come_back(on_devices, size):
+    on_devices(size, check_enter, size)
+
+
+def work(size, chunk, balanced):
+    """Pairs under a causal mask that each member computes."""
+    counts = []
+    for index in range(size):
+        parts = placement.starts(index, chunk, size, balanced)
+        inside = np.arange(chunk // len(parts))
+        rows = np.concatenate([start + inside for start in parts])
+        counts.append(int((rows + 1).sum()))
+    return np.array(counts)
+
+
+def test_balanced_members_have_equal_work():
+    equal, natural = work(8, 128, True), work(8, 128, False)
+    assert equal.sum() == natural.sum() == 1024 * 1025 // 2
+    assert equal.max() == equal.mean()
+    assert natural.max() > 1.8 * natural.mean()
+
+
+@pytest.mark.parametrize(
+    ("choice", "size", "mask", "lengths", "expected"),
+    [
+        ("auto", 4, Causal(), (256, 256), True),
+        ("auto", 4, Causal(), (254, 254), False),  # Too little work.
+        (True, 4, Causal(), (12, 12), True),
+        (True, 4, Causal(), (13, 13), False),
+        (True, 4, Causal(), (12, 24), False),
+        (True, 4, Causal(), (None, None), False),
+        (True, 1, Causal(), (256, 256), False),
+        (False, 4, Causal(), (256, 256), False),
+        (True, 4, None, (256, 256), False),
+        (True, 4, Window(3), (256, 256), False),
+        (True, 4, Causal() & Window(3), (256, 256), False),
+        (True, 4, Causal() & Padding(np.ones((1, 4))), (256, 256), True),
+        (True, 4, PrefixLM(3), (256, 256), True),
+        (True, 4, Causal() | Window(3), (256, 256), True),
+    ],
+)
+def test_where_balance_pays(choice, size, mask, lengths, expected):
+    assert balance.pays(choice, size, mask, *lengths) is expected
+
+
+def check_balanced_attention():
+    """Balanced and not: the same results, and what is exchanged is small."""
+    size, length = 4, 4 * CHUNK
+    draw = np.random.default_rng(3)
+    arrays = [
+        draw.standard_normal((BATCH, length, heads, DIM)).astype("float32")
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    ]
+    results = []
+    for choice in (True, False):
+        ring = keras_ring.DistributedStrategy(
+            sequence_parallel=size, balance=choice
+        )
+        results.append(
+            ops.convert_to_numpy(
+                ring.run(
+                    lambda q, k, v: keras_ring.ops.ring_attention(
+                        q, k, v, mask=Causal()
+                    ),
+                    *arrays,
+                )
+            )
+        )
+    np.testing.assert_allclose(*results, atol=2e-6)
+    # Other sums: otherwise nothing was balanced at all.
+    assert (results[0] != results[1]).any()
+
+
+def test_balance_changes_no_result(on_devices):
+    on_devices(4, check_balanced_attention)
+
+
+@pytest.mark.parametrize("choice", ["yes", 1, None])
+def test_balance_is_checked(choice):
+    with pytest.raises(ValueError, match="`balance` must be"):
+        keras_ring.DistributedStrategy(balance=choice)
