@@ -7,7 +7,7 @@ else, and no user, ever sees another order.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from keras import ops
 
@@ -16,14 +16,13 @@ from keras_ring.masks import Mask
 from keras_ring.transport import Transport
 
 Tensor = Any
-Choice = bool | Literal["auto"]
 
 # Shorter halves have less work than their exchange costs.
 SHORTEST = 128
 
 
 def pays(
-    choice: Choice,
+    choice: placement.Choice,
     size: int,
     mask: Mask | None,
     query_length: Any,

@@ -16,11 +16,13 @@ moves by a permutation of its own.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from keras import ops
 
 Index = Any
+# What users say of balanced chunks, see `balance.pays`.
+Choice = bool | Literal["auto"]
 
 
 def start(index: Index, length: Index) -> Index:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from keras_ring import backends
-from keras_ring.balance import Choice
+from keras_ring.placement import Choice
 
 if TYPE_CHECKING:
     from keras_ring.world import World

@@ -28,6 +28,7 @@ LEAVES = {
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "scoring": {"masks"},
+    "balance": {"masks", "placement", "transport"},
     "tiling": {"masks", "numerics", "primitives", "random_bits", "scoring"},
     "blockwise": {"numerics", "primitives", "tiling"},
     "attention": {
@@ -42,8 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chunked": {"backends", "numerics", "strategy"},
     "rematerialised": {"backends"},
     "ops": {
-        *("attention", "backends", "chunked", "masks", "numerics", "padding"),
-        *("placement", "random_bits", "scoring"),
+        *("attention", "backends", "balance", "chunked", "masks", "numerics"),
+        *("padding", "placement", "random_bits", "scoring"),
         *("strategy", "transport", "world"),
     },
     "layers": {

@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_ring import backends, balance, strategy
+from keras_ring import backends, balance, placement, strategy
 from keras_ring.attention import Ring
 from keras_ring.masks import Carried, Mask
 from keras_ring.masks.by_position import Before
 from keras_ring.ops import attention_checks as checks
-from keras_ring.ops.sequence import shard_ring, true_length, whole_length
+from keras_ring.ops.sequence import true_length, whole_length
 from keras_ring.scoring import Dropout, Scoring
 from keras_ring.world import LOCAL, World
 
@@ -124,8 +124,6 @@ def ring_attention(
     if world is not None and limit is not None:
         hidden = Before(limit)
         mask = hidden if mask is None else mask & hidden
-        if bias is not None:
-            bias = _with_padding(bias, keys, limit, world.sequence_size)
     rows = true_length(ops.shape(query)[1])
     if world is not None and rows is not None:
         # A gradient that arrives at a padded query must not reach the keys.
@@ -158,24 +156,6 @@ def ring_attention(
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
     return AttentionResult(out, lse) if return_lse else out
-
-
-def _with_padding(bias: Tensor, keys: Any, limit: Any, members: int) -> Tensor:
-    """A bias over the true keys, with columns for the padded ones.
-
-    Args:
-        bias: `(batch, query_length, heads, limit)`.
-        keys: as many as the layer sees.
-        limit: true number of all keys.
-        members: of the ring that they are or will be spread over.
-    """
-    ring = shard_ring()
-    if ring is not None:
-        whole = keys * ring.size
-    else:  # All keys are here, and `per_shard` pads them.
-        whole = -(-keys // members) * members
-    shape = [*ops.shape(bias)[:3], whole - limit]
-    return ops.concatenate([bias, ops.zeros(shape, dtype=bias.dtype)], 3)
 
 
 def _dropout(
@@ -213,7 +193,7 @@ def _attend(
     *tensors: Tensor,
     scoring: Scoring,
     counts: tuple[int, ...],
-    choice: balance.Choice,
+    choice: placement.Choice,
 ) -> tuple[Tensor, Tensor]:
     """Attention on one member of the ring, with its native gradient.
 
