@@ -198,9 +198,11 @@ def block_backward(
 
         def visit(i, state):
             some, every = tiling.relation(i, j)
+            if some is False:
+                return state
+            grad_queries, grad_key, grad_value, extra = state
 
             def compute(masked):
-                grad_queries, grad_key, grad_value, extra = state
                 query_i, grad_out_i = read(queries, i), read(grads_out, i)
                 scores, derivative = tiling.scored(
                     primitives.product("nsd,nrd->nsr", key_j, query_i),
@@ -215,43 +217,46 @@ def block_backward(
                 if drop is not None:
                     kept, grad_p = drop(p), drop(grad_p)
                 grad_score = p * (grad_p - read(deltas, i)[:, None])
-                grad_value = grad_value + primitives.product(
-                    "nsr,nre->nse", kept, grad_out_i
-                )
+                own = {}
                 if scoring.bias is not None:
-                    extra = extra | {
-                        "bias": write(
-                            extra["bias"],
-                            i * tiling.keys.count + j,
-                            tiling.grad_bias(grad_score),
-                        )
-                    }
+                    own["bias"] = tiling.grad_bias(grad_score)
                 if scoring.slopes is not None:
                     pull = grad_score * ops.swapaxes(
                         tiling.distances(i, j)[None], 1, 2
                     )
-                    pull = tiling.by_head(ops.sum(pull, axis=1))
-                    extra = extra | {"slopes": extra["slopes"] - pull}
+                    own["slopes"] = tiling.by_head(ops.sum(pull, axis=1))
                 if derivative is not None:
                     grad_score = grad_score * derivative
-                grad_key = grad_key + primitives.product(
-                    "nsr,nrd->nsd", grad_score, query_i
+                return (
+                    primitives.product("nds,nsr->ndr", key_turned, grad_score),
+                    grad_key
+                    + primitives.product("nsr,nrd->nsd", grad_score, query_i),
+                    grad_value
+                    + primitives.product("nsr,nre->nse", kept, grad_out_i),
+                    own,
                 )
-                grad_query = primitives.product(
-                    "nds,nsr->ndr", key_turned, grad_score
-                )
-                grad_queries = write(
-                    grad_queries, i, read(grad_queries, i) + grad_query
-                )
-                return grad_queries, grad_key, grad_value, extra
 
-            return primitives.branch(
+            def nothing():
+                return zeros(key_dim, rows), grad_key, grad_value, no_extra()
+
+            # Stores stay outside: a compiler may copy what passes through.
+            grad_query, grad_key, grad_value, own = primitives.branch(
                 some,
                 lambda: primitives.branch(
                     every, lambda: compute(False), lambda: compute(True)
                 ),
-                lambda: state,
+                nothing,
             )
+            grad_queries = write(
+                grad_queries, i, read(grad_queries, i) + grad_query
+            )
+            extra = dict(extra)
+            if scoring.bias is not None:
+                place = i * tiling.keys.count + j
+                extra["bias"] = write(extra["bias"], place, own["bias"])
+            if scoring.slopes is not None:
+                extra["slopes"] = extra["slopes"] - own["slopes"]
+            return grad_queries, grad_key, grad_value, extra
 
         grad_queries, grad_keys, grad_values, extra = stores
         grad_queries, grad_key, grad_value, extra = primitives.loop(
@@ -259,8 +264,8 @@ def block_backward(
             visit,
             (
                 grad_queries,
-                ops.zeros((pairs, tiling.keys.tile, key_dim), dtype=dtype),
-                ops.zeros((pairs, tiling.keys.tile, value_dim), dtype=dtype),
+                zeros(tiling.keys.tile, key_dim),
+                zeros(tiling.keys.tile, value_dim),
                 extra,
             ),
         )
@@ -272,22 +277,36 @@ def block_backward(
         )
 
     def zeros(*shape):
-        return primitives.store(ops.zeros(shape, dtype=dtype))
+        """Of one tile, for each sample and key head."""
+        return ops.zeros((pairs, *shape), dtype=dtype)
 
-    extra = {}
+    def no_extra():
+        """The other gradients of a tile in which no pair counts."""
+        none = {}
+        if scoring.bias is not None:
+            batch, _, heads, _ = ops.shape(scoring.bias)
+            tile = (batch, tiling.queries.tile, heads, tiling.keys.tile)
+            none["bias"] = ops.zeros(tile, dtype=dtype)
+        if scoring.slopes is not None:
+            none["slopes"] = ops.zeros((tiling.heads,), dtype=dtype)
+        return none
+
+    def store(count, tile):
+        return primitives.store(
+            ops.zeros((count, *ops.shape(tile)), dtype=dtype)
+        )
+
+    extra = no_extra()
     if scoring.bias is not None:
-        batch, _, heads, _ = ops.shape(scoring.bias)
-        tile = (batch, tiling.queries.tile, heads, tiling.keys.tile)
-        extra["bias"] = zeros(tiling.queries.count * tiling.keys.count, *tile)
-    if scoring.slopes is not None:
-        extra["slopes"] = ops.zeros((tiling.heads,), dtype=dtype)
+        count = tiling.queries.count * tiling.keys.count
+        extra["bias"] = store(count, extra["bias"])
     grad_queries, grad_keys, grad_values, extra = primitives.loop(
         tiling.keys.count,
         key_tile,
         (
-            zeros(tiling.queries.count, pairs, key_dim, rows),
-            zeros(tiling.keys.count, pairs, tiling.keys.tile, key_dim),
-            zeros(tiling.keys.count, pairs, tiling.keys.tile, value_dim),
+            store(tiling.queries.count, zeros(key_dim, rows)),
+            store(tiling.keys.count, zeros(tiling.keys.tile, key_dim)),
+            store(tiling.keys.count, zeros(tiling.keys.tile, value_dim)),
             extra,
         ),
     )
