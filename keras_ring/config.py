@@ -7,7 +7,11 @@ _SETTINGS = {"kernel": "auto"}
 
 
 def kernel() -> str:
-    """The name of the kernel that attention asks for; "auto" by default."""
+    """What computes the attention of one chunk over another.
+
+    Returns:
+        The name that `set_kernel` was given; "auto" by default.
+    """
     return _SETTINGS["kernel"]
 
 
@@ -22,6 +26,9 @@ def set_kernel(name: str) -> None:
             used without that check. "blockwise" is there on every backend,
             "flash" on PyTorch, where it computes on CPUs what its operation
             can and leaves the rest to "blockwise".
+
+    Returns:
+        None.
 
     Raises:
         ValueError: for a name that the running backend does not have.
