@@ -76,6 +76,10 @@ CASES = {
     "segments-causal": Case("segments-causal", **LONG),
     "prefix": Case("prefix", queries=600, keys=600),
     "padded-queries": Case("padded-queries", queries=600, keys=600),
+    # Where the other mask decides nothing, the causal one is left: one call.
+    "prefix-is-over": Case("prefix", starts=(300, 300), calls=1),
+    "no-query-is-padded": Case("padded-queries", queries=500, keys=500,
+                               calls=1),
     "pairs": Case("pairs", queries=290, keys=290, batch=2),
     "pairs-per-head": Case("pairs-per-head", heads=4),
     # All that is drawn of it needs a mask: one call, not four.
