@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from keras_ring import backends
+from keras_ring import backends, kernels
 from keras_ring.placement import Choice
 
 if TYPE_CHECKING:
@@ -200,6 +200,9 @@ class DistributedStrategy:
             print_fn: called once per line.
         """
         world, backend = self.world, backends.load()
+        kernel = kernels.choose(
+            keras.config.floatx(), world.devices[0].partition(":")[0]
+        )
         total = world.data_size * world.sequence_size
         lines = [
             "DistributedStrategy",
@@ -208,7 +211,7 @@ class DistributedStrategy:
             f"  sequence parallel  {world.sequence_size}",
             f"  model parallel     {self.model_parallel}",
             f"  devices            {total}",
-            f"  kernel             {backend.kernel.KERNEL.name}",
+            f"  kernel             {kernel.name}",
             "  a layer sees       "
             + ("its shard" if world.layers_see_shards else "the whole sequence")
             + f" (each device holds 1/{world.sequence_size})",

@@ -46,3 +46,15 @@ def on_devices():
     pool = worlds.Worlds()
     yield pool.call
     pool.close()
+
+
+@pytest.fixture
+def automatic():
+    """The kernel is chosen as by default, and nothing is proven yet."""
+    from keras_ring import config, kernels
+
+    kernels.agrees.cache_clear()
+    config.set_kernel("auto")
+    yield
+    config.set_kernel("auto")
+    kernels.agrees.cache_clear()

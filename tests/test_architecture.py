@@ -35,16 +35,20 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("blockwise", "numerics", "placement", "scoring", "tiling"),
         "transport",
     },
+    "config": {"backends"},
+    "kernels": {
+        *("backends", "config", "masks", "numerics", "scoring", "tiling"),
+    },
     "world": {"transport"},
-    "strategy": {"backends", "placement", "world"},
+    "strategy": {"backends", "kernels", "placement", "world"},
     "batches": {"padding", "world"},
     "step": {"batches", "padding", "world"},
     "counting": {"keras_internals", "step"},
     "chunked": {"backends", "numerics", "strategy"},
     "rematerialised": {"backends"},
     "ops": {
-        *("attention", "backends", "balance", "chunked", "masks", "numerics"),
-        *("padding", "placement", "random_bits", "scoring"),
+        *("attention", "backends", "balance", "chunked", "kernels", "masks"),
+        *("numerics", "padding", "placement", "random_bits", "scoring"),
         *("strategy", "transport", "world"),
     },
     "layers": {
@@ -70,7 +74,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("strategy", "world"),
     },
     "a backend": {
-        *("batches", "blockwise", "counting", "keras_internals", "masks"),
+        *("attention", "batches", "blockwise", "counting"),
+        *("keras_internals", "masks"),
         *("numerics", "padding", "step"),
         *("primitives", "random_bits", "scoring", "tiling"),
         *("placement", "strategy", "training", "transport", "world"),
@@ -94,7 +99,7 @@ PRIVATE = (
 # What the shared code asks of a backend, in the order of the files.
 SEAM = {
     "transport.py": ["RingTransport"],
-    "kernel.py": ["Kernel", "KERNEL"],
+    "kernel.py": ["Kernel", "KERNEL", "KERNELS"],
     "runtime.py": ["World", "current", "custom_gradient", "vjp", "install"],
 }
 

@@ -2,11 +2,12 @@
 
 - `transport.py`: the ring of this framework, a
   `keras_ring.transport.Transport`.
-- `kernel.py`: `KERNEL`, attention over one visiting chunk, and the control
+- `kernel.py`: `KERNELS`, which compute attention over one visiting chunk, by
+  preference; the last is `KERNEL`, the blockwise reference, with the control
   flow it is written in.
 - `runtime.py`: `World`, `current()`, `custom_gradient()` and `install()`: how
   the framework carries a strategy through Keras. Private names of Keras and
-  of the framework appear in this file and in `kernel.py` only.
+  of the framework appear in no `transport.py`.
 
 Nothing is imported before `load()` is called, and only the backend that
 Keras runs on is.

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_ring import backends, balance, placement, strategy
+from keras_ring import backends, balance, kernels, placement, strategy
 from keras_ring.attention import Ring
 from keras_ring.masks import Carried, Mask
 from keras_ring.masks.by_position import Before
@@ -202,6 +202,7 @@ def _attend(
     """
     backend = backends.load()
     dtype = tensors[0].dtype
+    device = backend.kernel.KERNEL.device(tensors[0])
     at_key, at_shared = counts[0], counts[0] + counts[1]
 
     size, mask = transport.size, scoring.mask
@@ -218,7 +219,7 @@ def _attend(
         sides = carried[:at_key], carried[at_key:at_shared], carried[at_shared:]
         return Ring(
             transport,
-            backend.kernel.KERNEL,
+            kernels.choose(dtype, device),
             scoring.replace(Carried(*(tuple(side) for side in sides))),
             balanced,
         )

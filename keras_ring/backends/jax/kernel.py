@@ -17,7 +17,13 @@ from keras_ring.tiling import Block
 class Kernel(Primitives):
     """The blockwise kernel in `lax` loops; a store is an array of tiles."""
 
-    name = "blockwise (XLA)"
+    name = "blockwise"
+
+    def available(self, device: str | None = None) -> bool:
+        return True
+
+    def device(self, tensor: jax.Array) -> str | None:
+        return None  # The compiler decides where a tensor lies.
 
     def block_forward(
         self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
@@ -76,3 +82,5 @@ class Kernel(Primitives):
 
 
 KERNEL = Kernel()
+# By preference; the last is the reference.
+KERNELS = (KERNEL,)

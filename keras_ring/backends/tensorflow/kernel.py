@@ -33,7 +33,13 @@ class Store:
 class Kernel(Primitives):
     """The blockwise kernel in `tf.while_loop`s; a store is a tensor list."""
 
-    name = "blockwise (tf.while_loop)"
+    name = "blockwise"
+
+    def available(self, device: str | None = None) -> bool:
+        return True
+
+    def device(self, tensor: tf.Tensor) -> str | None:
+        return None  # Not known while a program is traced.
 
     def block_forward(
         self, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, block: Block
@@ -179,6 +185,8 @@ def _dressed(structure: Any, tensors: list[tf.Tensor]) -> Any:
 
 
 KERNEL = Kernel()
+# By preference; the last is the reference.
+KERNELS = (KERNEL,)
 
 
 def _visit(name: str, block: Block, *tensors: tf.Tensor) -> list[tf.Tensor]:

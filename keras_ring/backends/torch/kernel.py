@@ -7,6 +7,7 @@ import keras
 import torch
 
 from keras_ring import blockwise, numerics
+from keras_ring.backends.torch.flash import FlashKernel
 from keras_ring.blockwise import BlockGradients
 from keras_ring.numerics import Partial
 from keras_ring.primitives import Primitives
@@ -20,7 +21,13 @@ class Kernel(Primitives):
     It runs inside `torch.autograd.Function`, where nothing is recorded.
     """
 
-    name = "blockwise (PyTorch)"
+    name = "blockwise"
+
+    def available(self, device: str | None = None) -> bool:
+        return True
+
+    def device(self, tensor: torch.Tensor) -> str | None:
+        return tensor.device.type
 
     def block_forward(
         self,
@@ -81,3 +88,5 @@ class Kernel(Primitives):
 
 
 KERNEL = Kernel()
+# By preference; the last is the reference.
+KERNELS = (FlashKernel(KERNEL), KERNEL)

@@ -1,0 +1,199 @@
+"""A visit cut into rectangles that one fused call computes each.
+
+A fused operation knows no masks but its causal one and a tensor that is
+added to the scores. So a chunk is halved along queries and keys until a
+rectangle is empty, whole or the corner of a causal mask, or too small to
+gain anything. What no mask touches stays as large as it can be.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from keras_ring.masks import Carried, Causal, Mask, Span
+from keras_ring.masks.mask import And, Or
+from keras_ring.tiling import Block
+
+# Rectangles up to this side are not halved any more.
+SMALL = 256
+# Up to this side, one that needs its mask everywhere is computed at once.
+MASKED = 1024
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """A rectangle of the scores of a visit.
+
+    Attributes:
+        queries: its rows in the chunk.
+        keys: its columns in the visiting chunk.
+        query_start: global position of its first row.
+        key_start: global position of its first column.
+        mask: over the tensors of this rectangle, or None.
+        causal: whether row `i` sees the columns 0 to `i` only, where no mask
+            is left.
+    """
+
+    queries: slice
+    keys: slice
+    query_start: int
+    key_start: int
+    mask: Mask | None
+    causal: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.queries.stop - self.queries.start
+
+    @property
+    def columns(self) -> int:
+        return self.keys.stop - self.keys.start
+
+    def spans(self) -> tuple[Span, Span]:
+        """The positions of the rectangle as one tile."""
+        return (
+            Span(self.query_start, self.query_start + self.rows - 1),
+            Span(self.key_start, self.key_start + self.columns - 1),
+        )
+
+    def allowed(self, device: torch.device) -> torch.Tensor:
+        """Boolean (B or 1, H or 1, rows or 1, columns)."""
+        positions = [
+            torch.arange(
+                span.first, span.last + 1, dtype=torch.int32, device=device
+            )
+            for span in self.spans()
+        ]
+        mask: Any = self.mask
+        allowed = mask.allowed(*positions)
+        return allowed.expand(*allowed.shape[:3], self.columns)
+
+    def part(self, rows: slice, columns: slice) -> "Piece":
+        """A rectangle in this one, by its own rows and columns."""
+        mask = self.mask
+        if mask is not None:
+            query, key, shared = mask.carried()
+            mask = mask.replace(
+                Carried(
+                    tuple(t[:, rows] for t in query),
+                    tuple(t[:, columns] for t in key),
+                    shared,
+                )
+            )
+        return Piece(
+            _within(self.queries, rows),
+            _within(self.keys, columns),
+            self.query_start + rows.start,
+            self.key_start + columns.start,
+            mask,
+        )
+
+
+def pieces(block: Block, query_length: int, key_length: int) -> list[Piece]:
+    """The rectangles of a visit in which some pair is allowed.
+
+    Args:
+        block: where the chunks lie, and what makes the scores.
+        query_length: queries in the chunk, at least one.
+        key_length: keys in the chunk, at least one.
+
+    Returns:
+        Rectangles that do not overlap: a single one where one call can
+        compute the visit.
+    """
+    whole = Piece(
+        slice(0, query_length), slice(0, key_length), 0, 0, block.scoring.mask
+    )
+    some, every = block.relation(query_length, key_length)
+    if bool(every):
+        return [dataclasses.replace(whole, mask=None)]
+    if not bool(some):
+        return []
+    return [
+        piece for part in _contiguous(whole, block) for piece in _simplest(part)
+    ]
+
+
+def _contiguous(whole: Piece, block: Block) -> Iterator[Piece]:
+    """The parts of a visit whose queries and whose keys are neighbours."""
+    for row, query_start in enumerate(block.query_starts):
+        for column, key_start in enumerate(block.key_starts):
+            yield dataclasses.replace(
+                whole.part(
+                    _nth(row, whole.rows // len(block.query_starts)),
+                    _nth(column, whole.columns // len(block.key_starts)),
+                ),
+                query_start=int(query_start),
+                key_start=int(key_start),
+            )
+
+
+def _nth(number: int, length: int) -> slice:
+    """The `number`-th of equal parts."""
+    return slice(number * length, (number + 1) * length)
+
+
+def _simplest(piece: Piece) -> list[Piece]:
+    """The rectangle in as few parts as do without a mask where they can."""
+    mask: Any = piece.mask
+    some, every = (bool(entry) for entry in _relation(mask, *piece.spans()))
+    if not some:
+        return []
+    if every:
+        return [dataclasses.replace(piece, mask=None)]
+    mask = _needed(mask, *piece.spans())
+    piece = dataclasses.replace(piece, mask=mask)
+    if isinstance(mask, Causal) and piece.query_start == piece.key_start:
+        return [dataclasses.replace(piece, mask=None, causal=True)]
+    if piece.rows <= SMALL and piece.columns <= SMALL:
+        return [piece]
+    parts = [
+        part
+        for rows in _halves(piece.rows)
+        for columns in _halves(piece.columns)
+        for part in _simplest(piece.part(rows, columns))
+    ]
+    gained = any(p.mask is None for p in parts) or (
+        sum(p.rows * p.columns for p in parts) < piece.rows * piece.columns
+    )
+    small = piece.rows <= MASKED and piece.columns <= MASKED
+    return [piece] if small and not gained else parts
+
+
+def _needed(mask: Mask, queries: Span, keys: Span) -> Mask:
+    """The mask without the operands that decide nothing in a rectangle."""
+    if not isinstance(mask, (And, Or)):
+        return mask
+    operands = []
+    for operand in (mask.first, mask.second):
+        some, every = _relation(operand, queries, keys)
+        # Of `and` those that allow all, of `or` those that allow nothing.
+        idle = bool(every) if isinstance(mask, And) else not bool(some)
+        if not idle:
+            operands.append(_needed(operand, queries, keys))
+    return operands[0] if len(operands) == 1 else type(mask)(*operands)
+
+
+def _relation(mask: Mask, queries: Span, keys: Span) -> tuple[Any, Any]:
+    """`mask.relation` of a rectangle that is one tile."""
+    query, key, shared = mask.carried()
+    some, every = mask.replace(
+        Carried(
+            tuple(t[None] for t in query), tuple(t[None] for t in key), shared
+        )
+    ).relation(queries, keys)
+    return some, every
+
+
+def _halves(length: int) -> list[slice]:
+    """One half or two, the first a multiple of the smallest side."""
+    if length <= SMALL:
+        return [slice(0, length)]
+    middle = -(-length // (2 * SMALL)) * SMALL
+    return [slice(0, middle), slice(middle, length)]
+
+
+def _within(outer: slice, inner: slice) -> slice:
+    return slice(outer.start + inner.start, outer.start + inner.stop)

@@ -1,0 +1,54 @@
+"""Settings of the process, in the style of `keras.config`."""
+
+from keras_ring import backends
+
+# The one setting of the process; `set_kernel` is the only place that writes.
+_SETTINGS = {"kernel": "auto"}
+
+
+def kernel() -> str:
+    """What computes the attention of one chunk over another.
+
+    Returns:
+        The name that `set_kernel` was given; "auto" by default.
+    """
+    return _SETTINGS["kernel"]
+
+
+def set_kernel(name: str) -> None:
+    """Choose what computes the attention of one chunk over another.
+
+    What was traced or compiled before keeps the kernel that it has.
+
+    Args:
+        name: "auto" for the fastest kernel that is there and agrees with
+            "blockwise" on a small problem; or the name of one, which is then
+            used without that check. "blockwise" is there on every backend,
+            "flash" on PyTorch, where it computes on CPUs what its operation
+            can and leaves the rest to "blockwise".
+
+    Returns:
+        None.
+
+    Raises:
+        ValueError: for a name that the running backend does not have.
+
+    Example:
+
+    ```python
+    keras_ring.config.set_kernel("blockwise")
+    ```
+    """
+    names = ["auto"] + [
+        kernel.name
+        for kernel in backends.load().kernel.KERNELS
+        if kernel.available()
+    ]
+    if name not in names:
+        known = ", ".join(repr(known) for known in names)
+        raise ValueError(
+            "`name` must be that of a kernel of the running backend "
+            f"({backends.load().name}). Received: name={name!r}. Choose one "
+            f"of {known}."
+        )
+    _SETTINGS["kernel"] = name
