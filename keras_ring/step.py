@@ -97,6 +97,8 @@ class Step:
             if flag
         ]
         self.copies = _copies(splits, world.sequence_size)
+        # By the identity of the layer.
+        self.added: dict[int, list[Tensor]] = {}
 
     @property
     def padded(self) -> bool:

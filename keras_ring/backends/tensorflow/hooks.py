@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras import tree
 
 from keras_ring import counting, step
 
@@ -61,6 +62,9 @@ def install() -> None:
                 (BaseOptimizer, "apply", _apply),
                 (LossScaleOptimizer, "apply", _apply),
                 (TFOptimizer, "_all_reduce_sum_gradients", _add_up),
+                (keras.layers.Layer, "add_loss", _add_loss),
+                (keras.layers.Layer, "_get_own_losses", _own_losses),
+                (keras.layers.Layer, "_clear_losses", _clear_losses),
             ]
         )
     except (ImportError, AttributeError) as error:
@@ -107,3 +111,36 @@ def _add_up(original: Callable[..., Any]) -> Callable[..., Any]:
         return list(grads_and_vars)
 
     return all_reduce_sum_gradients
+
+
+def _add_loss(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The losses that layers add, for each replica by itself: to Keras the
+    replicas' calls of a layer look like one."""
+
+    def add_loss(self: Any, loss: Any) -> None:
+        original(self, loss)
+        running = step.running()
+        if running is not None:
+            running.added.setdefault(id(self), []).extend(tree.flatten(loss))
+
+    return add_loss
+
+
+def _own_losses(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_own_losses(self: Any) -> list[Any]:
+        running = step.running()
+        if running is None:
+            return list(original(self))
+        return list(running.added.get(id(self), ()))
+
+    return get_own_losses
+
+
+def _clear_losses(original: Callable[..., Any]) -> Callable[..., Any]:
+    def clear_losses(self: Any) -> None:
+        original(self)
+        running = step.running()
+        if running is not None:
+            running.added.pop(id(self), None)
+
+    return clear_losses
