@@ -157,7 +157,11 @@ class Watched(layers.Layer):
         return shape
 
 
-def watched(kind, metric=keras.metrics.Mean):
+# Keras itself has no metrics in a layer's call on JAX.
+MEAN = None if keras.backend.backend() == "jax" else keras.metrics.Mean
+
+
+def watched(kind, metric=MEAN):
     x = keras.Input((None, WIDTH))
     y = attend(kind, layers.Dense(WIDTH, kernel_regularizer="l2")(x))
     y = Watched(metric and metric(name="own"))(y)
@@ -215,6 +219,9 @@ def check_model(name, mesh):
     elif name == "two_outputs" and mesh[0] > 1:
         # Twice a batch that needs no padding, of another size.
         sizes = [(4, 7), (2, 5), (1, 7)]
+    elif name == "pairwise":
+        # Batches of two sizes in one program on TensorFlow.
+        sizes = [(4, 7), (2, 5)] if mesh[0] > 1 else sizes[:1]
     batches = [data(name, *size, seed=i) for i, size in enumerate(sizes)]
     # A masked query attends to nothing: zeros here, the mean of all values
     # in stock Keras.
