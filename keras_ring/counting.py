@@ -6,8 +6,9 @@ Keras computes its weight; outside a step it only calls what it wraps. Which
 names of Keras these are is said in each backend's `hooks.py`.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,17 +17,20 @@ from keras import ops, tree
 
 from keras_ring import step as steps
 from keras_ring.keras_internals import added_losses
-from keras_ring.step import Output
+from keras_ring.step import Output, Step
+from keras_ring.world import World
 
 _MARK = "_keras_ring_wrapped"
 Function = Callable[..., Any]
 # Object, attribute, and what makes the wrapper of the original.
 Target = tuple[Any, str, Callable[[Function], Function]]
 
-# What Keras reduces now: the output, and whether its weights are split.
+# What Keras reduces now: the output, its prediction, and whether its weights
+# are split.
 _REDUCED: ContextVar[tuple[Output, Any, bool] | None] = ContextVar(
     "keras_ring_reduced", default=None
 )
+# The output of which Keras computes losses or metrics now.
 _MEASURED: ContextVar[Output | None] = ContextVar(
     "keras_ring_measured", default=None
 )
@@ -42,18 +46,26 @@ def wrap_once(targets: Sequence[Target]) -> None:
             setattr(owner, name, wrapped)
 
 
-def compile_loss(original: Function) -> Function:
-    """Of the object that holds a model's losses: note the outputs."""
+def outputs(holder: str) -> Callable[[Function], Function]:
+    """Of the objects that hold a model's losses, or its metrics: note which
+    of their predictions are the model's outputs.
 
-    def call(
-        self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
-    ) -> Any:
-        step = steps.running()
-        if step is not None and self is step.model._compile_loss:
-            step.know_outputs(y_pred)
-        return original(self, y_true, y_pred, sample_weight)
+    Args:
+        holder: the model's attribute that is the object.
+    """
 
-    return call
+    def wrap(original: Function) -> Function:
+        def call(
+            self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
+        ) -> Any:
+            step = steps.running()
+            if step is not None and self is getattr(step.model, holder):
+                step.know_outputs(y_pred)
+            return original(self, y_true, y_pred, sample_weight)
+
+        return call
+
+    return wrap
 
 
 def model_loss(original: Function) -> Function:
@@ -74,8 +86,7 @@ def loss(original: Function) -> Function:
     def call(
         self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
     ) -> Any:
-        step = steps.running()
-        output = None if step is None else step.output(y_pred)
+        step, output = _seen(y_pred)
         if step is None or output is None:
             return original(self, y_true, y_pred, sample_weight)
         split = sample_weight is not None and step.carries(
@@ -89,11 +100,9 @@ def loss(original: Function) -> Function:
             # On PyTorch Keras multiplies the weights by its mask in place,
             # and metrics would see weights scaled by a local count.
             sample_weight = ops.copy(sample_weight)
-        token = _REDUCED.set((output, tree.flatten(y_pred)[0], split))
-        try:
+        reduced = output, tree.flatten(y_pred)[0], split
+        with _now(_REDUCED, reduced), _now(_MEASURED, output):
             return original(self, y_true, y_pred, sample_weight)
-        finally:
-            _REDUCED.reset(token)
 
     return call
 
@@ -163,28 +172,13 @@ def reduced_loss(apply_mask: Function, original: Function) -> Function:
     return reduce_weighted_values
 
 
-def compile_metrics(original: Function) -> Function:
-    """Of the object that holds a model's metrics: note the outputs."""
-
-    def update_state(
-        self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
-    ) -> Any:
-        step = steps.running()
-        if step is not None and self is step.model._compile_metrics:
-            step.know_outputs(y_pred)
-        return original(self, y_true, y_pred, sample_weight)
-
-    return update_state
-
-
 def output_metrics(original: Function) -> Function:
     """Of the metrics of one output: every true element once."""
 
     def update_state(
         self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
     ) -> Any:
-        step = steps.running()
-        output = None if step is None else step.output(y_pred)
+        step, output = _seen(y_pred)
         if step is None or output is None:
             return original(self, y_true, y_pred, sample_weight)
         if not output.split and step.sequence_index > 0:
@@ -197,11 +191,8 @@ def output_metrics(original: Function) -> Function:
             y_true, y_pred, sample_weight = step.trimmed(
                 (y_true, y_pred, sample_weight), output, y_pred, least=0
             )
-        token = _MEASURED.set(output)
-        try:
+        with _now(_MEASURED, output):
             return original(self, y_true, y_pred, sample_weight)
-        finally:
-            _MEASURED.reset(token)
 
     return update_state
 
@@ -224,16 +215,14 @@ def mean_metric(original: Function) -> Function:
         values = ops.convert_to_tensor(values)
         if not values.shape:
             _check_scalar(output)
+        weight = ops.cast(weight, self.dtype)
         if sample_weight is None:
             # One weight for each sample, and no mask: without weights Keras
             # does not look at it.
             values = ops.cast(values, self.dtype) * 1
-            weight = ops.cast(weight, self.dtype)
             sample_weight = ops.broadcast_to(weight, ops.shape(values)[:1])
         else:
-            sample_weight = ops.cast(sample_weight, self.dtype) * ops.cast(
-                weight, self.dtype
-            )
+            sample_weight = ops.cast(sample_weight, self.dtype) * weight
         return original(self, values, sample_weight)
 
     return update_state
@@ -248,14 +237,32 @@ def is_tracker(model: Any, metric: Any) -> bool:
     return any(metric is tracker for tracker in trackers)
 
 
-def check_padded(model: Any) -> None:
-    """Refuse a model whose losses and metrics cannot be freed of padding.
+def check(world: World, model: Any, *, padded: bool) -> None:
+    """Refuse a model whose losses and metrics would not be those of one
+    device, where a layer sees a shard.
+
+    Args:
+        world: the mesh.
+        model: that is about to run a step.
+        padded: whether its batches or sequences are padded.
 
     Raises:
-        NotImplementedError: for a model that computes its own, or whose
-            layers count something themselves.
+        NotImplementedError: for a model or layers that count something
+            themselves.
     """
-    own = [
+    own = _own_metrics(model)
+    others = [m.name for m in own if not isinstance(m, _RATIOS)]
+    if others and world.sequence_size > 1:
+        raise NotImplementedError(
+            "A metric that layers or a model update themselves counts on "
+            "every device, of which some may see the same elements. It must "
+            "be a ratio, such as keras.metrics.Mean, which does not mind. "
+            f"Received: the metrics {others} of the model {model.name!r}. "
+            "Give them to `compile`, where every element counts once."
+        )
+    if not padded:
+        return
+    replaced = [
         name
         for name in (
             *("train_step", "test_step"),
@@ -263,21 +270,14 @@ def check_padded(model: Any) -> None:
         )
         if _overrides(model, name)
     ]
-    if own:
+    if replaced:
         raise NotImplementedError(
             "Padding cannot be kept out of what a model computes itself. "
             f"Received: the model {model.name!r} with its own "
-            f"{', '.join(own)}, and a batch or length that the devices "
+            f"{', '.join(replaced)}, and a batch or length that the devices "
             f"cannot split equally. {_FIX}"
         )
-    known = {id(model._loss_tracker)}
-    if model._compile_metrics is not None:
-        known.add(id(model._compile_metrics))
-    if model._compile_loss is not None:
-        known |= {id(metric) for metric in model._compile_loss.metrics}
-    others = [
-        metric.name for metric in model.metrics if id(metric) not in known
-    ]
+    others = [m.name for m in own if not getattr(m, "updated_by_loss", False)]
     if others:
         raise NotImplementedError(
             "Padding cannot be kept out of metrics that layers or a model "
@@ -287,10 +287,51 @@ def check_padded(model: Any) -> None:
         )
 
 
+# Quotients of counts, all of which may be too large by the same factor.
+_RATIOS = (
+    *(keras.metrics.Mean, keras.metrics.AUC, keras.metrics.IoU),
+    *(keras.metrics.Precision, keras.metrics.Recall, keras.metrics.FBetaScore),
+)
+
+
+def _own_metrics(model: Any) -> list[Any]:
+    """The metrics of a model that it was not compiled with."""
+    compiled = model._compile_metrics
+    return [
+        inner
+        for metric in model.metrics
+        if metric is not compiled and not is_tracker(model, metric)
+        for inner in _leaves(metric)
+    ]
+
+
+def _leaves(metric: Any) -> list[Any]:
+    """A metric, or those that it only holds."""
+    inner = getattr(metric, "metrics", None)
+    if inner is None:
+        return [metric]
+    return [leaf for each in inner for leaf in _leaves(each)]
+
+
 _FIX = (
     "Make the length a multiple of `sequence_parallel` (pad, and mask the "
     "padding) and the batch one of `data_parallel`."
 )
+
+
+def _seen(prediction: Any) -> tuple[Step | None, Output | None]:
+    """The running step, and what it knows of a prediction."""
+    step = steps.running()
+    return step, None if step is None else step.output(prediction)
+
+
+@contextlib.contextmanager
+def _now(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def _overrides(model: Any, name: str) -> bool:

@@ -97,6 +97,8 @@ class Step:
             if flag
         ]
         self.copies = _copies(splits, world.sequence_size)
+        # By the identity of the layer.
+        self.added: dict[int, list[Tensor]] = {}
 
     @property
     def padded(self) -> bool:
@@ -257,19 +259,26 @@ class Step:
         """Factor on the own means over positions of an output, so that they
         add up to the mean over the whole sequence; None where all are of
         equally many."""
-        if not output.split or not self.lengths.padded:
+        if not output.padded:
             return None
-        members = self.world.sequence_size
-        return _ratio(output.length, output.all_length) * members
+        # Losses see an element where there is none; see `trimmed`.
+        weight = self.present(output)
+        if output.split and self.lengths.padded:
+            members = self.world.sequence_size
+            weight = weight * _ratio(output.length, output.all_length) * members
+        return weight
 
     def tracker_weight(self) -> Any:
-        """By how many samples the loss of this batch counts in an epoch;
-        None where that is what Keras takes."""
-        if not self.rows.padded or self.local_rows is None:
+        """By how many samples the losses of this batch count in an epoch;
+        None for what Keras takes. That may be a static number of rows, which
+        a program for many sizes does not know."""
+        if self.local_rows is None:
             return None
         true = self.rows.true(self.local_rows)
         # Keras counts the own rows on every device.
-        return None if true is None else _ratio(true, self.world.data_size)
+        if true is None:
+            return self.local_rows
+        return _ratio(true, self.world.data_size)
 
 
 def _copies(splits: Any, members: int) -> int | None:

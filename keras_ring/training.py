@@ -121,7 +121,7 @@ def _running(world: World, model: Any) -> Iterator[None]:
 def _check_arguments(
     world: World, model: Any, bound: inspect.BoundArguments
 ) -> None:
-    """Refuse what cannot be padded before anything runs."""
+    """Refuse what would count wrongly before anything runs."""
     given = bound.arguments
     if not world.layers_see_shards or "y" not in bound.signature.parameters:
         return  # Nothing is padded there; predictions are trimmed.
@@ -144,5 +144,4 @@ def _check_arguments(
             list(validation),
             given.get("validation_batch_size") or batch_size,
         )
-    if padded:
-        counting.check_padded(model)
+    counting.check(world, model, padded=padded)

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "strategy": {"backends", "kernels", "placement", "world"},
     "batches": {"padding", "world"},
     "step": {"batches", "padding", "world"},
-    "counting": {"keras_internals", "step"},
+    "counting": {"keras_internals", "step", "world"},
     "chunked": {"backends", "numerics", "strategy"},
     "rematerialised": {"backends"},
     "ops": {

@@ -397,3 +397,47 @@ def check_padded_keys(size, queries, keys):
 )
 def test_pairs_of_any_lengths(on_devices, size, queries, keys):
     on_devices(size, check_padded_keys, size, queries, keys)
+
+
+def check_documents_without_keys(size):
+    """Queries of a document that no key has, and keys that no query has."""
+    data = problem(Case(queries=24, keys=24), 6)
+    query_ids, key_ids = np.arange(24) // 4, np.arange(24) // 4 + 1
+    query_ids, key_ids = (
+        np.tile(ids.astype("int32"), (2, 1)) for ids in (query_ids, key_ids)
+    )
+
+    def differentiate(query, key, value, grad_out, query_ids, key_ids):
+        mask = masks.Segments(query_ids, key_ids)
+        out, grads = vjp(
+            lambda query, key, value: keras_ring.ops.ring_attention(
+                query, key, value, mask=mask
+            ),
+            [query, key, value],
+            grad_out,
+        )
+        return out, *grads
+
+    tensors = [data[n] for n in ("query", "key", "value", "grad_out")]
+    ring = keras_ring.DistributedStrategy(sequence_parallel=size)
+    got = ring.run(differentiate, *tensors, query_ids, key_ids)
+    out, grad_query, grad_key, grad_value = map(ops.convert_to_numpy, got)
+    expected = reference.attention(
+        *tensors, allowed=query_ids[:, None, :, None] == key_ids[:, None, None]
+    )
+    want = expected.out, *expected[2:]
+    tolerance = TOLERANCE["float32"]
+    for have, target in zip(
+        (out, grad_query, grad_key, grad_value), want, strict=True
+    ):
+        np.testing.assert_allclose(have, target, rtol=tolerance, atol=tolerance)
+    # Not nearly but exactly nothing.
+    for tensor in (out[:, :4], grad_query[:, :4]):
+        assert not tensor.any()
+    for tensor in (grad_key[:, 20:], grad_value[:, 20:]):
+        assert not tensor.any()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_documents_without_keys(on_devices, size):
+    on_devices(size, check_documents_without_keys, size)

@@ -275,23 +275,36 @@ def test_ignored_classes_and_masks_on_one_device():
         close(ours, theirs)
 
 
-def check_uneven(size):
+def check_uneven(mesh, length, rows):
     """What counts differs from device to device."""
-    x, y = batch()
+    x, y = (array[:rows, :length] for array in batch())
     x[:, 9:] = 0
     x[0, 2:] = 0
     y[1, :5] = 5
     want = train(language_model(True, 5, True), x, y)
-    ring = keras_ring.DistributedStrategy(sequence_parallel=size)
+    ring = keras_ring.DistributedStrategy(
+        data_parallel=mesh[0], sequence_parallel=mesh[1]
+    )
     with ring.scope():
         have = train(language_model(True, 5, True), x, y)
     for ours, theirs in zip(have, want, strict=True):
         close(ours, theirs)
 
 
-@pytest.mark.parametrize("size", RINGS)
-def test_ignored_classes_and_masks_on_a_ring(on_devices, size):
-    on_devices(size, check_uneven, size)
+@pytest.mark.parametrize(
+    ("mesh", "length", "rows"),
+    [
+        ((1, 2), LENGTH, 2 * BATCH),
+        ((1, 4), LENGTH, 2 * BATCH),
+        ((1, 4), 7, 2 * BATCH),
+        ((1, 4), 3, 2 * BATCH),
+        # In the last batch half of the devices have nothing.
+        ((2, 2), 7, BATCH + 1),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_ignored_classes_and_masks_on_a_ring(on_devices, mesh, length, rows):
+    on_devices(mesh[0] * mesh[1], check_uneven, mesh, length, rows)
 
 
 def test_save_and_load(tmp_path):

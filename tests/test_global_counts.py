@@ -4,7 +4,7 @@ devices cannot split equally, against stock Keras on one device."""
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 
 import keras_ring
 from tests.test_lengths import check
@@ -25,8 +25,9 @@ def pooled(kind, x):
     return pool(x) if kind == "stock" else keras_ring.layers.Gathered(pool)(x)
 
 
-def compiled(model, loss, **options):
-    model.compile(keras.optimizers.SGD(0.05), loss, **options)
+def compiled(model, loss, clip=None, **options):
+    optimizer = keras.optimizers.SGD(0.05, global_clipnorm=clip)
+    model.compile(optimizer, loss, **options)
     return model
 
 
@@ -83,6 +84,7 @@ def two_outputs(kind):
         layers.Dense(3, name="each")(y),
         layers.Dense(1, name="all", activation="sigmoid")(pooled(kind, y)),
     ]
+    stock = kind == "stock" and keras.backend.backend() == "tensorflow"
     return compiled(
         keras.Model(x, outputs),
         [
@@ -96,6 +98,9 @@ def two_outputs(kind):
             ["accuracy"],
             [keras.metrics.TruePositives(name="hits"), "accuracy"],
         ],
+        # Stock Keras weights the loss of an output by the static size of its
+        # batch, and counts each batch once where that is not known.
+        run_eagerly=stock,
     )
 
 
@@ -123,6 +128,46 @@ def crossing(kind):
     return compiled(keras.Model([x, other], layers.Dense(3)(y)), "mse")
 
 
+def pairwise(kind):
+    """Which pairs of positions attend, as an input of its own; gradients
+    that are clipped."""
+    x, pairs = keras.Input((None, WIDTH)), keras.Input((None, None), dtype=bool)
+    y = attend(kind, layers.Dense(WIDTH)(x), attention_mask=pairs)
+    model = keras.Model([x, pairs], layers.Dense(3)(y))
+    return compiled(model, "mse", clip=0.1)
+
+
+class Watched(layers.Layer):
+    """Adds to the loss, and has a metric of its own."""
+
+    sequence_parallel_safe = True
+
+    def __init__(self, metric):
+        super().__init__()
+        self.metric = metric
+
+    def call(self, x):
+        squares = ops.square(x)
+        self.add_loss(0.1 * ops.mean(squares))
+        if self.metric is not None:
+            self.metric.update_state(squares)
+        return x
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+# Keras itself has no metrics in a layer's call on JAX.
+MEAN = None if keras.backend.backend() == "jax" else keras.metrics.Mean
+
+
+def watched(kind, metric=MEAN):
+    x = keras.Input((None, WIDTH))
+    y = attend(kind, layers.Dense(WIDTH, kernel_regularizer="l2")(x))
+    y = Watched(metric and metric(name="own"))(y)
+    return compiled(keras.Model(x, layers.Dense(3)(y)), "mse")
+
+
 def data(kind, rows, length, seed):
     """A batch for the models above."""
     draw = np.random.default_rng(seed)
@@ -144,6 +189,11 @@ def data(kind, rows, length, seed):
     if kind == "crossing":
         other = draw.normal(size=(rows, length + 1, WIDTH)).astype("float32")
         return (x, other), x[..., :3]
+    if kind == "pairwise":
+        pairs = draw.random((rows, length, length)) < 0.5
+        return (x, pairs | np.eye(length, dtype=bool)), x[..., :3]
+    if kind == "watched":
+        return x, x[..., :3]
     return x, classes, weights
 
 
@@ -156,6 +206,7 @@ MODELS = {
     "classifier": classifier,
     "flat": flat,
     "crossing": crossing,
+    "pairwise": pairwise,
 }
 
 
@@ -165,6 +216,12 @@ def check_model(name, mesh):
         # On PyTorch Keras itself scales the weights of the metrics by the
         # loss' mask, another factor in every batch.
         sizes = sizes[1:2] if mesh[0] > 1 else sizes[:1]
+    elif name == "two_outputs" and mesh[0] > 1:
+        # Twice a batch that needs no padding, of another size.
+        sizes = [(4, 7), (2, 5), (1, 7)]
+    elif name == "pairwise":
+        # Batches of two sizes in one program on TensorFlow.
+        sizes = [(4, 7), (2, 5)] if mesh[0] > 1 else sizes[:1]
     batches = [data(name, *size, seed=i) for i, size in enumerate(sizes)]
     # A masked query attends to nothing: zeros here, the mean of all values
     # in stock Keras.
@@ -175,6 +232,28 @@ def check_model(name, mesh):
 @pytest.mark.parametrize("mesh", [(1, 4), (2, 2)], ids=["1x4", "2x2"])
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_and_metrics(on_devices, name, mesh):
-    if name == "two_outputs" and keras.backend.backend() == "tensorflow":
-        pytest.skip("two outputs of batches that vary: not settled yet")
     on_devices(mesh[0] * mesh[1], check_model, name, mesh)
+
+
+def check_what_layers_add(mesh):
+    """Means over equal shards are those of one device; sums are not."""
+    check(mesh, watched, [data("watched", 4, 8, seed=0)])
+    strategy = keras_ring.DistributedStrategy(
+        data_parallel=mesh[0], sequence_parallel=mesh[1]
+    )
+    if not strategy.world.layers_see_shards:
+        return
+    even, odd = (data("watched", 4, length, seed=0) for length in (8, 7))
+    with strategy.scope():
+        for metric, batch, reason in (
+            (keras.metrics.Sum, even, r"must be a ratio.*metrics \['own'\]"),
+            (keras.metrics.Mean, odd, r"update themselves.*\['own'\]"),
+            (None, odd, r"add_loss in \['watched"),
+        ):
+            with pytest.raises(NotImplementedError, match=reason):
+                watched("ring", metric).train_on_batch(*batch)
+
+
+@pytest.mark.parametrize("mesh", [(1, 4), (2, 2)], ids=["1x4", "2x2"])
+def test_what_layers_add(on_devices, mesh):
+    on_devices(mesh[0] * mesh[1], check_what_layers_add, mesh)

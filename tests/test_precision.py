@@ -1,13 +1,23 @@
 """Training in half precision: a ring of two against one device."""
 
+import collections
+import unittest.mock
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 import keras_ring
-from keras_ring.layers import LanguageModelHead, RingTransformerBlock
+from keras_ring import backends
+from keras_ring.layers import (
+    LanguageModelHead,
+    RingAttention,
+    RingTransformerBlock,
+)
 from keras_ring.losses import ChunkedCrossEntropy
+from tests.attention_layers import GQA, call, fill, normal
+from tests.gradients import vjp
 from tests.language_model import VOCABULARY, WIDTH, batch, initial_weights
 
 HIDDEN = 24
@@ -143,3 +153,84 @@ def check_overflow():
 
 def test_an_overflow_on_one_device_is_one_on_all(on_devices):
     on_devices(2, check_overflow)
+
+
+def position_wise(scale):
+    """A model in which no device has a part in another one's gradients."""
+    tokens = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(VOCABULARY, WIDTH, dtype="mixed_float16")(tokens)
+    x = keras.layers.Dense(VOCABULARY, dtype="mixed_float16")(x)
+    model = keras.Model(tokens, x)
+    model.compile(
+        keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.SGD(0.01), initial_scale=scale
+        ),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    model.set_weights(initial_weights(model))
+    return model
+
+
+def check_overflow_of(index):
+    """Whichever device it is whose gradients alone overflow."""
+    x, y, _ = batch(BATCH, LENGTH)
+    weight = np.zeros((2, BATCH, LENGTH // 2), "float32")
+    weight[index] = 1
+    ring = keras_ring.DistributedStrategy(sequence_parallel=2)
+    with ring.scope():
+        model = position_wise(2.0**40)
+        start = model.get_weights()
+        model.train_on_batch(x, y, sample_weight=np.concatenate(weight, 1))
+        scale = ops.convert_to_numpy(model.optimizer.dynamic_scale)
+        for ours, theirs in zip(model.get_weights(), start, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert scale == 2.0**39
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_overflow_of_any_device(on_devices, index):
+    on_devices(2, check_overflow_of, index)
+
+
+def check_transit():
+    """Keys and values travel in the dtype of the layer, their gradients in
+    that of the sums that they are."""
+    sent = []
+    transport = backends.load().transport.RingTransport
+    start_shift = transport.start_shift
+
+    def recorded(self, tensors, by=1):
+        dtypes = [keras.backend.standardize_dtype(t.dtype) for t in tensors]
+        sent.append(tuple(dtypes))
+        return start_shift(self, tensors, by)
+
+    x = normal(0, BATCH, LENGTH, WIDTH)
+    ring = keras_ring.DistributedStrategy(sequence_parallel=3)
+    with ring.scope():
+        layer = RingAttention(**GQA, causal=True, dtype="mixed_bfloat16")
+        fill(layer, x.shape)
+    weights = [v.value for v in layer.trainable_variables]
+
+    def attend(x):
+        out = call(layer, [x], weights, {})
+        return ops.cast(out, "float32")
+
+    def differentiate(x):
+        return vjp(attend, [x], x)
+
+    keys_and_values, gradients = ("bfloat16",) * 2, ("float32",) * 2
+    with unittest.mock.patch.object(transport, "start_shift", recorded):
+        ring.run(attend, x)
+        assert set(sent) == {keys_and_values}
+        sent.clear()
+        ring.run(differentiate, x)
+        assert set(sent) == {keys_and_values, gradients}
+    if keras.backend.backend() != "jax":
+        # Two hops of the one in each direction, and two and the way home of
+        # the other. (On JAX a loop has one hop, whose dtypes stay the same.)
+        counts = collections.Counter(sent)
+        assert counts[keys_and_values] * 3 == counts[gradients] * 4
+
+
+def test_keys_and_values_travel_in_half_precision(on_devices):
+    on_devices(3, check_transit)

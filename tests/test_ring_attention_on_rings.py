@@ -52,27 +52,27 @@ def ids(seed, *shape):
     return np.sort(draw.integers(0, 4, shape), axis=1).astype("int32")
 
 
-def ring_problem(name):
+def ring_problem(name, queries):
     options, names = RING_CASES[name]
-    keys = 2 * QUERIES if name.startswith("cross") else QUERIES
+    keys = 2 * queries if name.startswith("cross") else queries
     masks = {
-        "query_mask": some(40, BATCH, QUERIES),
+        "query_mask": some(40, BATCH, queries),
         "value_mask": some(41, BATCH, keys),
         "key_mask": some(42, BATCH, keys),
-        "attention_mask": some(43, BATCH, QUERIES, keys),
-        "attention_bias": normal(46, BATCH, 4, QUERIES, keys),
-        "segment_ids": ids(47, BATCH, QUERIES),
+        "attention_mask": some(43, BATCH, queries, keys),
+        "attention_bias": normal(46, BATCH, 4, queries, keys),
+        "segment_ids": ids(47, BATCH, queries),
         "key_segment_ids": ids(48, BATCH, keys),
         "prefix_length": np.array([3, 7], "int32"),
     }
-    inputs = [normal(44, BATCH, QUERIES, WIDTH)]
-    if keys != QUERIES:
+    inputs = [normal(44, BATCH, queries, WIDTH)]
+    if keys != queries:
         inputs.append(normal(45, BATCH, keys, 6))
     return options, inputs, {n: masks[n] for n in names}
 
 
-def check_ring(size, name):
-    options, inputs, masks = ring_problem(name)
+def check_ring(size, name, queries=QUERIES):
+    options, inputs, masks = ring_problem(name, queries)
     shapes = [tensor.shape for tensor in inputs]
     alone = fill(RingAttention(**options), *shapes)
     want = attended(alone, inputs, masks)
@@ -103,6 +103,11 @@ def attended(layer, inputs, masks):
 @pytest.mark.parametrize("name", RING_CASES)
 def test_a_ring_equals_one_device(on_devices, size, name):
     on_devices(size, check_ring, size, name)
+
+
+@pytest.mark.parametrize("name", ["pairs", "soft-cap-bias", "cross-segments"])
+def test_an_odd_length(on_devices, name):
+    on_devices(4, check_ring, 4, name, 7)
 
 
 def check_ring_gradients(size):

@@ -190,9 +190,9 @@ class AttentionAxes:
 def _broadcasts(shape: tuple[Any, ...], target: tuple[Any, ...]) -> bool:
     """Whether known sizes are 1 or those of the target, axis by axis."""
     return len(shape) == len(target) and all(
-        size == 1
-        or not isinstance(size, int)
+        not isinstance(size, int)
         or not isinstance(wanted, int)
+        or size == 1
         or size == wanted
         for size, wanted in zip(shape, target, strict=True)
     )

@@ -90,6 +90,8 @@ class LanguageModelHead(dense_options.DenseOptions, keras.layers.Layer):
         self.accuracy = None
         if accuracy:
             self.accuracy = keras.metrics.Mean(name="accuracy")
+            # It sees what the loss sees, which has no padding.
+            self.accuracy.updated_by_loss = True
         dense_options.keep(
             self,
             {

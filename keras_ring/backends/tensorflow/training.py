@@ -139,8 +139,7 @@ def _step(world: "World", model: Any, name: str) -> Callable[[Any], Any]:
                     raise
                 break
             data, sizes, splits = _cut(world, model, batch)
-            if sizes != (None, None):
-                counting.check_padded(model)
+            counting.check(world, model, padded=sizes != (None, None))
             logs = program(data, sizes, splits)
         return logs
 

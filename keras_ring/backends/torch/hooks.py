@@ -58,7 +58,11 @@ def install(current: Current) -> None:
         ]
         shared: list[counting.Target] = [
             (Trainer, "compute_loss", counting.model_loss),
-            (compile_utils.CompileLoss, "call", counting.compile_loss),
+            (
+                compile_utils.CompileLoss,
+                "call",
+                counting.outputs("_compile_loss"),
+            ),
             (keras.losses.Loss, "__call__", counting.loss),
             (
                 loss_module,
@@ -70,7 +74,7 @@ def install(current: Current) -> None:
             (
                 compile_utils.CompileMetrics,
                 "update_state",
-                counting.compile_metrics,
+                counting.outputs("_compile_metrics"),
             ),
             (
                 compile_utils.MetricsList,

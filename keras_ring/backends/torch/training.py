@@ -100,15 +100,7 @@ class Step(step.Step):
         added = _summed(
             self.world, [variable.value.detach() for variable in variables]
         )
-        copied = self._copied_variables()
         for variable, counts in zip(variables, added, strict=True):
-            copies = copied.get(id(variable), 1)
-            if copies > 1:
-                counts = (
-                    counts / copies
-                    if counts.is_floating_point()
-                    else counts // copies
-                )
             _, before = self._before.pop(id(variable), (None, None))
             variable.assign(counts if before is None else before + counts)
 
@@ -166,31 +158,6 @@ class Step(step.Step):
                 )
         return list(variables.values())
 
-    def _copied_variables(self) -> dict[int, int]:
-        """By what the sum over all processes counts too much, for the
-        variables of metrics that a model updates itself. Those that it was
-        compiled with count every element once."""
-        compiled = self.model._compile_metrics
-        copied = {}
-        for metric in self.model.metrics:
-            if metric is compiled or counting.is_tracker(self.model, metric):
-                continue
-            for inner in _leaf_metrics([metric]):
-                # The quotient of two sums does not mind both too large.
-                if self.copies is None:
-                    if not isinstance(inner, keras.metrics.Mean):
-                        raise NotImplementedError(
-                            "In a model with outputs that carry the sequence "
-                            "and others that do not, metrics that the model "
-                            "updates itself must be means under a strategy. "
-                            f"Received: the metric {inner.name!r}. Give it "
-                            "to `compile`."
-                        )
-                    continue
-                for variable in inner.variables:
-                    copied[id(variable)] = self.copies
-        return copied
-
 
 def run_step(
     world: "World", model: Any, function: Callable[..., Any], batch: Any
@@ -200,8 +167,7 @@ def run_step(
     world.agreement.check(model, batch)
     splits = batches.split_batch(world, model, batch)
     own = Step(world, model, batch, splits)
-    if own.padded:
-        counting.check_padded(model)
+    counting.check(world, model, padded=own.padded)
     previous, world.step = world.step, own
     own.start_metrics()
     try:
@@ -258,16 +224,6 @@ def _build(model: Any, batch: Any, splits: Any) -> None:
         )
 
     model(tree.map_structure(symbol, x, split))
-
-
-def _leaf_metrics(metrics: Sequence[Any]) -> Iterator[Any]:
-    """Metrics without those that only hold others."""
-    for metric in metrics:
-        inner = getattr(metric, "metrics", None)
-        if inner is None:
-            yield metric
-        else:
-            yield from _leaf_metrics(inner)
 
 
 def _summed(
