@@ -147,7 +147,7 @@ def _tensorflow(name, shape, size, dtype):
 
     if size == 1:
         program = tf.function(both, autograph=False, jit_compile=False)
-        return lambda: _ready(program(*tensors))
+        return lambda: ready(program(*tensors))
     import keras_ring
 
     strategy = keras_ring.DistributedStrategy(sequence_parallel=size)
@@ -174,12 +174,12 @@ def _tensorflow(name, shape, size, dtype):
     def step():
         with strategy.scope():
             out, _ = program(*shards)
-            _ready(replicas.experimental_local_results(out))
+            ready(replicas.experimental_local_results(out))
 
     return step
 
 
-def _ready(result):
+def ready(result):
     """Wait for what a program of TensorFlow computes."""
     import tensorflow as tf
 
@@ -303,7 +303,7 @@ def _layer_step(name, shape, dtype):
             cotangent = tf.cast(grad_out, out.dtype)
             return out, tape.gradient(out, [x, *values], cotangent)
 
-        return lambda: _ready(program(x, grad_out))
+        return lambda: ready(program(x, grad_out))
     x, grad_out = (keras.ops.convert_to_tensor(t) for t in (x, grad_out))
     import torch
 
