@@ -98,11 +98,15 @@ def main():
         "--python", default=str(PYTHON), help="of the peers' environment"
     )
     given = parser.parse_args()
+    backends = options.backends(given, tuple(PEERS))
+    if not backends:
+        print("Skipped: nobody else has a ring on " + ", ".join(given.backends))
+        return 0
     if subprocess.run([given.python, "-c", ""], check=False).returncode:
         print(f"Skipped: there is no {given.python}. Run make bench-peers.")
         return 0
     sections, where = [], []
-    for backend in options.backends(given, tuple(PEERS)):
+    for backend in backends:
         sizes, simulated = timing.sizes(
             backend, given.sizes or SIZES[backend], given.cpu
         )
