@@ -40,6 +40,9 @@ def environment(
         "KERAS_BACKEND": backend,
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "OMP_NUM_THREADS": str(threads),
+        # Several processes share an accelerator.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TF_FORCE_GPU_ALLOW_GROWTH": "true",
     }
     if simulated:
         # XLA gives up on a collective early where a machine is busy.
