@@ -116,18 +116,19 @@ class VirtualRing:
             block = self._visit(starts)
             return tuple(kernel.block_forward(query, key, value, block))
 
-        def backward(query, key, value, out, lse, grad_out, grads, starts):
-            delta = numerics.row_delta(out, grad_out, ops.zeros_like(lse))
-            block = self._visit(starts)
+        def delta(out, lse, grad_out):
+            return numerics.row_delta(out, grad_out, ops.zeros_like(lse))
+
+        def backward(query, key, value, rows, grads, starts):
             share = kernel.block_backward(
-                query, key, value, out, lse, delta, grad_out, block
+                query, key, value, *rows, self._visit(starts)
             )
             return tuple(
                 have + new for have, new in zip(grads, share[:3], strict=True)
             )
 
         self._first, self._forward = compiled(first), compiled(forward)
-        self._backward = compiled(backward)
+        self._delta, self._backward = compiled(delta), compiled(backward)
 
     def _visit(self, starts):
         return _block(starts[0], starts[1], self.mask, self.scale)
@@ -148,6 +149,12 @@ class VirtualRing:
 
     def member_backward(self, index):
         """The visits of one member, backward; after everyone's forward."""
+        rows = {}
+        for own in self.spans[index]:
+            out, lse = self.outs[own], self.lses[own]
+            grad_out = self.grad_out[own]
+            delta = self._delta(out, lse, grad_out)
+            rows[own] = out, lse, delta, grad_out
         for pairs in self.visits[index]:
             for queries, keys in pairs:
                 held = (
@@ -162,13 +169,12 @@ class VirtualRing:
                 )
                 found = self._backward(
                     *(self.query[queries], self.key[keys], self.value[keys]),
-                    *(self.outs[queries], self.lses[queries]),
-                    self.grad_out[queries],
+                    rows[queries],
                     tuple(held),
                     places(queries[0], keys[0]),
                 )
-                spans = (("query", queries), ("key", keys), ("value", keys))
-                self.grads.update(zip(spans, found, strict=True))
+                names = (("query", queries), ("key", keys), ("value", keys))
+                self.grads.update(zip(names, found, strict=True))
 
     def run(self):
         """Everybody's forward, then everybody's backward."""
