@@ -26,6 +26,11 @@ NAMES = {
     "efficient": "memory-efficient attention",
     "blockwise": "blockwise attention and feed-forward",
 }
+SHORT_NAMES = {
+    "vanilla": "vanilla",
+    "efficient": "memory-\nefficient",
+    "blockwise": "blockwise",
+}
 FEATURES, LAYERS, VOCABULARY = 256, 2, 256
 # Tokens with which the search begins.
 START = 1024
@@ -130,6 +135,26 @@ def measure_here(kind, size, budget):
     return [found, compiled]
 
 
+def plot(lengths):
+    """Bars of the longest contexts; returns the name of the file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
+    bars = axes.bar(list(lengths), list(lengths.values()), width=0.6)
+    axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+    axes.set(yscale="log", ylabel="tokens")
+    axes.set_title("Longest context under the same memory a device", size=9)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    path = reports.image("context_table")
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+    return path.name
+
+
 def main():
     """Search for every kind of layer and ring and write the report."""
     parser = options.parser(__doc__, backends=("jax",))
@@ -149,7 +174,7 @@ def main():
         return 0
     sides = [(kind, 1) for kind in given.kinds.split(",")]
     sides += [("blockwise", size) for size in given.sizes if size > 1]
-    body, one = [], None
+    body, one, lengths = [], None, {}
     for kind, size in sides:
         print(f"{kind} on {size} ...", flush=True)
         found, compiled = reports.measured(
@@ -163,6 +188,8 @@ def main():
             body.append([NAMES[kind], str(size), "none fits", "", "", ""])
             continue
         length, need = found
+        name = f"ring of {size}" if size > 1 else SHORT_NAMES[kind]
+        lengths[name] = length
         if kind == "blockwise" and size == 1:
             one = length
         body.append(
@@ -199,6 +226,7 @@ def main():
                 f"Adam, under {given.budget:,.0f} MiB a device: arguments, "
                 "results and temporaries, as the compiler counts them. "
                 "Weights are whole on every device.",
+                f"![Longest context]({plot(lengths)})",
                 reports.table(
                     [
                         *("layers", "devices", "context", "MiB a device"),
