@@ -69,7 +69,14 @@ def _in_turn(
         # The order turns, so that nobody always follows the same one.
         names = list(measures)
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            times[name].append(measures[name]())
+            if name not in times:
+                continue
+            try:
+                times[name].append(measures[name]())
+            except RuntimeError as error:
+                # A child that ran out of memory, say. The others go on.
+                print(f"  {name}: left out. {error}", flush=True)
+                del times[name]
     return times
 
 
@@ -152,10 +159,15 @@ class Child:
 
     def ask(self, what: str = "time") -> Any:
         """`"time"`: seconds of one call, the slowest process counts.
-        `"memory"`: bytes that the first process has held at most."""
+        `"memory"`: bytes that the first process has held at most.
+
+        Raises:
+            RuntimeError: if it has ended.
+        """
         for process in self.processes:
-            process.stdin.write(what + "\n")
-            process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(what + "\n")
+                process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> Any:
