@@ -31,7 +31,7 @@ SHORT_NAMES = {
     "efficient": "memory-\nefficient",
     "blockwise": "blockwise",
 }
-FEATURES, LAYERS, VOCABULARY = 256, 2, 256
+FEATURES, LAYERS, VOCABULARY = 256, 4, 256
 # Tokens with which the search begins.
 START = 1024
 # The paper's rows, 7B, in thousands of tokens, and devices.
@@ -89,7 +89,7 @@ def longest(bytes_of, budget):
     return length_at(low), known
 
 
-def decoder(kind):
+def decoder(kind, layer_count):
     """The decoder, compiled."""
     import keras
     from keras import layers
@@ -98,7 +98,7 @@ def decoder(kind):
 
     tokens = keras.Input((None,), dtype="int32")
     x = layers.Embedding(VOCABULARY, FEATURES)(tokens)
-    for _ in range(LAYERS):
+    for _ in range(layer_count):
         x = memory.block(x, kind, FEATURES)
     model = keras.Model(tokens, layers.Dense(VOCABULARY)(x))
     model.compile(
@@ -107,7 +107,7 @@ def decoder(kind):
     return model
 
 
-def measure_here(kind, size, budget):
+def measure_here(kind, size, layer_count, budget):
     """In a child: the longest length that fits, its bytes, and how many
     programs were compiled."""
     import numpy as np
@@ -118,7 +118,7 @@ def measure_here(kind, size, budget):
     strategy = keras_ring.DistributedStrategy(sequence_parallel=size)
     compiled = []
     with strategy.scope():
-        model = decoder(kind)
+        model = decoder(kind, layer_count)
 
         def bytes_of(length):
             batch = np.zeros((1, length), "int32")
@@ -162,19 +162,20 @@ def main():
         "--budget", type=float, default=1024, help="MiB of a device"
     )
     parser.add_argument("--sizes", type=options.numbers, default=[1, 2, 4, 8])
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--kinds", default=",".join(KINDS))
     given = parser.parse_args()
     budget = int(given.budget * 2**20)
     if given.measure:
         kind, size = given.measure.split(":")
-        reports.answer(measure_here(kind, int(size), budget))
+        reports.answer(measure_here(kind, int(size), given.layers, budget))
         return 0
     if "jax" not in given.backends:
         print("Skipped: compiled memory analysis is JAX's.")
         return 0
     sides = [(kind, 1) for kind in given.kinds.split(",")]
     sides += [("blockwise", size) for size in given.sizes if size > 1]
-    body, one, lengths = [], None, {}
+    body, lengths = [], {}
     for kind, size in sides:
         print(f"{kind} on {size} ...", flush=True)
         found, compiled = reports.measured(
@@ -183,6 +184,7 @@ def main():
             size,
             f"--measure={kind}:{size}",
             f"--budget={given.budget}",
+            f"--layers={given.layers}",
         )
         if found is None:
             body.append([NAMES[kind], str(size), "none fits", "", "", ""])
@@ -190,18 +192,19 @@ def main():
         length, need = found
         name = f"ring of {size}" if size > 1 else SHORT_NAMES[kind]
         lengths[name] = length
-        if kind == "blockwise" and size == 1:
-            one = length
         body.append(
             [
                 NAMES[kind] if size == 1 else "ring",
                 str(size),
                 f"{length:,}",
                 f"{need / 2**20:,.0f}",
-                f"{length / one:.2f}" if one else "",
+                length,
                 str(len(compiled)),
             ]
         )
+    one = lengths.get(SHORT_NAMES["blockwise"])
+    for row in body:
+        row[4] = f"{row[4] / one:.2f}" if one and row[4] else ""
     paper = [
         [
             hardware,
@@ -220,7 +223,7 @@ def main():
                     "programs were compiled for simulated CPU devices, "
                     "nothing was run",
                 ),
-                f"A training step of a causal decoder of {LAYERS} layers "
+                f"A training step of a causal decoder of {given.layers} layers "
                 f"({FEATURES} features, 4 heads, feed-forward "
                 f"{4 * FEATURES}, {VOCABULARY} classes), float32, batch 1, "
                 f"Adam, under {given.budget:,.0f} MiB a device: arguments, "
