@@ -136,10 +136,9 @@ def main():
         "\n\n".join(
             [
                 "# Ring against other rings",
-                reports.surroundings(
-                    options.command("peers"), "; ".join(where)
-                ),
-                versions(given.python),
+                reports.surroundings(options.command("peers"), "; ".join(where))
+                + "\n"
+                + versions(given.python),
                 f"Causal, batch 1, {contestants.HEADS} heads, head_dim "
                 f"{contestants.HEAD_DIM}, float32, forward and backward, "
                 f"{given.rounds} rounds. Only times are compared here, not "
