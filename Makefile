@@ -5,9 +5,12 @@ BACKEND ?=
 DEMO_BACKEND := $(or $(BACKEND),jax)
 TEST_BACKENDS := $(or $(BACKEND),jax tensorflow torch)
 KNOWN := jax tensorflow torch
+comma := ,
+space := $(subst ,, )
 
 DEMO := .venv-demo-$(DEMO_BACKEND)
 TEST := .venv-test
+PEERS := .venv-peers
 CODE := keras_ring tests examples benchmarks
 
 # The first Python on the path that every backend has releases for, or else
@@ -25,12 +28,13 @@ PYTHON ?= $(shell \
 N ?= 1000
 SEED ?=
 
-.PHONY: help demo test fuzz lint format clean
+.PHONY: help demo test fuzz lint format clean bench bench-peers
 
 help: ## List the commands
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
-	  | awk -F'\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
-	@echo "demo, test and fuzz take BACKEND=jax, BACKEND=tensorflow or BACKEND=torch."
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
+	  | awk -F'\t' '{ printf "make %-11s %s\n", $$1, $$2 }'
+	@echo "demo, test, fuzz and bench take BACKEND=jax, BACKEND=tensorflow or"
+	@echo "BACKEND=torch, and bench-peers the first and the last of them."
 
 demo: known-backend $(DEMO)/ready ## Train a small language model over simulated devices
 ifeq ($(DEMO_BACKEND),torch)
@@ -54,6 +58,13 @@ fuzz: known-backend $(TEST)/ready ## Compare N=1000 random cases with the oracle
 	  KERAS_BACKEND=$$backend $(TEST)/bin/python -m tests.fuzz --cases $(N) \
 	    $(if $(SEED),--seed $(SEED)) || status=1; \
 	done; exit $$status
+
+bench: known-backend $(TEST)/ready ## Measure everything; reports go to docs/reports
+	$(TEST)/bin/python -m benchmarks $(TEST_BACKENDS)
+
+bench-peers: known-backend $(TEST)/ready $(PEERS)/ready ## Measure against other rings, in .venv-peers
+	$(TEST)/bin/python -m benchmarks.peers \
+	  $(if $(BACKEND),--backends $(subst $(space),$(comma),$(BACKEND)))
 
 lint: $(TEST)/ready ## Check style, format and types
 	$(TEST)/bin/ruff check .
@@ -86,7 +97,18 @@ known-backend:
 .venv-test/ready: pyproject.toml requirements/torch.txt
 	$(make-environment)
 
-define make-environment
+# The peers' own, with their TPU compiler: they are installed without what
+# they ask for, which would bring other builds of the frameworks.
+$(PEERS)/ready: requirements/torch.txt requirements/peers.txt requirements/peers-need.txt
+	$(need-python)
+	@rm -f $@
+	@$(PYTHON) -m venv $(@D) || { rm -rf $(@D); exit 1; }
+	$(@D)/bin/python -m pip install -r requirements/torch.txt
+	$(@D)/bin/python -m pip install -r requirements/peers-need.txt
+	$(@D)/bin/python -m pip install --no-deps -r requirements/peers.txt
+	@touch $@
+
+define need-python
 @if [ -z "$(PYTHON)" ]; then \
   echo "keras_ring needs Python 3.11 or newer, and none of python3,"; \
   echo "python3.13, python3.12, python3.11 on the path is one"; \
@@ -94,6 +116,10 @@ define make-environment
   echo "Install one, or name it: make PYTHON=/path/to/python3.12 ..."; \
   exit 1; \
 fi
+endef
+
+define make-environment
+$(need-python)
 @echo "Making the environment $(@D) with $(PYTHON); the first time this"
 @echo "downloads packages and takes minutes."
 @rm -f $@

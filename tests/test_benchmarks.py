@@ -1,0 +1,96 @@
+"""What the benchmarks calculate; what they measure is never asserted."""
+
+import numpy as np
+import pytest
+
+from benchmarks import context_table, schedule, timing
+from keras_ring import masks
+
+# A loop body that hides one transfer behind a product in a branch, and waits
+# for the other at once.
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%products (p: f32[8,8]) -> f32[8,8] {
+  %p = f32[8,8]{1,0:T(8,128)} parameter(0)
+  ROOT %convolution.1 = f32[8,8]{1,0:T(8,128)} convolution(%p, %p), dim_labels=bf_io->bf
+}
+
+%nothing (q: f32[8,8]) -> f32[8,8] {
+  ROOT %q = f32[8,8]{1,0:T(8,128)} parameter(0)
+}
+
+%body (carry: (bf16[2,8], f32[8,8])) -> (bf16[2,8], f32[8,8]) {
+  %chunk = bf16[2,8]{1,0} parameter(0)
+  %start = (bf16[2,8]{1,0:T(8,128)(2,1)}, bf16[2,8]{1,0}, u32[]{:S(2)}) collective-permute-start(%chunk), channel_id=1
+  %conditional.2 = (f32[8,8]{1,0}) conditional(%index, %a, %b), branch_computations={%products, %nothing}
+  %done = bf16[2,8]{1,0} collective-permute-done(%start), metadata={op_name="jit(step)/transpose(jvp(attention))/ppermute"}
+  %start.1 = (f32[8,8]{1,0}, f32[8,8]{1,0}) collective-permute-start(%x), channel_id=2
+  %done.1 = f32[8,8]{1,0} collective-permute-done(%start.1), metadata={op_name="jit(step)/jvp(attention)/ppermute"}
+  ROOT %tuple = (bf16[2,8]{1,0}, f32[8,8]{1,0}) tuple(%done, %done.1)
+}
+"""  # noqa: E501
+
+
+def test_a_schedule_tells_what_hides_a_transfer():
+    hidden, exposed = schedule.transfers(PROGRAM)
+    assert (hidden.dtype, hidden.bytes, hidden.products) == ("bf16", 32, 1)
+    assert hidden.hides_behind == "a visit"
+    assert hidden.where == "backward, each hop"
+    assert (exposed.dtype, exposed.bytes, exposed.products) == ("f32", 256, 0)
+    assert exposed.hides_behind == "nothing"
+    assert exposed.where == "forward, each hop"
+
+
+def test_a_program_without_a_schedule_is_refused():
+    with pytest.raises(ValueError, match="must be scheduled"):
+        schedule.transfers(PROGRAM.replace("is_scheduled=true", ""))
+
+
+@pytest.mark.parametrize(
+    "bytes_of",
+    [
+        lambda length: 5e7 + 2e4 * length,
+        lambda length: 5e7 + 96.0 * length**2,
+        lambda length: 9e8 + length,
+    ],
+    ids=["linear", "quadratic", "flat"],
+)
+def test_the_longest_length_fits_and_the_next_does_not(bytes_of):
+    length, need = context_table.longest(bytes_of, 2**30)
+    after = context_table.length_at(context_table.place_at(length) + 1)
+    assert need == bytes_of(length) <= 2**30 < bytes_of(after)
+    assert context_table.longest(bytes_of, 1e7) is None
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "balanced"])
+def test_members_share_all_tiles_of_a_causal_mask(kind):
+    from benchmarks import virtual
+
+    size, length = 4, 4096
+    held = [virtual.spans(kind, index, size, length) for index in range(size)]
+    covered = [np.arange(s, s + n) for own in held for s, n in own]
+    assert sorted(np.concatenate(covered)) == list(range(length))
+    work = [
+        sum(
+            virtual.tiles(queries, keys, masks.Causal())
+            for pairs in virtual.visits(
+                kind, index, size, length, masks.Causal()
+            )
+            for queries, keys in pairs
+        )
+        for index in range(size)
+    ]
+    tiles = length // virtual.TILE
+    assert sum(work) == tiles * (tiles + 1) // 2
+    assert (len(set(work)) == 1) == (kind == "balanced")
+
+
+def test_contestants_take_turns_and_ratios_are_paired():
+    calls = []
+    times = timing.interleaved(
+        {name: lambda name=name: calls.append(name) for name in "ab"}, 2
+    )
+    assert "".join(calls) == "ab" + "ab" + "ba"
+    assert {name: len(own) for name, own in times.items()} == {"a": 2, "b": 2}
+    assert timing.ratio([2.0, 9.0, 30.0], [1.0, 3.0, 10.0]) == 3.0
