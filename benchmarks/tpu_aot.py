@@ -36,7 +36,7 @@ MODELS = {"3B": (3200, 32, 26), "7B": (4096, 32, 32)}
 # Bytes of memory of one device that JAX sees (a chip, or a core of it).
 MEMORY = {"v3": 16, "v4": 16, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
 TOPOLOGIES = ("v5e:2x2", "v5e:16x16", "v5p:4x4x4")
-CHUNKS = (4096, 8192)
+CHUNKS = (8192, 24576)
 # The paper's table 3, in thousands of tokens, by chips and model.
 PAPER = {
     ("v5e", 256, "3B"): 4096,
@@ -298,7 +298,7 @@ def report(found, command):
             reports.table(
                 [
                     *("topology", "devices", "model"),
-                    *("block, inputs", "context", "paper"),
+                    *("block, inputs", "context, derived", "paper"),
                 ],
                 model_rows,
             ),
