@@ -3,7 +3,8 @@
 A text of `compiled.as_text()` with `is_scheduled=true` lists the
 instructions of each computation in the order in which they are issued. A
 transfer is `collective-permute-start` to `collective-permute-done`; what
-stands in between runs meanwhile.
+stands in between runs meanwhile. A plain `collective-permute` is synchronous:
+nothing runs meanwhile, and it is a transfer all the same.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import functools
 import re
 
 PRODUCTS = ("convolution", "dot")
+SYNCHRONOUS = "nothing: it is synchronous"
 BYTES = {"f64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2}
 
 _CALLED = re.compile(
@@ -103,6 +105,10 @@ def transfers(text: str) -> list[Transfer]:
     result = []
     for name, instructions in found.items():
         for start, first in enumerate(instructions):
+            if first.opcode == "collective-permute":
+                dtype, size = _payload(first.shape)
+                where = _where(first, _is_entry(name, instructions))
+                result.append(Transfer(where, dtype, size, 0, SYNCHRONOUS))
             if first.opcode != "collective-permute-start":
                 continue
             ended = next(
@@ -120,12 +126,11 @@ def transfers(text: str) -> list[Transfer]:
                 _in_words(i) for i, n in zip(between, counts, strict=True) if n
             ]
             dtype, size = _payload(first.shape)
-            entry = any(i.opcode == "while" for i in instructions) and (
-                "main" in name
-            )
             result.append(
                 Transfer(
-                    where=_where(instructions[ended], entry),
+                    where=_where(
+                        instructions[ended], _is_entry(name, instructions)
+                    ),
                     dtype=dtype,
                     bytes=size,
                     products=sum(counts),
@@ -133,6 +138,10 @@ def transfers(text: str) -> list[Transfer]:
                 )
             )
     return result
+
+
+def _is_entry(name: str, instructions: list[Instruction]) -> bool:
+    return "main" in name and any(i.opcode == "while" for i in instructions)
 
 
 def _payload(shape: str) -> tuple[str, int]:

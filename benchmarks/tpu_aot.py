@@ -19,7 +19,9 @@ are not known.
 """
 
 import argparse
+import collections
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -34,7 +36,7 @@ MODELS = {"3B": (3200, 32, 26), "7B": (4096, 32, 32)}
 # Bytes of memory of one device that JAX sees (a chip, or a core of it).
 MEMORY = {"v3": 16, "v4": 16, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
 TOPOLOGIES = ("v5e:2x2", "v5e:16x16", "v5p:4x4x4")
-CHUNKS = (4096, 8192)
+CHUNKS = (8192, 24576)
 # The paper's table 3, in thousands of tokens, by chips and model.
 PAPER = {
     ("v5e", 256, "3B"): 4096,
@@ -57,23 +59,56 @@ def compiler(given: str | None) -> Path | None:
     return next(iter(sorted(reports.ROOT.glob(pattern))), None)
 
 
+def neighbours(devices):
+    """Chips of a plane as a closed loop: each hop goes to a neighbour.
+
+    Forth and back over the rows without the first column, and home along it.
+
+    Raises:
+        ValueError: for chips that are no plane with an even number of rows,
+            or that are several devices.
+    """
+    at = {tuple(device.coords): device for device in devices}
+    width, height, depth = (max(c[i] for c in at) + 1 for i in range(3))
+    even = depth == 1 and height % 2 == 0 and width > 1
+    if not even or len(at) != len(devices) or len(at) != width * height:
+        raise ValueError(
+            "A loop is known for a plane of chips with an even number of "
+            "rows, each one device. Received: "
+            f"{len(devices)} devices on {width} x {height} x {depth} chips. "
+            "Use --orders listed."
+        )
+    path = [(0, 0, 0)]
+    for y in range(height):
+        row = range(1, width)
+        path += [(x, y, 0) for x in (reversed(row) if y % 2 else row)]
+    path += [(0, y, 0) for y in range(height - 1, 0, -1)]
+    return [at[place] for place in path]
+
+
+ORDERS = {"listed": list, "loop": neighbours}
+
+
 def ring_over(devices):
     """A strategy whose ring goes over devices that are not here.
 
     A world over one device of this process, told of another mesh: what it
     traces is the program of that mesh. The mesh has the names that
     `keras_ring` gives its axes.
+
+    Args:
+        devices: in the order of the ring.
     """
     import jax
-    from jax.experimental import mesh_utils
+    import numpy as np
 
     import keras_ring
 
     strategy = keras_ring.DistributedStrategy(sequence_parallel=1)
-    shape = (1, len(devices), 1)
-    placed = mesh_utils.create_device_mesh(shape, list(devices))
     world = strategy.world
-    world.mesh = jax.sharding.Mesh(placed, ("batch", "seq", "model"))
+    world.mesh = jax.sharding.Mesh(
+        np.array(devices).reshape(1, -1, 1), ("batch", "seq", "model")
+    )
     world.sequence_size = len(devices)
     return strategy
 
@@ -124,7 +159,7 @@ def compiled_block(strategy, model, length):
         return program.lower(weights, x).compile()
 
 
-def measure_here(topology, model, chunk):
+def measure_here(topology, model, chunk, order):
     """In a child: compile one step; bytes of a device and the schedule."""
     from jax.experimental import topologies
 
@@ -132,12 +167,15 @@ def measure_here(topology, model, chunk):
     described = topologies.get_topology_desc(
         topology, platform="tpu", chips_per_host_bounds=(2, 2, 1)
     )
-    devices = described.devices
+    devices = ORDERS[order](described.devices)
     length = chunk * len(devices)
     compiled = compiled_block(ring_over(devices), model, length)
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     full = re.findall(rf"\w+\[(?:\d+,)*{length}(?:,\d+)*\]", text)
+    width = MODELS[model][0]
+    if length in (width, 4 * width):
+        full = ["not told: a weight has that size"]
     return [
         {
             "devices": len(devices),
@@ -176,7 +214,7 @@ def whole_model(topology, model, rows):
 
 def report(found, command):
     """Write the report; returns its file."""
-    bytes_rows, model_rows, hop_rows, exposed = [], [], [], []
+    bytes_rows, model_rows, hop_rows, verdicts = [], [], [], []
     for (topology, model), rows in found.items():
         for row in rows:
             bytes_rows.append(
@@ -207,19 +245,25 @@ def report(found, command):
                 ]
             )
         last = rows[-1]
-        for row in last["transfers"]:
-            hop_rows.append(
-                [
-                    topology,
-                    model,
-                    row["where"],
-                    f"{row['bytes'] / MEBI:.1f} ({row['dtype']})",
-                    str(row["products"]),
-                    row["hides_behind"],
-                ]
+        # Keys and values, and their gradients, travel in pairs alike.
+        lines = collections.Counter(
+            (
+                row["where"],
+                f"{row['bytes'] / MEBI:.1f} ({row['dtype']})",
+                str(row["products"]),
+                row["hides_behind"],
             )
-            if not row["products"]:
-                exposed.append(f"{topology} {model}: {row['where']}")
+            for row in last["transfers"]
+        )
+        hop_rows += [
+            [topology, model, line[0], str(count), *line[1:]]
+            for line, count in lines.items()
+        ]
+        hidden = sum(row["products"] > 0 for row in last["transfers"])
+        verdicts.append(
+            f"- {topology}, {model}: {hidden} of {len(last['transfers'])} "
+            "transfers have products between start and end."
+        )
     sections = [
         "# Compiled for TPUs",
         reports.surroundings(
@@ -229,7 +273,9 @@ def report(found, command):
         '`remat="block"`, bfloat16) of the width of the named model, batch 1, '
         "forward and backward, one ring over all devices. Weights are whole "
         "on every device here; they are the arguments. A TPU v3 or v4 chip "
-        "is two devices.",
+        "is two devices. `listed` is the ring in the order in which JAX lists "
+        "the devices, what a strategy takes by default; `loop` is a closed "
+        "loop of neighbouring chips (`DistributedStrategy(devices=...)`).",
         "## Bytes a device",
         reports.table(
             [
@@ -252,7 +298,7 @@ def report(found, command):
             reports.table(
                 [
                     *("topology", "devices", "model"),
-                    *("block, inputs", "context", "paper"),
+                    *("block, inputs", "context, derived", "paper"),
                 ],
                 model_rows,
             ),
@@ -267,20 +313,19 @@ def report(found, command):
         "and has no visit to hide behind.",
         reports.table(
             [
-                *("topology", "model", "where", "MiB"),
+                *("topology", "model", "where", "transfers", "MiB each"),
                 *("products in between", "hides behind"),
             ],
             hop_rows,
         ),
     ]
-    sections.append(
-        "Nothing is computed during: " + "; ".join(exposed) + "."
-        if exposed
-        else "Every transfer has matrix products between its start and its "
-        "end. Whether it takes longer than they do, a compilation does not "
-        "tell; and where a causal mask empties a visit, the branch that is "
-        "taken has none: that member waits for its neighbours' visits."
-    )
+    sections += [
+        "\n".join(verdicts),
+        "Whether a transfer takes longer than what stands in between, a "
+        "compilation does not tell; and where a causal mask empties a visit, "
+        "the branch that is taken has no products: that member waits for its "
+        "neighbours' visits. A synchronous transfer hides behind nothing.",
+    ]
     return reports.write("tpu_aot", "\n\n".join(sections))
 
 
@@ -294,12 +339,18 @@ def main():
         default=",".join(map(str, CHUNKS)),
         help="positions of one device",
     )
+    parser.add_argument(
+        "--orders",
+        default=",".join(ORDERS),
+        help="of the ring: as JAX lists the devices, which is what a strategy "
+        "takes by default, or a closed loop of neighbours (planes only)",
+    )
     parser.add_argument("--libtpu", help="libtpu.so, if it is not found")
     parser.add_argument("--measure", help="for the children")
     options = parser.parse_args()
     if options.measure:
-        topology, model, chunk = options.measure.split("/")
-        reports.answer(measure_here(topology, model, int(chunk)))
+        topology, model, chunk, order = options.measure.split("/")
+        reports.answer(measure_here(topology, model, int(chunk), order))
         return 0
     library = compiler(options.libtpu)
     if library is None or not library.exists():
@@ -316,28 +367,36 @@ def main():
     }
     os.environ.pop("TPU_WORKER_HOSTNAMES", None)
     found = {}
-    for topology in options.topologies.split(","):
-        for model in options.models.split(","):
-            for chunk in options.chunks.split(","):
-                print(f"{topology}: {model}, chunks of {chunk} ...", flush=True)
-                try:
-                    (row,) = reports.measured(
-                        "benchmarks.tpu_aot",
-                        "jax",
-                        1,
-                        f"--measure={topology}/{model}/{chunk}",
-                        variables=variables,
-                    )
-                except subprocess.CalledProcessError as error:
-                    # Out of memory, most likely: it says so above.
-                    print(f"  left out. {error}", flush=True)
-                    continue
-                print(
-                    f"  {row['temporary'] / MEBI:,.0f} MiB temporary, "
-                    f"{row['seconds']:.0f} s",
-                    flush=True,
-                )
-                found.setdefault((topology, model), []).append(row)
+    for topology, model, order, chunk in itertools.product(
+        options.topologies.split(","),
+        options.models.split(","),
+        options.orders.split(","),
+        options.chunks.split(","),
+    ):
+        print(
+            f"{topology}, {order}: {model}, chunks of {chunk} ...", flush=True
+        )
+        try:
+            (row,) = reports.measured(
+                "benchmarks.tpu_aot",
+                "jax",
+                1,
+                f"--measure={topology}/{model}/{chunk}/{order}",
+                variables=variables,
+            )
+        except subprocess.CalledProcessError as error:
+            # Out of memory, or no loop is known: it says so above.
+            print(f"  left out. {error}", flush=True)
+            continue
+        print(
+            f"  {row['temporary'] / MEBI:,.0f} MiB temporary, "
+            f"{row['seconds']:.0f} s",
+            flush=True,
+        )
+        found.setdefault((f"{topology}, {order}", model), []).append(row)
+    if not found:
+        print("Nothing was compiled.")
+        return 1
     command = " ".join(["python -m benchmarks.tpu_aot", *sys.argv[1:]])
     print(report(found, command).relative_to(reports.ROOT))
     return 0

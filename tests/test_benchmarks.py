@@ -1,9 +1,11 @@
 """What the benchmarks calculate; what they measure is never asserted."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from benchmarks import context_table, schedule, timing
+from benchmarks import context_table, schedule, timing, tpu_aot
 from keras_ring import masks
 
 # A loop body that hides one transfer behind a product in a branch, and waits
@@ -27,19 +29,34 @@ HloModule jit_step, is_scheduled=true, num_partitions=4
   %done = bf16[2,8]{1,0} collective-permute-done(%start), metadata={op_name="jit(step)/transpose(jvp(attention))/ppermute"}
   %start.1 = (f32[8,8]{1,0}, f32[8,8]{1,0}) collective-permute-start(%x), channel_id=2
   %done.1 = f32[8,8]{1,0} collective-permute-done(%start.1), metadata={op_name="jit(step)/jvp(attention)/ppermute"}
+  %ppermute.3 = f32[4,8]{1,0} collective-permute(%y), channel_id=3, metadata={op_name="jit(step)/jvp(attention)/ppermute"}
   ROOT %tuple = (bf16[2,8]{1,0}, f32[8,8]{1,0}) tuple(%done, %done.1)
 }
 """  # noqa: E501
 
 
 def test_a_schedule_tells_what_hides_a_transfer():
-    hidden, exposed = schedule.transfers(PROGRAM)
+    hidden, exposed, synchronous = schedule.transfers(PROGRAM)
     assert (hidden.dtype, hidden.bytes, hidden.products) == ("bf16", 32, 1)
     assert hidden.hides_behind == "a visit"
     assert hidden.where == "backward, each hop"
     assert (exposed.dtype, exposed.bytes, exposed.products) == ("f32", 256, 0)
     assert exposed.hides_behind == "nothing"
     assert exposed.where == "forward, each hop"
+    assert (synchronous.bytes, synchronous.products) == (128, 0)
+    assert synchronous.hides_behind == schedule.SYNCHRONOUS
+
+
+def test_a_loop_of_chips_closes_over_neighbours():
+    devices = [
+        SimpleNamespace(coords=(x, y, 0)) for y in range(4) for x in range(6)
+    ]
+    ring = [device.coords for device in tpu_aot.neighbours(devices)]
+    assert sorted(ring) == sorted(device.coords for device in devices)
+    for here, there in zip(ring, [*ring[1:], ring[0]], strict=True):
+        assert sum(abs(a - b) for a, b in zip(here, there, strict=True)) == 1
+    with pytest.raises(ValueError, match="even number of rows"):
+        tpu_aot.neighbours(devices[:18])
 
 
 def test_a_program_without_a_schedule_is_refused():
