@@ -24,8 +24,8 @@ def counted(kind, size, length):
     mask = masks.Causal()
     return [
         [
-            sum(virtual.tiles(queries, keys, mask) for queries, keys in pairs)
-            for pairs in virtual.visits(kind, index, size, length, mask)
+            virtual.tiles(kind, index, source, size, length, mask)
+            for source in virtual.visits(kind, index, size, length, mask)
         ]
         for index in range(size)
     ]
@@ -40,8 +40,6 @@ def measure_here(kind, size, length, rounds, limit):
 
     def member(index):
         def visits():
-            for key in ring.spans[index]:
-                ring.outs.pop(key, None)
             ring.member_forward(index)
             ring.wait()
             ring.member_backward(index)

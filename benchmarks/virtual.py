@@ -12,63 +12,56 @@ import numpy as np
 from keras import ops
 
 from benchmarks import contestants
-from keras_ring import backends, masks, numerics, placement
+from keras_ring import backends, kernels, masks, numerics, placement
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import TILE, Block
+from keras_ring.tiling import TILE, Block, Side, relations
 
 PLACEMENTS = ("contiguous", "balanced")
 
 
 def spans(kind, index, size, length):
-    """The positions that a member holds, as `(start, length)` pairs.
-
-    `keras_ring.placement.spans(kind, index, size, length)` is asked where
-    there is one; here stands what it would say.
-    """
-    asked = getattr(placement, "spans", None)
-    if asked is not None:
-        return asked(kind, index, size, length)
+    """The positions that a member holds, as `(start, length)` pairs in the
+    order in which they stand in its chunk."""
     chunk = length // size
-    if kind == "contiguous":
-        return [(placement.start(index, chunk), chunk)]
-    half = chunk // 2
-    return [(index * half, half), ((2 * size - 1 - index) * half, half)]
+    starts = placement.starts(index, chunk, size, kind == "balanced")
+    return [(start, chunk // len(starts)) for start in starts]
 
 
 def visits(kind, index, size, length, mask):
-    """What visits a member, hop by hop: lists of pairs of spans of which
-    some entry is allowed."""
+    """Whose chunk visits a member, hop by hop; None where no pair of the
+    visit is allowed."""
     found = []
     for hop in range(size):
         source = placement.source(index, hop, size)
-        found.append(
-            [
-                (queries, keys)
-                for queries in spans(kind, index, size, length)
-                for keys in spans(kind, source, size, length)
-                if _block(queries[0], keys[0], mask).relation(
-                    queries[1], keys[1]
-                )[0]
-            ]
-        )
+        block = _block(*_starts(kind, index, source, size, length), mask)
+        some, _ = block.relation(length // size, length // size)
+        found.append(source if some else None)
     return found
 
 
-def tiles(queries, keys, mask):
-    """Tiles of a pair of spans that are computed."""
-    count = 0
-    for row in range(queries[0], queries[0] + queries[1], TILE):
-        for column in range(keys[0], keys[0] + keys[1], TILE):
-            rows = min(TILE, queries[0] + queries[1] - row)
-            columns = min(TILE, keys[0] + keys[1] - column)
-            some, _ = _block(row, column, mask).relation(rows, columns)
-            count += bool(some)
-    return count
+def tiles(kind, index, source, size, length, mask):
+    """Tiles of a visit that are computed."""
+    if source is None:
+        return 0
+    sides = [
+        Side(starts, length // size, TILE)
+        for starts in _starts(kind, index, source, size, length)
+    ]
+    some, _ = relations(mask, *sides)
+    shape = [side.count for side in sides]
+    return int(np.broadcast_to(some, shape).sum())
 
 
-def _block(query_start, key_start, mask, scale=1.0):
+def _starts(kind, index, source, size, length):
+    return [
+        tuple(start for start, _ in spans(kind, member, size, length))
+        for member in (index, source)
+    ]
+
+
+def _block(query_starts, key_starts, mask, scale=1.0):
     scoring = Scoring(scale=scale, mask=mask)
-    return Block(query_start=query_start, key_start=key_start, scoring=scoring)
+    return Block(tuple(query_starts), tuple(key_starts), scoring)
 
 
 class VirtualRing:
@@ -81,48 +74,44 @@ class VirtualRing:
         kind="contiguous",
         heads=contestants.HEADS,
         head_dim=contestants.HEAD_DIM,
+        dtype="float32",
     ):
         self.size = size
-        self.mask = masks.Causal()
-        self.scale = head_dim**-0.5
+        mask, scale = masks.Causal(), head_dim**-0.5
         shape = (1, heads, length, head_dim)
-        query, key, value, grad_out = contestants.draw(shape)
-        self.spans = [spans(kind, i, size, length) for i in range(size)]
-        self.visits = [
-            visits(kind, i, size, length, self.mask) for i in range(size)
+        self.places = [
+            np.concatenate([np.arange(s, s + n) for s, n in own])
+            for own in (spans(kind, i, size, length) for i in range(size))
         ]
-
-        def cut(tensor):
-            return {
-                (start, count): ops.convert_to_tensor(
-                    tensor[:, :, start : start + count]
-                )
-                for own in self.spans
-                for start, count in own
-            }
-
+        self.starts = [
+            places(*(start for start, _ in spans(kind, i, size, length)))
+            for i in range(size)
+        ]
+        self.visits = [visits(kind, i, size, length, mask) for i in range(size)]
         self.query, self.key, self.value, self.grad_out = (
-            cut(tensor) for tensor in (query, key, value, grad_out)
+            [
+                ops.convert_to_tensor(tensor[:, :, own], dtype)
+                for own in self.places
+            ]
+            for tensor in contestants.draw(shape)
         )
-        self.outs, self.lses, self.grads = {}, {}, {}
-        kernel = backends.load().kernel.KERNEL
-
-        def forward(query, key, value, out, lse, starts):
-            block = self._visit(starts)
-            partial = kernel.block_forward(query, key, value, block)
-            return tuple(numerics.merge(numerics.Partial(out, lse), partial))
+        self.parts, self.rows, self.grads = {}, {}, {}
+        kernel = kernels.choose(dtype, device())
 
         def first(query, key, value, starts):
-            block = self._visit(starts)
+            block = _block(*starts, mask, scale)
             return tuple(kernel.block_forward(query, key, value, block))
+
+        def forward(query, key, value, part, starts):
+            new = numerics.Partial(*first(query, key, value, starts))
+            return tuple(numerics.merge(numerics.Partial(*part), new))
 
         def delta(out, lse, grad_out):
             return numerics.row_delta(out, grad_out, ops.zeros_like(lse))
 
         def backward(query, key, value, rows, grads, starts):
-            share = kernel.block_backward(
-                query, key, value, *rows, self._visit(starts)
-            )
+            block = _block(*starts, mask, scale)
+            share = kernel.block_backward(query, key, value, *rows, block)
             return tuple(
                 have + new for have, new in zip(grads, share[:3], strict=True)
             )
@@ -130,55 +119,44 @@ class VirtualRing:
         self._first, self._forward = compiled(first), compiled(forward)
         self._delta, self._backward = compiled(delta), compiled(backward)
 
-    def _visit(self, starts):
-        return _block(starts[0], starts[1], self.mask, self.scale)
-
     def member_forward(self, index):
         """The visits of one member, forward."""
-        for pairs in self.visits[index]:
-            for queries, keys in pairs:
-                tensors = self.query[queries], self.key[keys], self.value[keys]
-                starts = places(queries[0], keys[0])
-                if queries not in self.outs:
-                    found = self._first(*tensors, starts)
-                else:
-                    found = self._forward(
-                        *tensors, self.outs[queries], self.lses[queries], starts
-                    )
-                self.outs[queries], self.lses[queries] = found
+        self.parts.pop(index, None)
+        for source in self.visits[index]:
+            if source is None:
+                continue
+            tensors = self.query[index], self.key[source], self.value[source]
+            starts = self.starts[index], self.starts[source]
+            part = self.parts.get(index)
+            self.parts[index] = (
+                self._first(*tensors, starts)
+                if part is None
+                else self._forward(*tensors, part, starts)
+            )
 
     def member_backward(self, index):
         """The visits of one member, backward; after everyone's forward."""
-        rows = {}
-        for own in self.spans[index]:
-            out, lse = self.outs[own], self.lses[own]
-            grad_out = self.grad_out[own]
-            delta = self._delta(out, lse, grad_out)
-            rows[own] = out, lse, delta, grad_out
-        for pairs in self.visits[index]:
-            for queries, keys in pairs:
-                held = (
-                    self.grads.setdefault(
-                        (name, span), ops.zeros_like(tensors[span])
-                    )
-                    for name, tensors, span in (
-                        ("query", self.query, queries),
-                        ("key", self.key, keys),
-                        ("value", self.value, keys),
-                    )
-                )
-                found = self._backward(
-                    *(self.query[queries], self.key[keys], self.value[keys]),
-                    rows[queries],
-                    tuple(held),
-                    places(queries[0], keys[0]),
-                )
-                names = (("query", queries), ("key", keys), ("value", keys))
-                self.grads.update(zip(names, found, strict=True))
+        out, lse = self.parts[index]
+        grad_out = ops.cast(self.grad_out[index], out.dtype)
+        rows = out, lse, self._delta(out, lse, grad_out), grad_out
+        for source in self.visits[index]:
+            if source is None:
+                continue
+            tensors = self.query[index], self.key[source], self.value[source]
+            names = ("query", index), ("key", source), ("value", source)
+            held = tuple(
+                self.grads[name]
+                if name in self.grads
+                else ops.zeros(tensor.shape, out.dtype)
+                for name, tensor in zip(names, tensors, strict=True)
+            )
+            starts = self.starts[index], self.starts[source]
+            found = self._backward(*tensors, rows, held, starts)
+            self.grads.update(zip(names, found, strict=True))
 
     def run(self):
         """Everybody's forward, then everybody's backward."""
-        self.outs, self.lses, self.grads = {}, {}, {}
+        self.parts, self.grads = {}, {}
         for index in range(self.size):
             self.member_forward(index)
         for index in range(self.size):
@@ -187,22 +165,32 @@ class VirtualRing:
 
     def wait(self):
         """Until everything that was issued is computed."""
-        done(list(self.outs.values()) + list(self.grads.values()))
+        outs = [out for out, _ in self.parts.values()]
+        done(outs + list(self.grads.values()))
 
     def result(self):
         """Everything as NumPy arrays of the whole sequence."""
+        order = np.argsort(np.concatenate(self.places))
 
         def whole(parts):
-            return np.concatenate(
-                [ops.convert_to_numpy(parts[span]) for span in sorted(parts)],
-                axis=2,
-            )
+            arrays = [ops.convert_to_numpy(part) for part in parts]
+            return np.concatenate(arrays, axis=2)[:, :, order]
 
-        named = {
-            name: {s: g for (n, s), g in self.grads.items() if n == name}
-            for name in ("query", "key", "value")
-        }
-        return [whole(self.outs), *(whole(named[name]) for name in named)]
+        members = range(self.size)
+        return [
+            whole(self.parts[index][0] for index in members),
+            *(
+                whole(self.grads[name, index] for index in members)
+                for name in ("query", "key", "value")
+            ),
+        ]
+
+
+def device():
+    """The kind of device that tensors are on by default, for
+    `kernels.choose`."""
+    kernel = backends.load().kernel.KERNEL
+    return kernel.device(ops.zeros(()))
 
 
 def places(*starts):

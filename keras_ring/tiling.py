@@ -22,7 +22,7 @@ from keras_ring.scoring import Scoring
 
 Tensor = Any
 
-TILE = 256
+TILE = 512
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,9 +125,10 @@ class Side:
 
     def spans(self, shape: tuple[int, int]) -> Span:
         """The positions of all tiles, as arrays of a shape."""
-        numbers = *self.starts, self.tiles_of_part
-        if all(isinstance(number, int) for number in numbers):
-            inside = self.tile * np.arange(self.tiles_of_part)
+        count = self.tiles_of_part
+        if all(isinstance(number, int) for number in (*self.starts, count)):
+            # Of a single tile the length need not be known.
+            inside = np.arange(count) * (self.tile if count > 1 else 1)
             firsts = [start + inside for start in self.starts]
             first: Any = np.concatenate(firsts).reshape(shape)
         else:

@@ -16,7 +16,7 @@ import numpy as np
 from keras import ops
 
 import keras_ring
-from keras_ring import masks
+from keras_ring import config, masks, tiling
 from tests import reference, rounding, worlds
 from tests.gradients import vjp
 
@@ -30,13 +30,15 @@ MESHES = [
 # are padded inside.
 LENGTHS = [(24, 24), (48, 48), (24, 48), (48, 24), (96, 96), (24, 120)]
 LENGTHS += [(1, 1), (7, 7), (3, 40), (23, 50), (50, 7), (7, 8), (97, 97)]
-# More than one tile of the kernel on each device of a small ring.
+# For the fused kernels' rectangles.
 LONG = [(528, 528), (600, 312)]
 # (heads, key_heads).
 HEADS = [(1, 1), (2, 2), (2, 1), (4, 2), (6, 2)]
 # (head_dim, value_dim).
 DIMS = [(8, 8), (16, 16), (8, 4), (4, 12), (32, 32)]
 DTYPES = ["float32"] * 4 + ["float64", "bfloat16", "bfloat16", "float16"]
+# Positions of a tile; the package's own holds most chunks of here whole.
+TILES = [16, 64, tiling.TILE]
 SCALES = [None, None, None, 0.7, 0.05, -0.3]
 
 # The bound leaves out terms of second order and the odd operation.
@@ -73,6 +75,8 @@ class Program:
     dropout: float
     return_lse: bool
     balance: bool | str
+    tile: int
+    kernel: str
 
     @property
     def devices(self):
@@ -117,6 +121,8 @@ def draw_program(seed, number):
         dropout=one_of([0.0, 0.0, 0.1, 0.5]),
         return_lse=chance(0.6),
         balance=one_of(["auto", True, True]),
+        tile=one_of(TILES[1:] if long else TILES),
+        kernel=one_of(["auto", "auto", "blockwise"]),
     )
 
 
@@ -460,6 +466,19 @@ def check_dtype(name, tensor, dtype):
 
 
 @contextlib.contextmanager
+def computed(program):
+    """With tiles of the program's size and the kernel that it names."""
+    tile, kernel = tiling.TILE, config.kernel()
+    tiling.TILE = program.tile
+    config.set_kernel(program.kernel)
+    try:
+        yield
+    finally:
+        tiling.TILE = tile
+        config.set_kernel(kernel)
+
+
+@contextlib.contextmanager
 def precision(dtype):
     """JAX computes in float64 only where it is told to."""
     if keras.backend.backend() == "jax" and dtype == "float64":
@@ -484,7 +503,7 @@ def check_cases(seed, number, cases):
     for case in cases:
         data = draw_case(program, seed, number, case)
         try:
-            with precision(program.dtype):
+            with precision(program.dtype), computed(program):
                 if compiled is None:
                     compiled = Compiled(program, list(data))
                 got = compiled.call(list(data.values()))

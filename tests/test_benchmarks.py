@@ -90,11 +90,10 @@ def test_members_share_all_tiles_of_a_causal_mask(kind):
     assert sorted(np.concatenate(covered)) == list(range(length))
     work = [
         sum(
-            virtual.tiles(queries, keys, masks.Causal())
-            for pairs in virtual.visits(
+            virtual.tiles(kind, index, source, size, length, masks.Causal())
+            for source in virtual.visits(
                 kind, index, size, length, masks.Causal()
             )
-            for queries, keys in pairs
         )
         for index in range(size)
     ]

@@ -42,6 +42,9 @@ def test_the_draws_reach_every_option():
         values = {bool(getattr(p, name)) for p in programs}
         assert values == {False, True}, name
     assert {p.dtype for p in programs} == set(differential.DTYPES)
+    assert {p.tile for p in programs} == set(differential.TILES)
+    assert {p.kernel for p in programs} == {"auto", "blockwise"}
+    assert {p.balance for p in programs} == {"auto", True}
     sizes = {p.mesh for p in programs}
     assert sizes == {
         m for m in differential.MESHES if m[0] * m[1] <= worlds.DEVICES
