@@ -14,6 +14,7 @@ SUITE = (
 )
 # Of one framework, or of all together.
 JAX_ONLY = ("context_table", "tpu_aot")
+TORCH_ONLY = ("overlap",)
 OF_ALL = ("memory", "precision")
 
 
@@ -22,6 +23,8 @@ def commands(backends: list[str]) -> list[list[str]]:
     found = [[name, "--backends", ",".join(backends)] for name in SUITE]
     if "jax" in backends:
         found += [[name] for name in JAX_ONLY]
+    if "torch" in backends:
+        found += [[name] for name in TORCH_ONLY]
     if set(backends) == set(options.BACKENDS):
         found += [[name] for name in OF_ALL]
     return found

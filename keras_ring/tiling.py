@@ -128,7 +128,8 @@ class Side:
         count = self.tiles_of_part
         if all(isinstance(number, int) for number in (*self.starts, count)):
             # Of a single tile the length need not be known.
-            inside = np.arange(count) * (self.tile if count > 1 else 1)
+            inside: Any = np.arange(count)
+            inside = inside * (self.tile if count > 1 else 1)
             firsts = [start + inside for start in self.starts]
             first: Any = np.concatenate(firsts).reshape(shape)
         else:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import context_table, schedule, timing, tpu_aot
+from benchmarks import context_table, overlap, schedule, timing, tpu_aot
 from keras_ring import masks
 
 # A loop body that hides one transfer behind a product in a branch, and waits
@@ -100,6 +100,20 @@ def test_members_share_all_tiles_of_a_causal_mask(kind):
     tiles = length // virtual.TILE
     assert sum(work) == tiles * (tiles + 1) // 2
     assert (len(set(work)) == 1) == (kind == "balanced")
+
+
+def test_a_transfer_is_hidden_while_attention_is_computed():
+    found = [
+        ["forward", 0, 0.0, 10.0],
+        ["recv", 64, 2.0, 12.0],
+        ["send", 64, 2.0, 12.0],
+        ["backward", 0, 11.0, 30.0],
+        ["recv", 32, 31.0, 35.0],
+    ]
+    assert overlap.transfers(found) == [
+        (64, 2.0, 12.0, 9.0),
+        (32, 31.0, 35.0, 0.0),
+    ]
 
 
 def test_contestants_take_turns_and_ratios_are_paired():
