@@ -23,9 +23,11 @@ def set_kernel(name: str) -> None:
     Args:
         name: "auto" for the fastest kernel that is there and agrees with
             "blockwise" on a small problem; or the name of one, which is then
-            used without that check. "blockwise" is there on every backend,
-            "flash" on PyTorch, where it computes on CPUs what its operation
-            can and leaves the rest to "blockwise".
+            used without that check. "blockwise" is there on every backend.
+            PyTorch has fused kernels too, which leave to "blockwise" what
+            their operations cannot compute: "flash" on CPUs, and on CUDA
+            devices "cudnn" and "cuda_flash" in half precision and
+            "efficient" in float32 as well.
 
     Returns:
         None.

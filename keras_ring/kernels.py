@@ -27,8 +27,14 @@ Kernel = Any
 Tensor = Any
 
 # Largest difference, relative to the largest entry or to 1. Sums of some
-# hundred products carry about 1e-6 in float32 and 1e-14 in float64.
-TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
+# hundred products carry about 1e-6 in float32 and 1e-14 in float64; a kernel
+# that rounds to half precision on the way has four units in the last place.
+TOLERANCE = {
+    "float64": 1e-12,
+    "float32": 2e-5,
+    "float16": 2.0**-8,
+    "bfloat16": 2.0**-5,
+}
 
 # Keys for more than one block of every kernel known, and no multiple of one.
 QUERIES, KEYS, HEADS, KEY_HEADS, DEPTH = 300, 520, 2, 1, 16
@@ -52,7 +58,7 @@ def choose(dtype: str, device: str | None = None) -> Kernel:
     *others, reference = kernels
     dtype = keras.backend.standardize_dtype(dtype)
     for kernel in others:
-        if kernel.available(device) and agrees(
+        if kernel.available(device, dtype) and agrees(
             kernel, reference, dtype, device
         ):
             return kernel
@@ -101,7 +107,7 @@ def _differences(
         "full": None,
         "causal": Causal() & Padding(valid),
     }
-    limit = TOLERANCE[accumulate]
+    limit = TOLERANCE[dtype if kernel.rounds(dtype) else accumulate]
     for name, mask in masks.items():
         block = Block((0,), (0,), Scoring(scale=DEPTH**-0.5, mask=mask))
         parts = [

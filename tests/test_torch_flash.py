@@ -212,7 +212,7 @@ class Visit:
             for a in (whole.out, whole.lse, grad_lse)
         )
 
-    def check(self, kernel):
+    def check(self, kernel, tolerance=None):
         """Compare forward and backward of a kernel with the oracle."""
         part = kernel.block_forward(*self.inputs, self.block)
         delta = numerics.row_delta(
@@ -221,7 +221,7 @@ class Visit:
         grads = kernel.block_backward(
             *self.inputs, self.out, self.lse, delta, self.grad_out, self.block
         )
-        tolerance = TOLERANCE[self.case.dtype]
+        least = tolerance = tolerance or TOLERANCE[self.case.dtype]
         for found, wanted in (
             (part._asdict(), self.forward),
             (grads._asdict(), self.backward),
@@ -231,8 +231,12 @@ class Visit:
                 assert have.dtype == numerics.accumulation_dtype(
                     self.case.dtype
                 )
+                if least > TOLERANCE[self.case.dtype]:
+                    # Rounded before it was summed.
+                    finite = np.where(np.isfinite(want), want, 0.0)
+                    tolerance = least * max(1.0, np.abs(finite).max())
                 np.testing.assert_allclose(
-                    have, want, tolerance, tolerance, err_msg=name
+                    have, want, least, tolerance, err_msg=name
                 )
 
 
@@ -272,9 +276,10 @@ def operations(monkeypatch):
 
 
 def flash(otherwise: Kernel):
-    from keras_ring.backends.torch.flash import FlashKernel
+    from keras_ring.backends.torch.flash import CpuFlash
+    from keras_ring.backends.torch.fused import FusedKernel
 
-    return FlashKernel(otherwise)
+    return FusedKernel("flash", otherwise, CpuFlash())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -416,4 +421,5 @@ def test_an_operation_that_is_not_there_is_not_offered(automatic, monkeypatch):
 def test_it_is_for_cpus(device, automatic):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # It is not even tried.
-        assert kernels.choose("float32", device).name == "blockwise"
+        # Of float64 no kernel for GPUs takes anything.
+        assert kernels.choose("float64", device).name == "blockwise"

@@ -19,8 +19,13 @@ class Kernel(Primitives):
 
     name = "blockwise"
 
-    def available(self, device: str | None = None) -> bool:
+    def available(
+        self, device: str | None = None, dtype: str | None = None
+    ) -> bool:
         return True
+
+    def rounds(self, dtype: str) -> bool:
+        return False
 
     def device(self, tensor: jax.Array) -> str | None:
         return None  # The compiler decides where a tensor lies.

@@ -35,8 +35,13 @@ class Kernel(Primitives):
 
     name = "blockwise"
 
-    def available(self, device: str | None = None) -> bool:
+    def available(
+        self, device: str | None = None, dtype: str | None = None
+    ) -> bool:
         return True
+
+    def rounds(self, dtype: str) -> bool:
+        return False
 
     def device(self, tensor: tf.Tensor) -> str | None:
         return None  # Not known while a program is traced.

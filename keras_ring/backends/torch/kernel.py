@@ -7,7 +7,9 @@ import keras
 import torch
 
 from keras_ring import blockwise, numerics
-from keras_ring.backends.torch.flash import FlashKernel
+from keras_ring.backends.torch.cuda import CudaFlash, CuDnn, Efficient
+from keras_ring.backends.torch.flash import CpuFlash
+from keras_ring.backends.torch.fused import FusedKernel
 from keras_ring.blockwise import BlockGradients
 from keras_ring.numerics import Partial
 from keras_ring.primitives import Primitives
@@ -23,8 +25,13 @@ class Kernel(Primitives):
 
     name = "blockwise"
 
-    def available(self, device: str | None = None) -> bool:
+    def available(
+        self, device: str | None = None, dtype: str | None = None
+    ) -> bool:
         return True
+
+    def rounds(self, dtype: str) -> bool:
+        return False
 
     def device(self, tensor: torch.Tensor) -> str | None:
         return tensor.device.type
@@ -89,4 +96,10 @@ class Kernel(Primitives):
 
 KERNEL = Kernel()
 # By preference; the last is the reference.
-KERNELS = (FlashKernel(KERNEL), KERNEL)
+KERNELS = (
+    FusedKernel("flash", KERNEL, CpuFlash()),
+    FusedKernel("cudnn", KERNEL, CuDnn(), Efficient()),
+    FusedKernel("cuda_flash", KERNEL, CudaFlash(), Efficient()),
+    FusedKernel("efficient", KERNEL, Efficient()),
+    KERNEL,
+)

@@ -1,0 +1,194 @@
+"""The fused kernels for GPUs: what they compute, and when they are taken.
+
+What runs on a GPU is skipped where there is none; the arithmetic around it is
+tested everywhere.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import keras_ring
+from keras_ring import backends, config, kernels, masks
+from keras_ring.backends.torch import cuda, fused
+from keras_ring.scoring import Scoring
+from keras_ring.tiling import Block
+from tests.kernel_choice import tensors
+from tests.test_torch_flash import CASES, Calls, Refusing, Visit
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no CUDA device"
+)
+
+OPERATIONS = {
+    "cudnn": cuda.CuDnn,
+    "cuda_flash": cuda.CudaFlash,
+    "efficient": cuda.Efficient,
+}
+DTYPES = {
+    "cudnn": ("bfloat16", "float16"),
+    "cuda_flash": ("bfloat16", "float16"),
+    "efficient": ("float32", "bfloat16", "float16"),
+}
+PAIRS = [(name, dtype) for name, own in DTYPES.items() for dtype in own]
+# Three roundings of numbers of order one, and of sums of them.
+TOLERANCE = {"float32": 5e-5, "float16": 4e-3, "bfloat16": 3e-2}
+
+
+def kernel_of(name, otherwise):
+    return fused.FusedKernel(
+        name, otherwise, OPERATIONS[name](), cuda.Efficient()
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts of calls of all fused operations by name."""
+    counts = {}
+    for operation in OPERATIONS.values():
+        for name in (operation.name, operation.name + "_backward"):
+            counts[name] = Calls(getattr(torch.ops.aten, name))
+            monkeypatch.setattr(torch.ops.aten, name, counts[name])
+    return counts
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("name", "dtype"), PAIRS)
+@pytest.mark.parametrize(
+    "options",
+    [{"rest": 40}, {"pull": True}],
+    ids=["in-a-ring", "lse-has-a-gradient"],
+)
+def test_fused_calls_are_right(case, name, dtype, options, calls):
+    visit = Visit(dataclasses.replace(CASES[case], dtype=dtype), **options)
+    visit.check(kernel_of(name, Refusing()), TOLERANCE[dtype])
+    forward = sum(c.count for n, c in calls.items() if "backward" not in n)
+    backward = sum(c.count for n, c in calls.items() if "backward" in n)
+    assert forward == backward
+    assert forward > 0 or CASES[case].calls == 0
+
+
+@needs_gpu
+@pytest.mark.parametrize(("name", "dtype"), PAIRS)
+def test_a_width_of_128_and_many_heads(name, dtype):
+    case = dataclasses.replace(
+        CASES["causal-grouped"],
+        heads=8,
+        key_heads=2,
+        head_dim=128 - 8 * (name == "cudnn"),
+        value_dim=128 - 8 * (name == "cudnn"),
+        dtype=dtype,
+    )
+    # Products of 128 numbers, whose softmax is sharp.
+    Visit(case, rest=40, pull=True).check(
+        kernel_of(name, Refusing()), 2 * TOLERANCE[dtype]
+    )
+
+
+@needs_gpu
+@pytest.mark.parametrize(("name", "dtype"), PAIRS)
+def test_they_agree_with_the_reference(name, dtype, automatic, recwarn):
+    kernel = next(k for k in backends.load().kernel.KERNELS if k.name == name)
+    reference = backends.load().kernel.KERNEL
+    assert kernel.available("cuda", dtype)
+    assert kernels.agrees(kernel, reference, dtype, "cuda"), [
+        str(w.message) for w in recwarn
+    ]
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_attention_takes_a_fused_kernel(dtype, automatic, calls):
+    chosen = kernels.choose(dtype, "cuda")
+    assert chosen.name in DTYPES
+    assert dtype in DTYPES[chosen.name]
+    results = {}
+    for name in ("auto", "blockwise"):
+        config.set_kernel(name)
+        before = sum(c.count for c in calls.values())
+        inputs = [t.requires_grad_() for t in tensors(dtype)]
+        assert inputs[0].device.type == "cuda"
+        out = keras_ring.ops.ring_attention(*inputs, mask=masks.Causal())
+        out.square().sum().backward()
+        taken = sum(c.count for c in calls.values()) - before
+        assert taken == (2 if name == "auto" else 0)
+        results[name] = [out.detach(), *(t.grad for t in inputs)]
+    for have, want in zip(*results.values(), strict=True):
+        np.testing.assert_allclose(
+            have.double().cpu().numpy(),
+            want.double().cpu().numpy(),
+            TOLERANCE[dtype],
+            TOLERANCE[dtype] * max(1.0, want.abs().max().item()),
+        )
+
+
+def test_without_a_gpu_nothing_of_it_is_offered():
+    if torch.cuda.is_available():
+        kernel = kernel_of("cudnn", Refusing())
+        assert kernel.available("cuda", "bfloat16")
+        assert not kernel.available("cuda", "float32")
+        assert not kernel.available("cpu", "bfloat16")
+        return
+    for name in OPERATIONS:
+        assert not kernel_of(name, Refusing()).available()
+        with pytest.raises(ValueError, match="must be that of a kernel"):
+            config.set_kernel(name)
+
+
+def test_an_operation_for_masks_is_needed():
+    with pytest.raises(ValueError, match="that takes masks"):
+        fused.FusedKernel("cudnn", Refusing(), cuda.CuDnn())
+
+
+def test_what_rounds_says_so():
+    assert kernel_of("cudnn", Refusing()).rounds("bfloat16")
+    assert not kernel_of("efficient", Refusing()).rounds("float32")
+    assert not backends.load().kernel.KERNELS[0].rounds("bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(5, 5), (5, 9), (9, 5), (1, 7), (7, 2)]
+)
+def test_causal_rectangles_are_squared(rows, columns):
+    """The squares and what is left cover what a causal mask allows."""
+    block = Block((30,), (30,), Scoring(scale=1.0, mask=masks.Causal()))
+    (piece,) = fused.pieces(block, rows, columns)
+    assert piece.causal
+    covered = np.zeros((rows, columns), int)
+    for part in fused.squared(piece):
+        ones = np.ones((part.rows, part.columns), int)
+        if part.causal:
+            assert part.rows == part.columns
+            ones = np.tril(ones)
+        covered[part.queries, part.keys] += ones
+        assert part.query_start == 30 + part.queries.start
+    np.testing.assert_array_equal(
+        covered, np.tril(np.ones((rows, columns), int))
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 64])
+def test_the_log_sum_exp_is_padded_to_32_rows(rows):
+    lse = torch.randn(2, 3, rows)
+    padded = cuda.padded(lse)
+    assert padded.shape[2] % 32 == 0
+    assert padded.shape[2] - rows < 32
+    assert torch.equal(padded[:, :, :rows], lse)
+    assert torch.all(padded[:, :, rows:] == float("inf"))
+
+
+@pytest.mark.parametrize("columns", [1, 8, 15, 16, 17])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_rows_of_a_mask_are_aligned(columns, heads):
+    query = torch.zeros(2, 2, 5, 8, dtype=torch.bfloat16)
+    mask = torch.rand(1, heads, 5, columns) > 0.5
+    bias = cuda._aligned(mask, query)
+    assert bias.shape == (2, 2, 5, columns)
+    assert bias.dtype == query.dtype
+    assert bias.stride(3) == 1
+    assert bias.stride(2) % 16 == 0
+    expected = torch.where(mask, 0.0, -float("inf")).expand(2, 2, 5, columns)
+    assert torch.equal(bias.float(), expected)
