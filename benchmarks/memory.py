@@ -4,11 +4,12 @@
 
 Writes `docs/reports/<date>-memory.md` with two tables:
 
-1. What the sequence costs one device in a training step of a small decoder,
-   on rings of 1 to 8 devices on JAX and of 1 to 4 on TensorFlow and PyTorch.
-   JAX: what the compiler reserves on each device. The others: peak resident
-   memory of a process, over that of a process with next to no sequence; on
-   TensorFlow one process holds all devices, and its sum is divided.
+1. What more sequence costs one device in a training step of a small decoder,
+   on rings of 1 to 8 devices on JAX and of 1 to 4 on TensorFlow and PyTorch:
+   the difference of a long and a short sequence, which leaves out what does
+   not grow. JAX: what the compiler reserves on each device. The others: peak
+   resident memory of a process; on TensorFlow one process holds all devices,
+   and its sum is divided.
 2. What one layer adds to the memory of a device, beside the formulas of
    Liu, Zaharia and Abbeel 2023 (https://arxiv.org/abs/2310.01889, table 1),
    from what JAX hands from the forward to the backward and from the compiled
@@ -28,9 +29,8 @@ SIZES = {
     "tensorflow": (1, 2, 4),
     "torch": (1, 2, 4),
 }
-LENGTH = 8192
-# Next to no sequence, for what a process needs anyway.
-SHORT = 64
+# What a process needs anyway, and buffers that are large once, are in both.
+SHORT, LENGTH = 8192, 32768
 FEATURES, HEADS = 128, 4
 
 # The layers of the second table: name, kind, ring, formula.
@@ -228,7 +228,8 @@ def measure_here(what):
 
 
 def sequence_bytes(backend, size):
-    """Bytes that the sequence takes on one device in a training step."""
+    """Bytes that the longer sequence takes on one device, in a training step,
+    above the shorter."""
     full, short = (
         reports.measured(
             "benchmarks.memory",
@@ -284,21 +285,16 @@ def report(steps, layers):
         "# Memory by ring size",
         reports.surroundings("python -m benchmarks.memory"),
         "## A training step",
-        "What the sequence takes on one device: a decoder of 2 layers of "
+        f"What {LENGTH - SHORT:,} more tokens take on one device: the step "
+        f"with {LENGTH:,} less that with {SHORT:,}, so that what does not grow "
+        "with the sequence is left out. A decoder of 2 layers of "
         f'RingTransformerBlock(remat="block") (width {FEATURES}, {HEADS} '
-        f"heads, feed-forward {4 * FEATURES}, 256 "
-        f"classes), float32, batch 1, length {LENGTH:,}, Adam. From it is "
-        f"subtracted what a step with {SHORT} tokens takes. On JAX the "
-        "compiler says what a device needs; on PyTorch it is the peak "
-        "resident memory of the process of rank 0; on TensorFlow that of "
-        "the one process that holds all devices, divided by their number "
-        "(host copies of the batch and of the copies that are under way "
-        "count there too).",
+        f"heads, feed-forward {4 * FEATURES}, 256 classes), float32, batch 1, "
+        "Adam. On JAX the compiler says what a device needs; on PyTorch it is "
+        "the peak resident memory of the process of rank 0; on TensorFlow "
+        "that of the one process that holds all devices, divided by their "
+        "number (host copies of the batch count there too).",
         reports.table(header, body),
-        "On JAX the memory falls as 1 / N. The resident memory of the other "
-        "two falls with the ring, but by less where the last column is above "
-        "1. Which part of it stays was not measured; one length alone does "
-        "not tell a constant part from one that grows.",
         "## One layer, beside the paper's formulas",
         f"Batch b = 1, length s = {LAYER_LENGTH:,}, width h = "
         f"{LAYER_FEATURES}, n = {HEADS} heads, feed-forward 4h in chunks of "

@@ -8,8 +8,9 @@ is checked here, results in `keras_ring.kernels`:
   of a causal one, because releases differ in where they put its corner;
 - the memory-efficient one (Rabe and Staats 2021, arXiv 2112.05682) takes
   float32 too and a tensor that is added to the scores, whose rows must begin
-  at multiples of 16 bytes; its log-sum-exp is padded to 32 rows, and it wants
-  as many key heads as query heads.
+  at multiples of 16 bytes; its log-sum-exp is padded to 32 rows, it wants as
+  many key heads as query heads, and its gradient is garbage where the result
+  does not have its heads behind its rows in memory.
 
 All want widths that are multiples of 8. None drops anything here: the states
 of their random numbers, which their gradients ask for, are not read.
@@ -171,6 +172,8 @@ class Efficient(_Cuda):
         call: Call,
     ) -> Gradients:
         state = torch.zeros((), dtype=torch.int64, device=query.device)
+        # It takes for granted that heads lie behind the rows.
+        out = out.transpose(1, 2).contiguous().transpose(1, 2)
         grads = self._backward(
             *(grad_out, query, key, value, _aligned(call.mask, query)),
             *(out, padded(lse), state, state, 0.0),

@@ -179,20 +179,20 @@ class FusedKernel:
         block: Block,
     ) -> BlockGradients:
         key_width, value_width = query.shape[3], value.shape[3]
-        # One more, which a log-sum-exp with a gradient of its own may need.
-        width = max(key_width, value_width + 1)
+        accumulate = _accumulation_dtype(query.dtype)
+        # The operation makes delta of `out` and `grad_out`. Where the
+        # log-sum-exp has a gradient of its own they are given one column
+        # more, in which the values are 0, and their product is delta.
+        plain = torch.equal(
+            numerics.row_delta(out, grad_out.to(accumulate), 0.0), delta
+        )
+        width = max(key_width, value_width if plain else value_width + 1)
         if not self._fits(query, key, value, block, width):
             return self.otherwise.block_backward(
                 query, key, value, out, lse, delta, grad_out, block
             )
-        accumulate = _accumulation_dtype(query.dtype)
         out, grad_out = out.to(accumulate), grad_out.to(accumulate)
-        # The operation makes delta of `out` and `grad_out`. Where the
-        # log-sum-exp has a gradient of its own they are given one column
-        # more, in which the values are 0, and their product is delta.
-        if torch.equal(torch.sum(grad_out * out, dim=-1), delta):
-            width = max(key_width, value_width)
-        else:
+        if not plain:
             grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
             out = torch.cat([torch.zeros_like(out), delta[..., None]], dim=-1)
         query, key, value, out, grad_out = self._ready(
