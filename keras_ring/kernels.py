@@ -10,6 +10,7 @@ and may differ between processors.
 import functools
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -72,8 +73,11 @@ def agrees(
     """Whether a kernel computes what the reference does. Asked once per
     process; if not, a warning says which kernel is left out and why."""
     try:
-        with nullcontext() if device is None else keras.device(device):
-            why = next(_differences(kernel, reference, dtype), None)
+        # A thread of its own is not in the middle of tracing something.
+        with ThreadPoolExecutor(1) as alone:
+            why = alone.submit(
+                _first_difference, kernel, reference, dtype, device
+            ).result()
     except Exception as error:  # noqa: BLE001 - a private name may raise any
         why = f"it raised {type(error).__name__}: {error}"
     if why is not None:
@@ -84,6 +88,14 @@ def agrees(
             stacklevel=2,
         )
     return why is None
+
+
+def _first_difference(
+    kernel: Kernel, reference: Kernel, dtype: str, device: str | None
+) -> str | None:
+    """What the two kernels disagree on first, on a device; None if nothing."""
+    with nullcontext() if device is None else keras.device(device):
+        return next(_differences(kernel, reference, dtype), None)
 
 
 def _differences(

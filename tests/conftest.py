@@ -10,7 +10,8 @@ import os
 os.environ.setdefault("KERAS_BACKEND", "jax")
 BACKEND = os.environ["KERAS_BACKEND"]
 if BACKEND == "jax":
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    # `JAX_PLATFORMS=cuda` is for tests/test_jax_cudnn.py.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "")
         + " --xla_force_host_platform_device_count=8"

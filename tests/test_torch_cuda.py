@@ -16,7 +16,7 @@ from keras_ring.backends.torch import cuda, fused
 from keras_ring.scoring import Scoring
 from keras_ring.tiling import Block
 from tests.kernel_choice import tensors
-from tests.test_torch_flash import CASES, Calls, Refusing, Visit
+from tests.visits import CASES, Calls, Refusing, Visit
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="there is no CUDA device"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from keras_ring import blockwise, numerics
+from keras_ring.backends.jax.cudnn import CuDnnKernel
 from keras_ring.blockwise import BlockGradients
 from keras_ring.numerics import Partial
 from keras_ring.primitives import Primitives
@@ -28,7 +29,8 @@ class Kernel(Primitives):
         return False
 
     def device(self, tensor: jax.Array) -> str | None:
-        return None  # The compiler decides where a tensor lies.
+        # The compiler decides where a tensor lies, among devices of one kind.
+        return jax.default_backend()
 
     def block_forward(
         self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
@@ -88,4 +90,4 @@ class Kernel(Primitives):
 
 KERNEL = Kernel()
 # By preference; the last is the reference.
-KERNELS = (KERNEL,)
+KERNELS = (CuDnnKernel(KERNEL), KERNEL)

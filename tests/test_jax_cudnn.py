@@ -1,0 +1,179 @@
+"""The kernel of cuDNN on JAX: `JAX_PLATFORMS=cuda pytest` on this file.
+
+The other tests of JAX want devices that a CPU is split into.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import keras_ring
+from keras_ring import backends, config, kernels, masks
+from keras_ring.backends.jax import cudnn
+from keras_ring.scoring import Scoring
+from keras_ring.tiling import Block
+from tests.kernel_choice import tensors
+from tests.visits import CASES, Refusing, Visit
+
+needs_gpu = pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="JAX has no GPU here"
+)
+TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
+# One call each: nothing has to be masked pair by pair.
+FUSED = [
+    *("full", "full-long", "full-cross", "grouped-query", "wide-values"),
+    *("narrow-values", "causal", "causal-long", "causal-grouped"),
+    *("causal-same-place", "causal-earlier-chunk", "causal-later-chunk"),
+]
+OTHERS = ["causal-beside", "causal-more-keys", "window", "padding", "pairs"]
+
+
+def traced(kernel):
+    """The kernel as in a program that does not know where chunks lie."""
+
+    class Traced:
+        def block_forward(self, query, key, value, block):
+            def function(query, key, value, starts):
+                return tuple(
+                    kernel.block_forward(query, key, value, at(block, starts))
+                )
+
+            part = jax.jit(function)(query, key, value, places(block))
+            return type(
+                "Part",
+                (),
+                {
+                    "_asdict": lambda self: dict(
+                        zip(("out", "lse"), part, strict=True)
+                    )
+                },
+            )()
+
+        def block_backward(self, *arguments):
+            *arrays, block = arguments
+
+            def function(arrays, starts):
+                grads = kernel.block_backward(*arrays, at(block, starts))
+                return grads.query, grads.key, grads.value
+
+            grads = jax.jit(function)(arrays, places(block))
+            return type(
+                "Grads",
+                (),
+                {
+                    "_asdict": lambda self: dict(
+                        zip(("query", "key", "value"), grads, strict=True)
+                    )
+                },
+            )()
+
+    def places(block):
+        return [
+            [jnp.int32(s) for s in starts]
+            for starts in (block.query_starts, block.key_starts)
+        ]
+
+    def at(block, starts):
+        return dataclasses.replace(
+            block, query_starts=tuple(starts[0]), key_starts=tuple(starts[1])
+        )
+
+    return Traced()
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", FUSED + OTHERS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("pull", [False, True])
+def test_it_is_right(name, dtype, pull):
+    case = dataclasses.replace(CASES[name], dtype=dtype)
+    other = Refusing() if name in FUSED else backends.load().kernel.KERNEL
+    visit = Visit(case, rest=0 if pull else 40, pull=pull)
+    visit.check(cudnn.CuDnnKernel(other), TOLERANCE[dtype])
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", [*FUSED, "causal-beside", "window"])
+@pytest.mark.parametrize("pull", [False, True])
+def test_it_is_right_where_places_are_traced(name, pull):
+    case = dataclasses.replace(CASES[name], dtype="bfloat16")
+    visit = Visit(case, rest=0 if pull else 40, pull=pull)
+    kernel = cudnn.CuDnnKernel(backends.load().kernel.KERNEL)
+    visit.check(traced(kernel), TOLERANCE["bfloat16"])
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_it_agrees_with_the_reference(dtype, automatic, recwarn):
+    """Also while another function is traced."""
+    chosen = []
+
+    @jax.jit
+    def attend(*arrays):
+        chosen.append(kernels.choose(dtype, "gpu"))
+        return keras_ring.ops.ring_attention(*arrays, mask=masks.Causal())
+
+    attend(*tensors(dtype))
+    assert [k.name for k in chosen] == ["cudnn"], [
+        str(w.message) for w in recwarn
+    ]
+
+
+@needs_gpu
+def test_balanced_chunks_are_taken_apart():
+    draw = np.random.default_rng(0)
+    arrays = [
+        jnp.asarray(draw.normal(size=(1, 2, 256, 64)), "bfloat16")
+        for _ in range(3)
+    ]
+    block = Block((0, 896), (896, 0), Scoring(scale=0.125, mask=masks.Causal()))
+    reference = backends.load().kernel.KERNEL
+    parts = [
+        kernel.block_forward(*arrays, block)
+        for kernel in (cudnn.CuDnnKernel(Refusing()), reference)
+    ]
+    for have, want in zip(*parts, strict=True):
+        np.testing.assert_allclose(have, want, 2e-2, 2e-2)
+
+
+def test_it_is_for_gpus_and_half_precision(automatic):
+    kernel = backends.load().kernel.KERNELS[0]
+    assert kernel.name == "cudnn"
+    assert not kernel.available("cpu", "bfloat16")
+    assert not kernel.available("gpu", "float32")
+    assert kernel.available("gpu", "float16") == (cudnn.FORWARD is not None)
+    assert kernels.choose("bfloat16", "cpu").name == "blockwise"
+    if jax.default_backend() != "gpu":
+        with pytest.raises(ValueError, match="must be that of a kernel"):
+            config.set_kernel("cudnn")
+
+
+def test_the_names_are_there():
+    """Of the releases that the tests run with."""
+    assert None not in (cudnn.FORWARD, cudnn.BACKWARD, cudnn.FULL)
+
+
+def test_what_a_part_of_a_visit_is():
+    kernel = cudnn.CuDnnKernel(Refusing())
+    causal = Scoring(scale=1.0, mask=masks.Causal())
+    window = Scoring(scale=1.0, mask=masks.SlidingWindow(3))
+    for query, key, scoring, number in (
+        (8, 0, causal, 1),
+        (0, 8, causal, 0),
+        (8, 8, causal, 2),
+        (8, 4, causal, 3),
+        (8, 8, window, 3),
+        (0, 80, window, 0),
+        (0, 80, Scoring(scale=1.0), 1),
+    ):
+        block = Block((query,), (key,), scoring)
+        assert kernel._kinds(block, 8, 8) == number
+        moved = jax.jit(
+            lambda q, k, scoring=scoring: kernel._kinds(
+                Block((q,), (k,), scoring), 8, 8
+            )
+        )(query, key)
+        assert int(moved) == number
