@@ -84,8 +84,8 @@ class Piece:
             )
             for span in self.spans()
         ]
-        mask: Any = _on(device, self.mask)
-        allowed = mask.allowed(*positions)
+        mask: Any = self.mask
+        allowed = _on(device, mask).allowed(*positions)
         return allowed.expand(*allowed.shape[:3], self.columns)
 
     def part(self, rows: slice, columns: slice) -> "Piece":
