@@ -50,18 +50,6 @@ def on_devices():
 
 
 @pytest.fixture
-def as_shipped():
-    """TensorFlow rewrites graphs as it does for users, see
-    `worlds.optimise_graphs`. Nothing changes on the others."""
-    if BACKEND != "tensorflow":
-        yield
-        return
-    worlds.optimise_graphs(True)
-    yield
-    worlds.optimise_graphs(False)
-
-
-@pytest.fixture
 def automatic():
     """The kernel is chosen as by default, and nothing is proven yet."""
     from keras_ring import config, kernels

@@ -11,8 +11,6 @@ from keras_ring import masks, strategy
 from tests import reference
 from tests.language_model import batch, initial_weights, language_model
 
-pytestmark = pytest.mark.usefixtures("as_shipped")
-
 
 def ring_of(size, placed=True):
     ring = keras_ring.DistributedStrategy(sequence_parallel=size)

@@ -24,8 +24,6 @@ MESHES = [
 LENGTH = 24
 BATCH = 4
 
-pytestmark = pytest.mark.usefixtures("as_shipped")
-
 
 class Losses(keras.callbacks.Callback):
     """The running mean of the loss after every step."""

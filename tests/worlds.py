@@ -22,17 +22,6 @@ def simulate_devices() -> None:
             tf.config.list_physical_devices("CPU")[0],
             [tf.config.LogicalDeviceConfiguration()] * DEVICES,
         )
-        optimise_graphs(False)
-
-
-def optimise_graphs(wanted: bool) -> None:
-    """Whether TensorFlow rewrites graphs before it runs them, as users have
-    it. For graphs that run a few times that takes longer than it saves."""
-    import tensorflow as tf
-
-    tf.config.optimizer.set_experimental_options(
-        {"disable_meta_optimizer": not wanted}
-    )
 
 
 class Worlds:
