@@ -52,6 +52,16 @@ class Scoring:
     slopes: Tensor | None = None
     dropout: Dropout | None = None
 
+    @property
+    def only_products(self) -> bool:
+        """Whether scores are scaled products, masked or not, and no more."""
+        return (
+            self.soft_cap is None
+            and self.bias is None
+            and self.slopes is None
+            and self.dropout is None
+        )
+
     def carried(self) -> Carried:
         """All tensors; those with a gradient stand first on their side."""
         own = Carried(

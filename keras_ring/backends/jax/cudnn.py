@@ -153,10 +153,7 @@ class CuDnnKernel:
             and all(isinstance(size, int) and size for size in sizes)
             and max(query.shape[3], value.shape[3]) <= WIDEST
             and scoring.scale > 0
-            and scoring.soft_cap is None
-            and scoring.bias is None
-            and scoring.slopes is None
-            and scoring.dropout is None
+            and scoring.only_products
             # What a mask carries would be masked pair by pair.
             and (mask is None or not any(mask.carried()))
         )

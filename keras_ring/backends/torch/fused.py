@@ -208,30 +208,21 @@ class FusedKernel:
         # exp(score - inf) = 0: a row that sees nothing gives nothing.
         lse = torch.where(lse == -float("inf"), float("inf"), lse)
         parts = self._pieces(block, query.shape[2], key.shape[2])
-        grads: list[torch.Tensor] = []
-        for piece in parts:
-            share = self._backward(
-                piece, grad_out, query, key, value, out, lse, block
-            )
-            if len(parts) == 1 and (piece.rows, piece.columns) == (
-                query.shape[2],
-                key.shape[2],
-            ):
-                grads = [t.to(accumulate) for t in share]
-                break
-            if not grads:
-                grads = [
-                    torch.zeros_like(t, dtype=accumulate)
-                    for t in (query, key, value)
-                ]
-            grads[0][:, :, piece.queries] += share[0]
-            grads[1][:, :, piece.keys] += share[1]
-            grads[2][:, :, piece.keys] += share[2]
-        if not grads:
+        tensors = grad_out, query, key, value, out, lse
+        whole = query.shape[2], key.shape[2]
+        if [(piece.rows, piece.columns) for piece in parts] == [whole]:
+            share = self._backward(parts[0], *tensors, block)
+            grads = [t.to(accumulate) for t in share]
+        else:
             grads = [
                 torch.zeros_like(t, dtype=accumulate)
                 for t in (query, key, value)
             ]
+            for piece in parts:
+                share = self._backward(piece, *tensors, block)
+                grads[0][:, :, piece.queries] += share[0]
+                grads[1][:, :, piece.keys] += share[1]
+                grads[2][:, :, piece.keys] += share[2]
         return BlockGradients(
             grads[0][..., :key_width],
             grads[1][..., :key_width],
@@ -288,10 +279,7 @@ class FusedKernel:
             and self._width(width) <= min(self.plain.widest, self.masked.widest)
             and all(t.numel() for t in (query, key, value))
             and scoring.scale > 0
-            and scoring.soft_cap is None
-            and scoring.bias is None
-            and scoring.slopes is None
-            and scoring.dropout is None
+            and scoring.only_products
         )
 
     def _ready(
