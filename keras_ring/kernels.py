@@ -117,6 +117,7 @@ def _differences(
     valid = ops.convert_to_tensor(np.arange(KEYS)[None] >= 20)
     masks: dict[str, Mask | None] = {
         "full": None,
+        "purely causal": Causal(),
         "causal": Causal() & Padding(valid),
     }
     limit = TOLERANCE[dtype if kernel.rounds(dtype) else accumulate]

@@ -13,6 +13,8 @@ import torch
 import keras_ring
 from keras_ring import backends, config, kernels, masks
 from keras_ring.backends.torch import cuda, fused
+from keras_ring.backends.torch.flash import CpuFlash
+from keras_ring.backends.torch.pieces import COARSE, pieces
 from keras_ring.scoring import Scoring
 from keras_ring.tiling import Block
 from tests.kernel_choice import tensors
@@ -192,3 +194,99 @@ def test_rows_of_a_mask_are_aligned(columns, heads):
     assert bias.stride(2) % 16 == 0
     expected = torch.where(mask, 0.0, -float("inf")).expand(2, 2, 5, columns)
     assert torch.equal(bias.float(), expected)
+
+
+class LikeCuda(CpuFlash):
+    """An operation for CPUs that is called as those for GPUs are."""
+
+    multiple = 8
+    square = True
+    grouped = False
+    grain = COARSE
+    fewest = 2
+
+    def dtype(self, dtype):
+        return dtype
+
+    def forward(self, query, key, value, call):
+        assert not call.causal or query.shape[2] == key.shape[2]
+        assert query.shape[1] == key.shape[1]
+        assert query.shape[3] % 8 == 0
+        return super().forward(query, key, value, call)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is for CPUs")
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [("float32", {"rest": 40}), ("bfloat16", {"pull": True})],
+    ids=["float32", "bfloat16"],
+)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("grouped-query", "narrow-values", "wide-values", "one-key"),
+        *("causal-more-keys", "causal-more-queries", "causal-beside"),
+        *("causal-rows-without-keys", "window-causal", "padding-causal"),
+        *("segments-causal", "prefix", "pairs-per-head"),
+    ],
+)
+def test_what_is_around_a_call_is_right(case, dtype, options):
+    """Padding, groups, squares, coarse pieces and half precision."""
+    operation = LikeCuda()
+    visit = Visit(dataclasses.replace(CASES[case], dtype=dtype), **options)
+    visit.check(
+        fused.FusedKernel("like_cuda", Refusing(), operation),
+        TOLERANCE[dtype],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_number_in_terms_has_all_its_digits(dtype):
+    numbers = torch.randn(1000) * 10
+    terms = fused.split(numbers, 3, dtype)
+    assert torch.equal(terms, terms.to(dtype).float())
+    error = (terms.double().sum(-1) - numbers.double()).abs()
+    # Below the smallest number of float16 nothing is left of it.
+    assert error.max() <= (0.0 if dtype == torch.bfloat16 else 2.0**-25)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is for CPUs")
+def test_small_rectangles_are_kept_from_an_operation():
+    asked = []
+
+    class Plain(LikeCuda):
+        fewest = 3
+
+        def forward(self, query, key, value, call):
+            asked.append((query.shape[2], key.shape[2]))
+            return super().forward(query, key, value, call)
+
+    kernel = fused.FusedKernel("like_cuda", Refusing(), Plain(), CpuFlash())
+    for rows, columns in [(5, 5), (2, 5), (5, 2), (3, 3)]:
+        Visit(
+            dataclasses.replace(CASES["full"], queries=rows, keys=columns)
+        ).check(kernel)
+    assert asked == [(5, 5), (3, 3)]
+
+
+def test_what_a_mask_carries_is_looked_at_on_the_host():
+    """Pieces are decided on copies there, and ask for the pairs alone on the
+    device."""
+    valid = torch.zeros(1, 2500, dtype=torch.bool)
+    valid[:, :1100] = True
+    pairs = torch.ones(1, 2500, 1, 2500, dtype=torch.bool)
+    mask = masks.Causal() & masks.Padding(valid) & masks.Explicit(pairs)
+    block = Block((0,), (0,), Scoring(scale=1.0, mask=mask))
+    covered = np.zeros((2500, 2500), int)
+    for piece in pieces(block, 2500, 2500, COARSE):
+        own = covered[piece.queries, piece.keys]
+        own += piece.allowed(torch.device("cpu")).numpy()[0, 0]
+        if piece.mask is not None:
+            assert all(
+                t.device.type == "cpu"
+                for side in piece.mask.carried()
+                for t in side
+            )
+    expected = np.tril(np.ones((2500, 2500), int))
+    expected[:, 1100:] = 0
+    np.testing.assert_array_equal(covered, expected)

@@ -65,3 +65,25 @@ def test_a_process_that_dies_is_an_error(pool):
 def test_a_call_that_hangs_is_an_error(pool):
     with pytest.raises(AssertionError, match=r"ranks \[0, 1\] of 2"):
         pool(sleep, limit=2.0)
+
+
+def threads_of_strategies():
+    """Threads of this process after one strategy and after many more."""
+    import keras_ring
+
+    counts = []
+    for _ in range(2):
+        for _ in range(5):
+            strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
+            assert strategy.run(lambda: 3.0) == 3.0
+        counts.append(len(os.listdir("/proc/self/task")))
+    return counts
+
+
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self/task"), reason="threads are not listed here"
+)
+def test_strategies_of_one_shape_share_their_groups(on_devices):
+    """Groups and their threads live as long as the process."""
+    before, after = on_devices(2, threads_of_strategies)
+    assert before == after

@@ -151,7 +151,7 @@ class CuDnnKernel:
         return (
             self.available(dtype=str(query.dtype))
             and all(isinstance(size, int) and size for size in sizes)
-            and max(query.shape[3], value.shape[3] + 1) <= WIDEST
+            and max(query.shape[3], value.shape[3]) <= WIDEST
             and scoring.scale > 0
             and scoring.soft_cap is None
             and scoring.bias is None
@@ -268,11 +268,17 @@ class CuDnnKernel:
         def fused(kind: Any) -> BlockGradients:
             """cuDNN makes delta of `out` and `grad_out`. Where the
             log-sum-exp has a gradient of its own they are given one column
-            more, in which the values are 0, and their product is delta."""
+            more, in which the values are 0, and their product is delta;
+            where there is no room for one, another kernel computes it."""
             out, grad_out = wide
             plain = jnp.all(jnp.sum(grad_out * out, axis=-1) == delta)
 
             def with_column() -> Any:
+                if value.shape[3] + 1 > WIDEST:
+                    grads = self.otherwise.block_backward(
+                        *inputs, out, lse, delta, tensors[6], block
+                    )
+                    return grads.query, grads.key, grads.value
                 column = delta[..., None]
                 return call(
                     kind,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from keras import tree
 
 from keras_ring import random_bits
-from keras_ring.backends.torch import hooks
+from keras_ring.backends.torch import hooks, launch
 from keras_ring.backends.torch.transport import RingTransport, reporting
 
 if TYPE_CHECKING:
@@ -140,9 +140,11 @@ class Agreement:
             if not optimizer.built:
                 optimizer.build(model.trainable_variables)
             variables += optimizer.variables
+        device = launch.keras_device()
         for variable in variables:
             value = variable.value.detach()
-            buffer = value.contiguous()
+            # NCCL sends from GPUs only.
+            buffer = value.to(device).contiguous()
             with reporting(self.world.strategy.timeout):
                 dist.broadcast(buffer, src=0, group=self._group)
             if buffer is not value:

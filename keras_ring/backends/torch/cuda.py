@@ -6,6 +6,8 @@ is checked here, results in `keras_ring.kernels`:
 - flash (Dao 2023, arXiv 2307.08691) and cuDNN compute in half precision and
   round each partial result to it; they are given no masks, and only squares
   of a causal one, because releases differ in where they put its corner;
+- cuDNN takes no single key or query, and with a mask its gradient is NaN at
+  some lengths (pytorch issue 196678), which is one more reason for the above;
 - the memory-efficient one (Rabe and Staats 2021, arXiv 2112.05682) takes
   float32 too and a tensor that is added to the scores, whose rows must begin
   at multiples of 16 bytes; its log-sum-exp is padded to 32 rows, it wants as
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 
 from keras_ring.backends.torch.fused import Call, added
+from keras_ring.backends.torch.pieces import COARSE
 
 HALF = (torch.float16, torch.bfloat16)
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -36,6 +39,8 @@ class _Cuda:
     masks = False
     square = True
     grouped = True
+    grain = COARSE
+    fewest = 1
     name: str
     dtypes: tuple[torch.dtype, ...] = HALF
 
@@ -99,10 +104,19 @@ class CuDnn(_Cuda):
 
     name = "_scaled_dot_product_cudnn_attention"
     widest: float = 128
+    fewest = 2
 
     def __init__(self) -> None:
         # Releases differ in whether the log-sum-exp has a last axis of 1.
         self.axes = 3
+
+    def there(self) -> bool:
+        # As in PyTorch itself: its gradients are not the same in every run.
+        strict = (
+            torch.are_deterministic_algorithms_enabled()
+            and not torch.is_deterministic_algorithms_warn_only_enabled()
+        )
+        return super().there() and not strict
 
     def forward(
         self,

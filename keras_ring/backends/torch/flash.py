@@ -20,6 +20,7 @@ import torch
 
 from keras_ring import numerics
 from keras_ring.backends.torch.fused import Call, added
+from keras_ring.backends.torch.pieces import FINE
 
 FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
@@ -34,6 +35,8 @@ class CpuFlash:
     masks = True
     square = False
     grouped = True
+    grain = FINE
+    fewest = 1
 
     def there(self) -> bool:
         return all(hasattr(torch.ops.aten, n) for n in (FORWARD, BACKWARD))

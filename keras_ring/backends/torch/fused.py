@@ -8,6 +8,7 @@ where it is called: `flash` for CPUs, `cuda` for GPUs.
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ import torch
 
 from keras_ring import numerics
 from keras_ring.attention import Kernel
-from keras_ring.backends.torch.pieces import Piece, pieces
+from keras_ring.backends.torch.pieces import Grain, Piece, pieces
 from keras_ring.blockwise import BlockGradients
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
@@ -49,6 +50,8 @@ class Operation(Protocol):
         masks: whether it takes a mask of pairs.
         square: whether a causal rectangle must have as many columns as rows.
         grouped: whether it takes fewer key/value heads than query heads.
+        grain: how finely visits are cut for it.
+        fewest: the smallest number of rows and of columns it takes.
     """
 
     device: str
@@ -57,6 +60,8 @@ class Operation(Protocol):
     masks: bool
     square: bool
     grouped: bool
+    grain: Grain
+    fewest: int
 
     def there(self) -> bool:
         """Whether this release has its private names."""
@@ -98,8 +103,8 @@ class FusedKernel:
         otherwise: computes the visits that do not fit.
         plain: computes rectangles that are whole or the corner of a causal
             mask.
-        masked: computes those of which some pairs do not count; `plain` by
-            default.
+        masked: computes those of which some pairs do not count, and those
+            that are too small for `plain`; `plain` by default.
 
     Legend: B batch, H query heads, K key/value heads, Q and S query and key
     lengths, D and E the head dimensions of query/key and of value, W the
@@ -117,6 +122,8 @@ class FusedKernel:
         self.otherwise = otherwise
         self.plain = plain
         self.masked = masked or plain
+        # The last `delta`, and whether the log-sum-exp had no gradient there.
+        self._last: tuple[Callable[[], Any], bool] = (lambda: None, True)
         if not self.masked.masks:
             raise ValueError("`masked` must be an operation that takes masks.")
 
@@ -181,20 +188,20 @@ class FusedKernel:
         key_width, value_width = query.shape[3], value.shape[3]
         accumulate = _accumulation_dtype(query.dtype)
         # The operation makes delta of `out` and `grad_out`. Where the
-        # log-sum-exp has a gradient of its own they are given one column
-        # more, in which the values are 0, and their product is delta.
-        plain = torch.equal(
-            numerics.row_delta(out, grad_out.to(accumulate), 0.0), delta
-        )
-        width = max(key_width, value_width if plain else value_width + 1)
+        # log-sum-exp has a gradient of its own they are given columns more,
+        # in which the values are 0, and their product is delta.
+        plain = self._plain(out, grad_out, delta)
+        more = 0 if plain else self._terms(query.dtype)
+        width = max(key_width, value_width + more)
         if not self._fits(query, key, value, block, width):
             return self.otherwise.block_backward(
                 query, key, value, out, lse, delta, grad_out, block
             )
         out, grad_out = out.to(accumulate), grad_out.to(accumulate)
         if not plain:
-            grad_out = torch.nn.functional.pad(grad_out, (0, 1), value=1.0)
-            out = torch.cat([torch.zeros_like(out), delta[..., None]], dim=-1)
+            grad_out = torch.nn.functional.pad(grad_out, (0, more), value=1.0)
+            terms = split(delta, more, self._dtype(query.dtype))
+            out = torch.cat([torch.zeros_like(out), terms], dim=-1)
         query, key, value, out, grad_out = self._ready(
             width, query, key, value, out, grad_out
         )
@@ -233,6 +240,25 @@ class FusedKernel:
 
     def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
         return yes() if bool(predicate) else no()
+
+    def _plain(
+        self, out: torch.Tensor, grad_out: torch.Tensor, delta: torch.Tensor
+    ) -> bool:
+        """Whether `delta` is that of a log-sum-exp without a gradient. The
+        answer waits for the device, so one backward asks once for all of its
+        visits, which have the same `delta`."""
+        last, answer = self._last
+        if last() is not delta:
+            own = numerics.row_delta(
+                out.to(delta.dtype), grad_out.to(delta.dtype), 0.0
+            )
+            answer = torch.equal(own, delta)
+            self._last = weakref.ref(delta), answer
+        return answer
+
+    def _terms(self, dtype: torch.dtype) -> int:
+        """How many numbers of the operations' precision `delta` takes."""
+        return 1 if self._dtype(dtype) == _accumulation_dtype(dtype) else 3
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         """What both operations compute a dtype in, if they do."""
@@ -283,13 +309,14 @@ class FusedKernel:
             yield tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
     def _pieces(self, block: Block, queries: int, keys: int) -> list[Piece]:
-        found = pieces(block, queries, keys)
+        found = pieces(block, queries, keys, self.plain.grain)
         if not self.plain.square:
             return found
         return [part for piece in found for part in squared(piece)]
 
     def _operation(self, piece: Piece) -> Operation:
-        return self.plain if piece.mask is None else self.masked
+        fits = min(piece.rows, piece.columns) >= self.plain.fewest
+        return self.plain if piece.mask is None and fits else self.masked
 
     def _forward(
         self,
@@ -399,6 +426,16 @@ def squared(piece: Piece) -> list[Piece]:
         causal=False,
     )
     return [top, below]
+
+
+def split(delta: torch.Tensor, count: int, dtype: Any) -> torch.Tensor:
+    """(..., n): numbers that a dtype can hold and whose sum is `delta`; three
+    of bfloat16 have all the digits of float32."""
+    terms = []
+    for _ in range(count):
+        terms.append(delta.to(dtype).to(delta.dtype))
+        delta = delta - terms[-1]
+    return torch.stack(terms, dim=-1)
 
 
 def _call(piece: Piece, query: torch.Tensor, block: Block) -> Call:

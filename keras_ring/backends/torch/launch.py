@@ -2,6 +2,7 @@
 them, and the process groups of a mesh."""
 
 import datetime
+import functools
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -137,16 +138,9 @@ def connect(strategy: "DistributedStrategy", mesh: tuple[int, int]) -> Groups:
     with reporting(strategy.timeout):
         if not dist.is_initialized():
             dist.init_process_group(kind, timeout=limit)
-        ranks = range(data_size * sequence_size)
-        everyone = dist.new_group(ranks, timeout=limit, backend=kind)
-        rings = [
-            dist.new_group(
-                ranks[start : start + sequence_size],
-                timeout=limit,
-                backend=kind,
-            )
-            for start in ranks[::sequence_size]
-        ]
+        everyone, rings = _process_groups(
+            dist.group.WORLD, data_size, sequence_size, limit, kind
+        )
     own_ring = rings[rank() // sequence_size]
     return Groups(
         RingTransport(everyone, strategy.timeout),
@@ -154,3 +148,29 @@ def connect(strategy: "DistributedStrategy", mesh: tuple[int, int]) -> Groups:
         if sequence_size > 1
         else LOCAL,
     )
+
+
+@functools.cache
+def _process_groups(
+    default: dist.ProcessGroup,
+    data_size: int,
+    sequence_size: int,
+    limit: datetime.timedelta,
+    kind: str,
+) -> tuple[dist.ProcessGroup, list[dist.ProcessGroup]]:
+    """All processes of a mesh, and those of each ring.
+
+    Each group has threads and connections of its own for as long as the
+    process lives, so strategies of one shape share theirs. (A program that
+    ends its default group and makes another has other groups, too.)
+    """
+    del default
+    ranks = range(data_size * sequence_size)
+    everyone = dist.new_group(ranks, timeout=limit, backend=kind)
+    rings = [
+        dist.new_group(
+            ranks[start : start + sequence_size], timeout=limit, backend=kind
+        )
+        for start in ranks[::sequence_size]
+    ]
+    return everyone, rings

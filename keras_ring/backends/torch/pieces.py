@@ -4,22 +4,39 @@ A fused operation knows no masks but its causal one and a tensor that is
 added to the scores. So a chunk is halved along queries and keys until a
 rectangle is empty, whole or the corner of a causal mask, or too small to
 gain anything. What no mask touches stays as large as it can be.
+
+All of this is decided on the host: what a mask carries is copied there once,
+so that no rectangle waits for a device.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import keras
 import torch
 
 from keras_ring.masks import Carried, Causal, Mask, Span
 from keras_ring.masks.mask import And, Or
 from keras_ring.tiling import Block
 
-# Rectangles up to this side are not halved any more.
-SMALL = 256
-# Up to this side, one that needs its mask everywhere is computed at once.
-MASKED = 1024
+
+class Grain(NamedTuple):
+    """How finely a visit is cut.
+
+    Attributes:
+        small: rectangles up to this side are not halved any more.
+        masked: up to this side, one that needs its mask everywhere is
+            computed at once.
+    """
+
+    small: int
+    masked: int
+
+
+# On CPUs a call costs next to nothing, and on GPUs as much as the products of
+# a rectangle that does not fill them.
+FINE, COARSE = Grain(256, 1024), Grain(1024, 2048)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +48,8 @@ class Piece:
         keys: its columns in the visiting chunk.
         query_start: global position of its first row.
         key_start: global position of its first column.
-        mask: over the tensors of this rectangle, or None.
+        mask: over the tensors of this rectangle, on the host except for those
+            that hold every pair; or None.
         causal: whether row `i` sees the columns 0 to `i` only, where no mask
             is left.
     """
@@ -67,7 +85,7 @@ class Piece:
             for span in self.spans()
         ]
         mask: Any = self.mask
-        allowed = mask.allowed(*positions)
+        allowed = _on(device, mask).allowed(*positions)
         return allowed.expand(*allowed.shape[:3], self.columns)
 
     def part(self, rows: slice, columns: slice) -> "Piece":
@@ -91,13 +109,16 @@ class Piece:
         )
 
 
-def pieces(block: Block, query_length: int, key_length: int) -> list[Piece]:
+def pieces(
+    block: Block, query_length: int, key_length: int, grain: Grain = FINE
+) -> list[Piece]:
     """The rectangles of a visit in which some pair is allowed.
 
     Args:
         block: where the chunks lie, and what makes the scores.
         query_length: queries in the chunk, at least one.
         key_length: keys in the chunk, at least one.
+        grain: how finely it is cut.
 
     Returns:
         Rectangles that do not overlap: a single one where one call can
@@ -111,9 +132,27 @@ def pieces(block: Block, query_length: int, key_length: int) -> list[Piece]:
         return [dataclasses.replace(whole, mask=None)]
     if not bool(some):
         return []
-    return [
-        piece for part in _contiguous(whole, block) for piece in _simplest(part)
-    ]
+    mask: Any = whole.mask
+    whole = dataclasses.replace(whole, mask=_on("cpu", mask))
+    # Keras puts what it makes, and what it is given, on the device in use.
+    with keras.device("cpu"):
+        return [
+            piece
+            for part in _contiguous(whole, block)
+            for piece in _simplest(part, grain)
+        ]
+
+
+def _on(device: Any, mask: Mask) -> Mask:
+    """The mask with its tensors on a device; those that hold every pair stay
+    where they are, since nobody looks at them before they are needed."""
+
+    def moved(tensor: Any) -> Any:
+        small = isinstance(tensor, torch.Tensor) and tensor.ndim <= 2
+        return tensor.to(device) if small else tensor
+
+    sides = (tuple(moved(t) for t in side) for side in mask.carried())
+    return mask.replace(Carried(*sides))
 
 
 def _contiguous(whole: Piece, block: Block) -> Iterator[Piece]:
@@ -135,7 +174,7 @@ def _nth(number: int, length: int) -> slice:
     return slice(number * length, (number + 1) * length)
 
 
-def _simplest(piece: Piece) -> list[Piece]:
+def _simplest(piece: Piece, grain: Grain) -> list[Piece]:
     """The rectangle in as few parts as do without a mask where they can."""
     mask: Any = piece.mask
     some, every = (bool(entry) for entry in _relation(mask, *piece.spans()))
@@ -147,18 +186,18 @@ def _simplest(piece: Piece) -> list[Piece]:
     piece = dataclasses.replace(piece, mask=mask)
     if isinstance(mask, Causal) and piece.query_start == piece.key_start:
         return [dataclasses.replace(piece, mask=None, causal=True)]
-    if piece.rows <= SMALL and piece.columns <= SMALL:
+    if max(piece.rows, piece.columns) <= grain.small:
         return [piece]
     parts = [
         part
-        for rows in _halves(piece.rows)
-        for columns in _halves(piece.columns)
-        for part in _simplest(piece.part(rows, columns))
+        for rows in _halves(piece.rows, grain.small)
+        for columns in _halves(piece.columns, grain.small)
+        for part in _simplest(piece.part(rows, columns), grain)
     ]
     gained = any(p.mask is None for p in parts) or (
         sum(p.rows * p.columns for p in parts) < piece.rows * piece.columns
     )
-    small = piece.rows <= MASKED and piece.columns <= MASKED
+    small = max(piece.rows, piece.columns) <= grain.masked
     return [piece] if small and not gained else parts
 
 
@@ -187,11 +226,11 @@ def _relation(mask: Mask, queries: Span, keys: Span) -> tuple[Any, Any]:
     return some, every
 
 
-def _halves(length: int) -> list[slice]:
+def _halves(length: int, small: int) -> list[slice]:
     """One half or two, the first a multiple of the smallest side."""
-    if length <= SMALL:
+    if length <= small:
         return [slice(0, length)]
-    middle = -(-length // (2 * SMALL)) * SMALL
+    middle = -(-length // (2 * small)) * small
     return [slice(0, middle), slice(middle, length)]
 
 
