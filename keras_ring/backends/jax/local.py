@@ -58,11 +58,17 @@ def on_each_device(
 
 def platform() -> str:
     """The kind of devices that what is traced here will run on."""
-    world = strategy.current()
-    if world is not None:
-        kind: str = world.mesh.devices.flat[0].platform
+    mesh = _mesh()
+    if mesh is not None:
+        kind: str = mesh.devices.flat[0].platform
         return kind
-    return jax.default_backend()
+    device = jax.config.jax_default_device
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
+def _mesh() -> Any:
+    """The mesh of the active strategy, or None."""
+    return getattr(strategy.current(), "mesh", None)
 
 
 def _open_axes() -> tuple[Any, set[str]]:
@@ -71,10 +77,10 @@ def _open_axes() -> tuple[Any, set[str]]:
     manual = set(mesh.manual_axes)
     if manual:  # In the ring.
         return mesh, set(mesh.axis_names) - manual
-    world = strategy.current()
-    if world is None or world.mesh.size == 1:
+    whole = _mesh()
+    if whole is None or whole.size == 1:
         return mesh, set()
-    return world.mesh, set(world.mesh.axis_names)
+    return whole, set(whole.axis_names)
 
 
 def _split(

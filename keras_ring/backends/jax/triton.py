@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from keras_ring import numerics
 from keras_ring.attention import Kernel
-from keras_ring.backends.jax import local
+from keras_ring.backends.jax import local, triton_masks
 from keras_ring.blockwise import BlockGradients
+from keras_ring.masks import Mask
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
 
@@ -24,6 +25,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 # A dot product of Triton has at least this many rows, columns and terms.
 LEAST = 16
 WIDEST = 128
+# Queries and keys; what fits the shared memory of a GPU with 99 KiB of it.
+TILES = ((64, 64), (64, 32), (32, 32))
 
 
 class TritonKernel:
@@ -146,19 +149,17 @@ class TritonKernel:
         """Whether Triton can compute a visit."""
         scoring = block.scoring
         sizes = (*query.shape, *key.shape, *value.shape)
-        # Checked first: the rest imports Pallas.
-        if not self._runs() or str(query.dtype) not in DTYPES:
-            return False
-        from keras_ring.backends.jax import triton_programs
-
         return (
-            all(isinstance(size, int) and size for size in sizes)
+            self._runs()
+            and str(query.dtype) in DTYPES
+            and all(isinstance(size, int) and size for size in sizes)
             and max(query.shape[3], value.shape[3]) <= WIDEST
             and scoring.soft_cap is None
             and scoring.bias is None
             and scoring.slopes is None
             and scoring.dropout is None
-            and triton_programs.known(scoring.mask)
+            and triton_masks.known(scoring.mask)
+            and not _wide_ids(scoring.mask)
         )
 
     def _program(
@@ -172,15 +173,15 @@ class TritonKernel:
     ) -> Any:
         """The program of a part of a visit, the mask's tensors and the
         starts of both sides, and a function that pads a tensor of one."""
+        # Here, since it imports Pallas.
         from keras_ring.backends.jax import triton_programs
 
         sides, mask = (own, seen), block.scoring.mask
-        wide = max(key_width, value_width) > 64 or dtype == jnp.float32
+        # What a tile holds of float32, or of wide heads, is twice as large.
+        large = (dtype == jnp.float32) + (max(key_width, value_width) > 64)
         tiles = tuple(
             min(size, _power(length))
-            for size, (_, length, _) in zip(
-                (64, 32) if wide else (64, 64), sides, strict=True
-            )
+            for size, (_, length, _) in zip(TILES[large], sides, strict=True)
         )
         program = triton_programs.Program(
             mask,
@@ -223,6 +224,15 @@ def _parts(starts: tuple[Any, ...], length: int) -> list[tuple[int, int, Any]]:
     """Where each part of a chunk begins, its length, its global position."""
     part = length // len(starts)
     return [(i * part, part, start) for i, start in enumerate(starts)]
+
+
+def _wide_ids(mask: Mask | None) -> bool:
+    """Whether what a mask carries may not survive as int32."""
+    own, seen = ((), ()) if mask is None else mask.carried()[:2]
+    return any(
+        tensor.dtype not in (bool, "int8", "uint8", "int16", "int32")
+        for tensor in (*own, *seen)
+    )
 
 
 def _joined(parts: Any) -> jax.Array:

@@ -13,7 +13,6 @@ are padded before.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,26 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from keras_ring.masks import (
-    And,
-    BlockCausal,
-    Carried,
-    Causal,
-    Mask,
-    Or,
-    Padding,
-    PrefixLM,
-    Segments,
-    SlidingWindow,
-)
-from keras_ring.masks.by_position import Before
+from keras_ring.backends.jax.triton_masks import pairs, reach, within
+from keras_ring.masks import Carried, Mask
 
 Ref = Any
-KNOWN = (
-    *(And, Or, Causal, SlidingWindow, BlockCausal, PrefixLM, Before),
-    *(Padding, Segments),
-)
-HIGHEST = lax.Precision.HIGHEST  # Of float32; half precision knows one only.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,8 +167,8 @@ class Program:
 
     def columns(self, starts: Ref, row: Any) -> tuple[Any, Any]:
         """The tiles of keys that some query of a tile of rows may see."""
-        back, ahead = _reach(self.mask)
-        return _within(
+        back, ahead = reach(self.mask)
+        return within(
             starts[0] - starts[1] + row * self.tiles[0],
             *(self.tiles[0], back, ahead),
             *(self.tiles[1], self.lengths[1]),
@@ -193,8 +176,8 @@ class Program:
 
     def rows(self, starts: Ref, column: Any) -> tuple[Any, Any]:
         """The tiles of queries that may see some key of a tile."""
-        back, ahead = _reach(self.mask)
-        return _within(
+        back, ahead = reach(self.mask)
+        return within(
             starts[1] - starts[0] + column * self.tiles[1],
             *(self.tiles[1], ahead, back),
             *(self.tiles[0], self.lengths[0]),
@@ -210,7 +193,7 @@ class Program:
         column: Any,
     ) -> jax.Array:
         """float32 (q, s), `-inf` where a pair does not count."""
-        products = pl.dot(query, key, trans_b=True, precision=HIGHEST)
+        products = product(query, key, 1, 1)
         products = products * self.scale
         places = [
             index * tile + jnp.arange(tile, dtype=jnp.int32)
@@ -246,51 +229,16 @@ class Program:
         )
 
 
-def pairs(mask: Mask, queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """`Mask.allowed` of a tile, in few operations that Triton has.
-
-    Args:
-        mask: one of `KNOWN`, over the tensors (q,) and (s,) of the tile.
-        queries: int32 (q, 1), global positions.
-        keys: int32 (1, s).
-
-    Returns:
-        Boolean, broadcastable to (q, s).
-    """
-    match mask:
-        case And():
-            return pairs(mask.first, queries, keys) & pairs(
-                mask.second, queries, keys
-            )
-        case Or():
-            return pairs(mask.first, queries, keys) | pairs(
-                mask.second, queries, keys
-            )
-        case Causal():
-            return queries >= keys
-        case SlidingWindow():
-            distance = queries - keys
-            return (distance < mask.size) & (distance > -mask.size)
-        case BlockCausal():
-            return lax.div(queries, mask.size) >= lax.div(keys, mask.size)
-        case PrefixLM():
-            return (queries >= keys) | (keys < mask.length)
-        case Before():
-            return (queries if mask.queries else keys) < mask.limit
-        case Padding():
-            return (mask.valid != 0)[None, :]
-        case Segments():
-            return mask.query_ids[:, None] == mask.key_ids[None, :]
-    raise NotImplementedError(mask)
-
-
-def known(mask: Mask | None) -> bool:
-    """Whether `pairs` can compute a mask."""
-    if isinstance(mask, (And, Or)):
-        return known(mask.first) and known(mask.second)
-    if mask is None:
-        return True
-    return type(mask) in KNOWN and not mask.carried().shared
+def product(
+    left: jax.Array, right: jax.Array, row: int, column: int
+) -> jax.Array:
+    """The product over one axis of each in float32, without TF32."""
+    return lax.dot_general(
+        *(left, right),
+        dimension_numbers=(((row,), (column,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _forward(program: Program, *refs: Ref) -> None:
@@ -309,9 +257,7 @@ def _forward(program: Program, *refs: Ref) -> None:
         p = jnp.exp(scores - reference[:, None])
         decay = jnp.exp(top - reference)
         value = value_ref[seen, :]
-        acc = acc * decay[:, None] + pl.dot(
-            p.astype(value.dtype), value, precision=HIGHEST
-        )
+        acc = acc * decay[:, None] + product(p.astype(value.dtype), value, 1, 0)
         return new_top, total * decay + jnp.sum(p, axis=1), acc
 
     top, total, acc = lax.fori_loop(
@@ -341,13 +287,9 @@ def _grad_query(program: Program, *refs: Ref) -> None:
         key = key_ref[seen, :]
         scores = program.scores(query, key, starts, carried, row, column)
         p = jnp.exp(scores - lse[:, None])
-        grad_p = pl.dot(
-            grad_out, value_ref[seen, :], trans_b=True, precision=HIGHEST
-        )
+        grad_p = product(grad_out, value_ref[seen, :], 1, 1)
         grad_scores = p * (grad_p - delta[:, None])
-        return acc + pl.dot(
-            grad_scores.astype(key.dtype), key, precision=HIGHEST
-        )
+        return acc + product(grad_scores.astype(key.dtype), key, 1, 0)
 
     zeros = jnp.zeros(query_ref.shape, jnp.float32)
     bounds = program.columns(starts, row)
@@ -368,18 +310,10 @@ def _grad_keys(program: Program, group: int, *refs: Ref) -> None:
             query, grad_out = query_ref[head, own, :], grad_ref[head, own, :]
             scores = program.scores(query, key, starts, carried, row, column)
             p = jnp.exp(scores - lse_ref[head, own][:, None])
-            grad_value += pl.dot(
-                *(p.astype(grad_out.dtype), grad_out),
-                trans_a=True,
-                precision=HIGHEST,
-            )
-            grad_p = pl.dot(grad_out, value, trans_b=True, precision=HIGHEST)
+            grad_value += product(p.astype(grad_out.dtype), grad_out, 0, 0)
+            grad_p = product(grad_out, value, 1, 1)
             grad_scores = p * (grad_p - delta_ref[head, own][:, None])
-            grad_key += pl.dot(
-                *(grad_scores.astype(query.dtype), query),
-                trans_a=True,
-                precision=HIGHEST,
-            )
+            grad_key += product(grad_scores.astype(query.dtype), query, 0, 0)
             return grad_key, grad_value
 
         return lax.fori_loop(*bounds, visit, grads)
@@ -393,33 +327,6 @@ def _grad_keys(program: Program, group: int, *refs: Ref) -> None:
         grad_key, grad_value = lax.fori_loop(0, group, of_head, grads)
     key_out[...] = grad_key * program.scale
     value_out[...] = grad_value
-
-
-def _within(
-    first: Any, size: int, back: float, ahead: float, tile: int, length: int
-) -> tuple[Any, Any]:
-    """Tiles of one side that a tile of the other may reach.
-
-    Args:
-        first: where the other tile begins, counted from this side's start.
-        size: of the other tile.
-        back: how far before itself a position of it may reach.
-        ahead: how far after itself.
-        tile: size of the tiles of this side.
-        length: of this side.
-    """
-    low: Any = jnp.int32(0)
-    high: Any = jnp.int32(-(-length // tile))
-    if back != math.inf:
-        low = lax.div(jnp.maximum(first - int(back), 0), jnp.int32(tile))
-    if ahead != math.inf:
-        end = jnp.maximum(first + size + int(ahead), 0)
-        high = jnp.minimum(high, lax.div(end + (tile - 1), jnp.int32(tile)))
-    return low, high
-
-
-def _reach(mask: Mask | None) -> tuple[float, float]:
-    return (math.inf, math.inf) if mask is None else mask.reach()
 
 
 def _whole(tensor: jax.Array) -> Any:
