@@ -26,9 +26,9 @@ def set_kernel(name: str) -> None:
             used without that check. "blockwise" is there on every backend.
             Fused kernels leave to it what they cannot compute. PyTorch has
             "flash" on CPUs, and on CUDA devices "cudnn" and "cuda_flash" in
-            half precision and "efficient" in float32 as well. JAX has, on
-            GPUs, "cudnn" in half precision and "triton", which "auto" does
-            not choose.
+            half precision and "efficient" in float32 as well. JAX has "cudnn"
+            on GPUs in half precision, and by name only "triton" on GPUs and
+            "splash" on TPUs, which have not been measured.
 
     Returns:
         None.

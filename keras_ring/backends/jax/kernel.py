@@ -10,6 +10,7 @@ from jax import lax
 from keras_ring import blockwise, numerics
 from keras_ring.backends.jax import local
 from keras_ring.backends.jax.cudnn import CuDnnKernel
+from keras_ring.backends.jax.splash import SplashKernel
 from keras_ring.backends.jax.triton import TritonKernel
 from keras_ring.blockwise import BlockGradients
 from keras_ring.numerics import Partial
@@ -92,4 +93,9 @@ class Kernel(Primitives):
 
 KERNEL = Kernel()
 # By preference; the last is the reference.
-KERNELS = (CuDnnKernel(KERNEL), TritonKernel(KERNEL), KERNEL)
+KERNELS = (
+    CuDnnKernel(KERNEL),
+    TritonKernel(KERNEL),
+    SplashKernel(KERNEL),
+    KERNEL,
+)
