@@ -3,11 +3,13 @@
 What cuDNN cannot compute: float32, and masks by position or by tensor, where
 chunks may lie anywhere. See `triton_programs` for what runs on the device.
 
-It was compared with the oracle in Pallas' interpreter and lowered to Triton,
+It was compared with the oracle in Pallas' interpreter and compiled for GPUs,
 but has not run on a GPU. So it is there by name only: "auto" does not take
 it.
 """
 
+import functools
+import importlib.util
 from typing import Any
 
 import jax
@@ -141,7 +143,9 @@ class TritonKernel:
         return BlockGradients(*(_joined(list(g.values())) for g in grads))
 
     def _runs(self) -> bool:
-        return self.interpret or local.platform() == "gpu"
+        if self.interpret:
+            return True
+        return local.platform() == "gpu" and _is_there()
 
     def _fits(
         self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
@@ -218,6 +222,18 @@ class TritonKernel:
         return {
             "compiler_params": pallas.CompilerParams(num_warps=4, num_stages=2)
         }
+
+
+@functools.cache
+def _is_there() -> bool:
+    """JAX 0.11 warns that a later release will have no Triton in Pallas."""
+    try:
+        return (
+            importlib.util.find_spec("jax.experimental.pallas.triton")
+            is not None
+        )
+    except ImportError:
+        return False
 
 
 def _parts(starts: tuple[Any, ...], length: int) -> list[tuple[int, int, Any]]:
