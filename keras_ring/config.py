@@ -24,10 +24,11 @@ def set_kernel(name: str) -> None:
         name: "auto" for the fastest kernel that is there and agrees with
             "blockwise" on a small problem; or the name of one, which is then
             used without that check. "blockwise" is there on every backend.
-            PyTorch has fused kernels too, which leave to "blockwise" what
-            their operations cannot compute: "flash" on CPUs, and on CUDA
-            devices "cudnn" and "cuda_flash" in half precision and
-            "efficient" in float32 as well.
+            Fused kernels leave to it what they cannot compute. PyTorch has
+            "flash" on CPUs, and on CUDA devices "cudnn" and "cuda_flash" in
+            half precision and "efficient" in float32 as well. JAX has "cudnn"
+            on GPUs in half precision, and by name only "triton" on GPUs and
+            "splash" on TPUs, which have not been measured.
 
     Returns:
         None.

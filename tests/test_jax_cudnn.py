@@ -13,10 +13,11 @@ import pytest
 import keras_ring
 from keras_ring import backends, config, kernels, masks
 from keras_ring.backends.jax import cudnn
+from keras_ring.masks.by_position import Before
 from keras_ring.scoring import Scoring
 from keras_ring.tiling import Block
 from tests.kernel_choice import tensors
-from tests.visits import CASES, Refusing, Visit
+from tests.visits import CASES, Case, Refusing, Visit
 
 needs_gpu = pytest.mark.skipif(
     jax.default_backend() != "gpu", reason="JAX has no GPU here"
@@ -139,6 +140,91 @@ def test_balanced_chunks_are_taken_apart():
         np.testing.assert_allclose(have, want, 2e-2, 2e-2)
 
 
+class StandIn:
+    """What cuDNN computes, by its arguments, on any device."""
+
+    def __init__(self, backward):
+        self.backward = backward
+        self.kinds = []
+
+    def bind(self, query, key, value, *rest, scale, mask_type, **options):
+        assert query.shape[3] == value.shape[3]
+        assert query.shape[3] % 8 == 0
+        assert query.shape[3] <= cudnn.WIDEST
+        assert str(query.dtype) in cudnn.HALF
+        self.kinds.append(mask_type)
+        group = query.shape[1] // key.shape[1]
+        dtype = query.dtype
+        q, k, v = (t.astype("float32") for t in (query, key, value))
+        k, v = (jnp.repeat(t, group, axis=1) for t in (k, v))
+        scores = jnp.einsum("bhqd,bhkd->bhqk", q, k) * scale
+        if mask_type == cudnn.CAUSAL:
+            assert query.shape[2] == key.shape[2]
+            square = jnp.tril(jnp.ones(scores.shape[2:], bool))
+            scores = jnp.where(square, scores, -jnp.inf)
+        if not self.backward:
+            lse = jax.nn.logsumexp(scores, axis=-1)
+            p = jnp.exp(scores - lse[..., None])
+            return jnp.einsum("bhqk,bhkd->bhqd", p, v).astype(dtype), lse
+        lse, out, pull = (t.astype("float32") for t in rest[7:])
+        p = jnp.exp(scores - lse[..., None])
+        grad_p = jnp.einsum("bhqd,bhkd->bhqk", pull, v)
+        grad = p * (grad_p - jnp.sum(out * pull, -1)[..., None]) * scale
+        grads = [
+            jnp.einsum("bhqk,bhkd->bhqd", grad, k),
+            jnp.einsum("bhqk,bhqd->bhkd", grad, q),
+            jnp.einsum("bhqk,bhqd->bhkd", p, pull),
+        ]
+        grads[1:] = (
+            t.reshape(*key.shape[:2], group, *t.shape[2:]).sum(2)
+            for t in grads[1:]
+        )
+        return [t.astype(dtype) for t in grads]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """cuDNN's two operations as plain products, on a GPU that is none."""
+    monkeypatch.setattr(cudnn.local, "platform", lambda: "gpu")
+    pair = StandIn(backward=False), StandIn(backward=True)
+    monkeypatch.setattr(cudnn, "FORWARD", pair[0])
+    monkeypatch.setattr(cudnn, "BACKWARD", pair[1])
+    return pair
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known", "traced"])
+@pytest.mark.parametrize(
+    "name", ["full", "causal-grouped", "wide-values", "causal-later-chunk"]
+)
+@pytest.mark.parametrize("pull", [False, True])
+def test_what_is_around_a_call(name, pull, known, stand_in):
+    case = dataclasses.replace(CASES[name], dtype="bfloat16")
+    visit = Visit(case, rest=0 if pull else 40, pull=pull)
+    if known:
+        kernel = cudnn.CuDnnKernel(Refusing())
+    else:
+        kernel = traced(cudnn.CuDnnKernel(backends.load().kernel.KERNEL))
+    visit.check(kernel, TOLERANCE["bfloat16"])
+    if known:
+        kind = cudnn.CAUSAL if "causal" in name else cudnn.FULL
+        expected = set() if name == "causal-later-chunk" else {kind}
+        assert [set(s.kinds) for s in stand_in] == [expected, expected]
+
+
+@pytest.mark.parametrize("pull", [False, True])
+def test_wide_heads_have_no_room_for_a_column(pull, stand_in):
+    case = Case(
+        "causal",
+        **{"queries": 90, "keys": 90, "head_dim": 128, "value_dim": 128},
+        dtype="bfloat16",
+    )
+    visit = Visit(case, rest=0 if pull else 40, pull=pull)
+    kernel = cudnn.CuDnnKernel(backends.load().kernel.KERNEL)
+    visit.check(kernel, TOLERANCE["bfloat16"])
+    assert stand_in[0].kinds == [cudnn.CAUSAL]
+    assert stand_in[1].kinds == [cudnn.CAUSAL]
+
+
 def test_it_is_for_gpus_and_half_precision(automatic):
     kernel = backends.load().kernel.KERNELS[0]
     assert kernel.name == "cudnn"
@@ -160,7 +246,14 @@ def test_what_a_part_of_a_visit_is():
     kernel = cudnn.CuDnnKernel(Refusing())
     causal = Scoring(scale=1.0, mask=masks.Causal())
     window = Scoring(scale=1.0, mask=masks.SlidingWindow(3))
+    padded = Scoring(scale=1.0, mask=masks.Causal() & Before(20))
+    either = Scoring(scale=1.0, mask=masks.Causal() | Before(20))
     for query, key, scoring, number in (
+        (8, 8, padded, 2),
+        (16, 16, padded, 3),
+        (16, 8, padded, 1),
+        (24, 24, padded, 0),
+        (24, 24, either, 3),
         (8, 0, causal, 1),
         (0, 8, causal, 0),
         (8, 8, causal, 2),

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from keras_ring import blockwise, numerics
+from keras_ring.backends.jax import local
 from keras_ring.backends.jax.cudnn import CuDnnKernel
+from keras_ring.backends.jax.splash import SplashKernel
+from keras_ring.backends.jax.triton import TritonKernel
 from keras_ring.blockwise import BlockGradients
 from keras_ring.numerics import Partial
 from keras_ring.primitives import Primitives
@@ -30,7 +33,7 @@ class Kernel(Primitives):
 
     def device(self, tensor: jax.Array) -> str | None:
         # The compiler decides where a tensor lies, among devices of one kind.
-        return jax.default_backend()
+        return local.platform()
 
     def block_forward(
         self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
@@ -90,4 +93,9 @@ class Kernel(Primitives):
 
 KERNEL = Kernel()
 # By preference; the last is the reference.
-KERNELS = (CuDnnKernel(KERNEL), KERNEL)
+KERNELS = (
+    CuDnnKernel(KERNEL),
+    TritonKernel(KERNEL),
+    SplashKernel(KERNEL),
+    KERNEL,
+)

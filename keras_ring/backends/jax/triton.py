@@ -1,0 +1,260 @@
+"""Attention in Triton on GPUs, of the package's own.
+
+What cuDNN cannot compute: float32, and masks by position or by tensor, where
+chunks may lie anywhere. See `triton_programs` for what runs on the device.
+
+It was compared with the oracle in Pallas' interpreter and compiled for GPUs,
+but has not run on a GPU. So it is there by name only: "auto" does not take
+it.
+"""
+
+import functools
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from keras_ring import numerics
+from keras_ring.attention import Kernel
+from keras_ring.backends.jax import local, triton_masks
+from keras_ring.blockwise import BlockGradients
+from keras_ring.masks import Mask
+from keras_ring.numerics import Partial
+from keras_ring.tiling import Block
+
+DTYPES = ("float32", "float16", "bfloat16")
+# A dot product of Triton has at least this many rows, columns and terms.
+LEAST = 16
+WIDEST = 128
+# Queries and keys; what fits the shared memory of a GPU with 99 KiB of it.
+TILES = ((64, 64), (64, 32), (32, 32))
+
+
+class TritonKernel:
+    """Triton where it fits, another kernel where it does not.
+
+    Args:
+        otherwise: computes the visits that do not fit.
+        interpret: run in Pallas' interpreter, which is slow, on any device.
+
+    Legend: B batch, H query heads, K key/value heads, Q and S query and key
+    lengths, D and E the head dimensions of query/key and of value.
+    """
+
+    name = "triton"
+
+    def __init__(self, otherwise: Kernel, interpret: bool = False):
+        self.otherwise = otherwise
+        self.interpret = interpret
+
+    def available(
+        self, device: str | None = None, dtype: str | None = None
+    ) -> bool:
+        """By name only, see above: not for a device that asks."""
+        return device is None and self._runs() and dtype in (None, *DTYPES)
+
+    def rounds(self, dtype: str) -> bool:
+        return dtype != "float32"
+
+    def branch(self, predicate: Any, yes: Any, no: Any) -> Any:
+        return self.otherwise.branch(predicate, yes, no)
+
+    def block_forward(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
+    ) -> Partial:
+        if not self._fits(query, key, value, block):
+            return self.otherwise.block_forward(query, key, value, block)
+        width = value.shape[3]
+        rows = []
+        for own in _parts(block.query_starts, query.shape[2]):
+            found = None
+            for seen in _parts(block.key_starts, key.shape[2]):
+                program, carried, starts, padded = self._program(
+                    block, own, seen, query.shape[3], width, query.dtype
+                )
+                out, lse = local.on_each_device(
+                    lambda q, k, v, *rest, call=program.forward: call(
+                        q, k, v, rest[:-1], rest[-1]
+                    ),
+                    (
+                        padded(query, 0),
+                        padded(key, 1),
+                        padded(value, 1),
+                        *carried,
+                    ),
+                    (starts,),
+                )
+                length = own[1]
+                part = Partial(out[:, :, :length, :width], lse[:, :, :length])
+                found = part if found is None else numerics.merge(found, part)
+            rows.append(found)
+        return Partial(*(_joined(t) for t in zip(*rows, strict=True)))
+
+    def block_backward(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        out: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+        grad_out: jax.Array,
+        block: Block,
+    ) -> BlockGradients:
+        if not self._fits(query, key, value, block):
+            return self.otherwise.block_backward(
+                query, key, value, out, lse, delta, grad_out, block
+            )
+        # exp(score - inf) = 0: a row that sees nothing gives nothing.
+        lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+        grad_out = grad_out.astype(query.dtype)
+        shapes = query.shape, key.shape, value.shape
+        grads: list[dict[int, Any]] = [{}, {}, {}]
+        for row, own in enumerate(_parts(block.query_starts, shapes[0][2])):
+            for column, seen in enumerate(
+                _parts(block.key_starts, shapes[1][2])
+            ):
+                program, carried, starts, padded = self._program(
+                    block, own, seen, shapes[0][3], shapes[2][3], query.dtype
+                )
+                shares = local.on_each_device(
+                    lambda *tensors, call=program.backward: call(
+                        *tensors[:6], tensors[6:-1], tensors[-1]
+                    ),
+                    (
+                        padded(query, 0),
+                        padded(key, 1),
+                        padded(value, 1),
+                        padded(lse, 0, fill=jnp.inf),
+                        padded(delta, 0),
+                        padded(grad_out, 0),
+                        *carried,
+                    ),
+                    (starts,),
+                )
+                places = (row, own), (column, seen), (column, seen)
+                for found, share, (number, (_, length, _)), shape in zip(
+                    grads, shares, places, shapes, strict=True
+                ):
+                    share = share[:, :, :length, : shape[3]]
+                    have = found.get(number)
+                    found[number] = share if have is None else have + share
+        return BlockGradients(*(_joined(list(g.values())) for g in grads))
+
+    def _runs(self) -> bool:
+        if self.interpret:
+            return True
+        return local.platform() == "gpu" and _is_there()
+
+    def _fits(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
+    ) -> bool:
+        """Whether Triton can compute a visit."""
+        scoring = block.scoring
+        sizes = (*query.shape, *key.shape, *value.shape)
+        return (
+            self._runs()
+            and str(query.dtype) in DTYPES
+            and all(isinstance(size, int) and size for size in sizes)
+            and max(query.shape[3], value.shape[3]) <= WIDEST
+            and scoring.soft_cap is None
+            and scoring.bias is None
+            and scoring.slopes is None
+            and scoring.dropout is None
+            and triton_masks.known(scoring.mask)
+            and not _wide_ids(scoring.mask)
+        )
+
+    def _program(
+        self,
+        block: Block,
+        own: tuple[int, int, Any],
+        seen: tuple[int, int, Any],
+        key_width: int,
+        value_width: int,
+        dtype: Any,
+    ) -> Any:
+        """The program of a part of a visit, the mask's tensors and the
+        starts of both sides, and a function that pads a tensor of one."""
+        # Here, since it imports Pallas.
+        from keras_ring.backends.jax import triton_programs
+
+        sides, mask = (own, seen), block.scoring.mask
+        # What a tile holds of float32, or of wide heads, is twice as large.
+        large = (dtype == jnp.float32) + (max(key_width, value_width) > 64)
+        tiles = tuple(
+            min(size, _power(length))
+            for size, (_, length, _) in zip(TILES[large], sides, strict=True)
+        )
+        program = triton_programs.Program(
+            mask,
+            block.scoring.scale,
+            (tiles[0], tiles[1]),
+            (own[1], seen[1]),
+            self._options(),
+        )
+
+        def padded(tensor: jax.Array, side: int, fill: Any = 0) -> jax.Array:
+            """(B, H, length, ...) -> (B, H, tiles, ...) of one part."""
+            first, length, _ = sides[side]
+            tensor = tensor[:, :, first : first + length]
+            widths = [(0, 0), (0, 0), (0, -length % tiles[side])]
+            if tensor.ndim == 4:
+                width = tensor.shape[3]
+                widths.append((0, _power(width) - width))
+            return jnp.pad(tensor, widths, constant_values=fill)
+
+        carried = [] if mask is None else list(mask.carried()[:2])
+        tensors = [
+            padded(tensor.astype(jnp.int32)[:, None], side)[:, 0]
+            for side, tensors in enumerate(carried)
+            for tensor in tensors
+        ]
+        starts = jnp.stack([jnp.asarray(s[2], jnp.int32) for s in sides])
+        return program, tensors, starts, padded
+
+    def _options(self) -> dict[str, Any]:
+        if self.interpret:
+            return {"interpret": True}
+        from jax.experimental.pallas import triton as pallas
+
+        return {
+            "compiler_params": pallas.CompilerParams(num_warps=4, num_stages=2)
+        }
+
+
+@functools.cache
+def _is_there() -> bool:
+    """JAX 0.11 warns that a later release will have no Triton in Pallas."""
+    try:
+        return (
+            importlib.util.find_spec("jax.experimental.pallas.triton")
+            is not None
+        )
+    except ImportError:
+        return False
+
+
+def _parts(starts: tuple[Any, ...], length: int) -> list[tuple[int, int, Any]]:
+    """Where each part of a chunk begins, its length, its global position."""
+    part = length // len(starts)
+    return [(i * part, part, start) for i, start in enumerate(starts)]
+
+
+def _wide_ids(mask: Mask | None) -> bool:
+    """Whether what a mask carries may not survive as int32."""
+    own, seen = ((), ()) if mask is None else mask.carried()[:2]
+    return any(
+        tensor.dtype not in (bool, "int8", "uint8", "int16", "int32")
+        for tensor in (*own, *seen)
+    )
+
+
+def _joined(parts: Any) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 2)
+
+
+def _power(size: int) -> int:
+    """The power of two that holds a size."""
+    return max(LEAST, 1 << (size - 1).bit_length())
