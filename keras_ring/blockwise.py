@@ -321,3 +321,38 @@ def block_backward(
         bias,
         extra.get("slopes"),
     )
+
+
+class BlockwiseKernel(Primitives):
+    """The reference among a backend's kernels: takes everything, anywhere."""
+
+    name = "blockwise"
+
+    def available(
+        self, device: str | None = None, dtype: str | None = None
+    ) -> bool:
+        return True
+
+    def rounds(self, dtype: str) -> bool:
+        return False
+
+    def block_forward(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    ) -> Partial:
+        return block_forward(self, query, key, value, block)
+
+    def block_backward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        grad_out: Tensor,
+        block: Block,
+    ) -> BlockGradients:
+        del out  # Already in delta.
+        return block_backward(
+            self, query, key, value, lse, delta, grad_out, block
+        )

@@ -7,54 +7,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from keras_ring import blockwise, numerics
+from keras_ring import numerics
 from keras_ring.backends.jax import local
 from keras_ring.backends.jax.cudnn import CuDnnKernel
 from keras_ring.backends.jax.splash import SplashKernel
 from keras_ring.backends.jax.triton import TritonKernel
-from keras_ring.blockwise import BlockGradients
-from keras_ring.numerics import Partial
-from keras_ring.primitives import Primitives
-from keras_ring.tiling import Block
+from keras_ring.blockwise import BlockwiseKernel
 
 
-class Kernel(Primitives):
+class Kernel(BlockwiseKernel):
     """The blockwise kernel in `lax` loops; a store is an array of tiles."""
-
-    name = "blockwise"
-
-    def available(
-        self, device: str | None = None, dtype: str | None = None
-    ) -> bool:
-        return True
-
-    def rounds(self, dtype: str) -> bool:
-        return False
 
     def device(self, tensor: jax.Array) -> str | None:
         # The compiler decides where a tensor lies, among devices of one kind.
         return local.platform()
-
-    def block_forward(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
-    ) -> Partial:
-        return blockwise.block_forward(self, query, key, value, block)
-
-    def block_backward(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        out: jax.Array,
-        lse: jax.Array,
-        delta: jax.Array,
-        grad_out: jax.Array,
-        block: Block,
-    ) -> BlockGradients:
-        del out  # Already in delta.
-        return blockwise.block_backward(
-            self, query, key, value, lse, delta, grad_out, block
-        )
 
     def loop(self, count: int, body: Callable, carry: Any) -> Any:
         if count == 1:

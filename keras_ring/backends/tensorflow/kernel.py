@@ -8,10 +8,9 @@ from typing import Any
 import tensorflow as tf
 
 from keras_ring import blockwise, numerics
-from keras_ring.blockwise import BlockGradients
+from keras_ring.blockwise import BlockGradients, BlockwiseKernel
 from keras_ring.masks import Carried
 from keras_ring.numerics import Partial
-from keras_ring.primitives import Primitives
 from keras_ring.scoring import Scoring
 from keras_ring.tiling import Block
 
@@ -30,18 +29,8 @@ class Store:
     dtype: tf.DType
 
 
-class Kernel(Primitives):
+class Kernel(BlockwiseKernel):
     """The blockwise kernel in `tf.while_loop`s; a store is a tensor list."""
-
-    name = "blockwise"
-
-    def available(
-        self, device: str | None = None, dtype: str | None = None
-    ) -> bool:
-        return True
-
-    def rounds(self, dtype: str) -> bool:
-        return False
 
     def device(self, tensor: tf.Tensor) -> str | None:
         return None  # Not known while a program is traced.

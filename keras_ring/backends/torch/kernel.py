@@ -6,60 +6,22 @@ from typing import Any
 import keras
 import torch
 
-from keras_ring import blockwise, numerics
+from keras_ring import numerics
 from keras_ring.backends.torch.cuda import CudaFlash, CuDnn, Efficient
 from keras_ring.backends.torch.flash import CpuFlash
 from keras_ring.backends.torch.fused import FusedKernel
-from keras_ring.blockwise import BlockGradients
-from keras_ring.numerics import Partial
-from keras_ring.primitives import Primitives
-from keras_ring.tiling import Block
+from keras_ring.blockwise import BlockwiseKernel
 
 
-class Kernel(Primitives):
+class Kernel(BlockwiseKernel):
     """The blockwise kernel in Python loops; a store is a tensor of tiles
     that is written in place.
 
     It runs inside `torch.autograd.Function`, where nothing is recorded.
     """
 
-    name = "blockwise"
-
-    def available(
-        self, device: str | None = None, dtype: str | None = None
-    ) -> bool:
-        return True
-
-    def rounds(self, dtype: str) -> bool:
-        return False
-
     def device(self, tensor: torch.Tensor) -> str | None:
         return tensor.device.type
-
-    def block_forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        block: Block,
-    ) -> Partial:
-        return blockwise.block_forward(self, query, key, value, block)
-
-    def block_backward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        grad_out: torch.Tensor,
-        block: Block,
-    ) -> BlockGradients:
-        del out  # Already in delta.
-        return blockwise.block_backward(
-            self, query, key, value, lse, delta, grad_out, block
-        )
 
     def loop(self, count: int, body: Callable, carry: Any) -> Any:
         for i in range(count):
