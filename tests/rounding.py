@@ -12,6 +12,9 @@ is off by at most `p * (1 - p) * (exp(2e) - 1)`, and one that is recomputed
 from a log-sum-exp by `p * (exp(e) - 1)` with the error of that one added.
 What is multiplied and summed after it carries the sum of the magnitudes
 times that, plus one rounding for each term of the sum.
+
+A number of few bits that is smaller than all normal ones is rounded to a
+multiple of the smallest: by up to half of that, however small it is.
 """
 
 import numpy as np
@@ -24,6 +27,8 @@ UNIT = {
     "float16": 2.0**-11,
     "bfloat16": 2.0**-8,
 }
+# Half of the smallest number, where numbers so small come up.
+LEAST = {"float16": 2.0**-25}
 # The functions exp, tanh and log of the frameworks are right to some units.
 FUNCTION = 16
 # Operations that a formula has beside the sums: scaling, merging, dividing.
@@ -45,8 +50,12 @@ def bounds(found, query, key, value, grad_out, grad_lse, options, dtype):
     """
     unit = UNIT["float64" if dtype == "float64" else "float32"]
     half = UNIT[dtype] if UNIT[dtype] > unit else unit
-    # Results in few bits are rounded once, and once more after the sinks.
-    to_half = 3 * half
+    least = LEAST.get(dtype, 0.0)
+
+    def to_half(size):
+        """Results in few bits are rounded once, once more after sinks."""
+        return 3 * (half * size + least)
+
     query, key, value, grad_out = (
         np.abs(np.asarray(t, np.float64)) for t in (query, key, value, grad_out)
     )
@@ -99,26 +108,38 @@ def bounds(found, query, key, value, grad_out, grad_lse, options, dtype):
     magnitude = times_values(p * keep, values)
     sums = (columns + STEPS) * unit
     at_out = times_values(forward * keep, values) + sums * magnitude
-    of_out = at_out + to_half * np.abs(found.out)
+    of_out = at_out + to_half(np.abs(found.out))
 
     # Gradients. With a sink, or in few bits, the cotangent is rounded too.
-    again = half if options.get("sinks") is not None else 0.0
+    sinks = options.get("sinks") is not None
+    again = half if sinks else 0.0
+    # It is rounded where it has the share of the keys, and counts there with
+    # attention over the keys alone, whose probabilities are larger by that.
+    share = found.p.sum(-1)
+    over = 1 / np.maximum(np.where(share == 0, 1.0, share), 1e-100)
+    cotangent = (least * over if sinks else np.zeros_like(over))[..., None]
     terms = pairs(grad_out, values) * keep
     at_grad_p = ((width + STEPS) * unit + again) * terms
+    at_grad_p = at_grad_p + cotangent * keep * pairs(
+        np.ones_like(grad_out), values
+    )
     carried = np.einsum("bqhe,bqhe->bhq", grad_out, np.abs(found.out))
     at_inner = np.einsum("bqhe,bqhe->bhq", grad_out, of_out)
     at_inner = at_inner + ((width + STEPS) * unit + 2 * again) * carried
+    at_inner = at_inner + (cotangent[..., 0] * over) * heads_first(
+        np.abs(found.out).sum(-1)
+    )
     from_lse = 0.0 if grad_lse is None else np.abs(heads_first(grad_lse))
     lse_part = np.broadcast_to(np.asarray(from_lse), lse.shape)
     at_inner = at_inner + STEPS * unit * lse_part
     if options.get("sinks") is not None:
         # What goes to the keys is a share of attention over the keys alone,
         # whose output is larger by that share.
-        share = found.p.sum(-1)
-        over_keys = carried / np.where(share == 0, 1.0, share)
+        over_keys = carried * over
         again_off = np.minimum(np.expm1(np.minimum(2 * at_lse, 700.0)), 1.0)
         at_inner = at_inner + again_off * (over_keys + lse_part)
-        at_inner = at_inner + (2 * to_half + STEPS * unit) * over_keys
+        at_inner = at_inner + 2 * to_half(over_keys) + STEPS * unit * over_keys
+        at_inner = at_inner + 6 * least * heads_first(grad_out.sum(-1))
     difference = found.grad_p - found.inner[..., None]
     if grad_lse is not None:
         difference = difference + heads_first(grad_lse)[..., None]
@@ -138,14 +159,18 @@ def bounds(found, query, key, value, grad_out, grad_lse, options, dtype):
     at_value = backward + (rows * group + STEPS) * unit * p
     at_value = (at_value + again * p) * keep
     grad_value = np.einsum("bhqk,bqhe->bkhe", at_value, grad_out)
+    # A probability times what the rounded cotangent is off by.
+    grad_value = grad_value + np.einsum(
+        "bhqk,bqhe->bkhe", cotangent * p * keep, np.ones_like(grad_out)
+    )
     result = {
         "out": of_out,
         "lse": np.swapaxes(at_lse, 1, 2),
         "grad_query": times_values(along_keys, keys)
-        + to_half * np.abs(found.grad_query),
-        "grad_key": ungroup(grad_key, group) + to_half * np.abs(found.grad_key),
+        + to_half(np.abs(found.grad_query)),
+        "grad_key": ungroup(grad_key, group) + to_half(np.abs(found.grad_key)),
         "grad_value": ungroup(grad_value, group)
-        + to_half * np.abs(found.grad_value),
+        + to_half(np.abs(found.grad_value)),
     }
     entries = p.size * unit
     full = at_score + entries * np.abs(found.grad_scores)
@@ -153,10 +178,10 @@ def bounds(found, query, key, value, grad_out, grad_lse, options, dtype):
         shape = found.grad_bias.shape
         result["grad_bias"] = sum_like(
             np.swapaxes(full, 1, 2), shape
-        ) + to_half * np.abs(found.grad_bias)
+        ) + to_half(np.abs(found.grad_bias))
     if found.grad_slopes is not None:
         # Each member rounds its term of the sum.
-        entry = full + to_half * np.abs(found.grad_scores)
+        entry = full + to_half(np.abs(found.grad_scores))
         result["grad_slopes"] = (entry * found.distance).sum((0, 2, 3))
     if found.grad_sinks is not None:
         weight = found.p_sink
@@ -167,7 +192,7 @@ def bounds(found, query, key, value, grad_out, grad_lse, options, dtype):
         # Frameworks take s * (1 - s) as the derivative of a sigmoid s.
         at_sink = at_sink + 4 * unit * over_keys
         at_sink = at_sink + p.shape[0] * rows * unit * weight * total
-        at_sink = at_sink + to_half * weight * total
+        at_sink = at_sink + to_half(weight * total)
         result["grad_sinks"] = at_sink.sum((0, 2))
     return result
 
