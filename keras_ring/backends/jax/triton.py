@@ -158,10 +158,7 @@ class TritonKernel:
             and str(query.dtype) in DTYPES
             and all(isinstance(size, int) and size for size in sizes)
             and max(query.shape[3], value.shape[3]) <= WIDEST
-            and scoring.soft_cap is None
-            and scoring.bias is None
-            and scoring.slopes is None
-            and scoring.dropout is None
+            and scoring.only_products
             and triton_masks.known(scoring.mask)
             and not _wide_ids(scoring.mask)
         )
