@@ -132,7 +132,7 @@ def bounds(found, query, key, value, grad_out, grad_lse, options, dtype):
     from_lse = 0.0 if grad_lse is None else np.abs(heads_first(grad_lse))
     lse_part = np.broadcast_to(np.asarray(from_lse), lse.shape)
     at_inner = at_inner + STEPS * unit * lse_part
-    if options.get("sinks") is not None:
+    if sinks:
         # What goes to the keys is a share of attention over the keys alone,
         # whose output is larger by that share.
         over_keys = carried * over

@@ -9,7 +9,7 @@ to another kernel.
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -90,12 +90,7 @@ class FusedKernel(abc.ABC):
                 )
                 found = part if found is None else numerics.merge(found, part)
             rows.append(found)
-        return Partial(
-            *(
-                parts[0] if len(parts) == 1 else jnp.concatenate(parts, 2)
-                for parts in zip(*rows, strict=True)
-            )
-        )
+        return Partial(*(joined(parts) for parts in zip(*rows, strict=True)))
 
     def block_backward(
         self,
@@ -117,28 +112,17 @@ class FusedKernel(abc.ABC):
             for t in (query, out, lse, delta, grad_out)
         ]
         by_column = [_parts(t, block.key_starts) for t in (key, value)]
-        grads: dict[tuple[str, int], Any] = {}
+        grads: list[dict[int, Any]] = [{}, {}, {}]
         for row, (own, *rest) in enumerate(zip(*by_row, strict=True)):
             for column, seen in enumerate(zip(*by_column, strict=True)):
                 tensors: list[Any] = [own, *seen, *rest]
-                share = self._backward(tensors, _part(block, row, column))
-                for name, grad in (
-                    (("query", row), share.query),
-                    (("key", column), share.key),
-                    (("value", column), share.value),
+                shares = self._backward(tensors, _part(block, row, column))
+                places = row, column, column
+                for found, share, place in zip(
+                    grads, shares[:3], places, strict=True
                 ):
-                    have = grads.get(name)
-                    grads[name] = grad if have is None else have + grad
-        whole = (
-            [grad for (own, _), grad in sorted(grads.items()) if own == name]
-            for name in ("query", "key", "value")
-        )
-        return BlockGradients(
-            *(
-                parts[0] if len(parts) == 1 else jnp.concatenate(parts, 2)
-                for parts in whole
-            )
-        )
+                    add(found, place, share)
+        return BlockGradients(*(joined(list(g.values())) for g in grads))
 
     def _computes(
         self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
@@ -272,6 +256,17 @@ def _beside_causal(mask: Mask | None) -> list[Mask] | None:
                 others.append(other)
     found = [other for other in others if not isinstance(other, Causal)]
     return found if len(found) < len(others) else None
+
+
+def add(sums: dict[int, Any], place: int, share: Any) -> None:
+    """Add what belongs to a part of a chunk to the sum that is there."""
+    have = sums.get(place)
+    sums[place] = share if have is None else have + share
+
+
+def joined(parts: Sequence[jax.Array]) -> jax.Array:
+    """(B, H, part, ...) -> (B, H, length, ...)."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 2)
 
 
 def not_traced(value: Any) -> bool | None:

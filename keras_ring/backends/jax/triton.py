@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from keras_ring import numerics
 from keras_ring.attention import Kernel
 from keras_ring.backends.jax import local, triton_masks
+from keras_ring.backends.jax.fused import add, joined
 from keras_ring.blockwise import BlockGradients
 from keras_ring.masks import Mask
 from keras_ring.numerics import Partial
@@ -89,7 +90,7 @@ class TritonKernel:
                 part = Partial(out[:, :, :length, :width], lse[:, :, :length])
                 found = part if found is None else numerics.merge(found, part)
             rows.append(found)
-        return Partial(*(_joined(t) for t in zip(*rows, strict=True)))
+        return Partial(*(joined(t) for t in zip(*rows, strict=True)))
 
     def block_backward(
         self,
@@ -137,10 +138,8 @@ class TritonKernel:
                 for found, share, (number, (_, length, _)), shape in zip(
                     grads, shares, places, shapes, strict=True
                 ):
-                    share = share[:, :, :length, : shape[3]]
-                    have = found.get(number)
-                    found[number] = share if have is None else have + share
-        return BlockGradients(*(_joined(list(g.values())) for g in grads))
+                    add(found, number, share[:, :, :length, : shape[3]])
+        return BlockGradients(*(joined(list(g.values())) for g in grads))
 
     def _runs(self) -> bool:
         if self.interpret:
@@ -246,10 +245,6 @@ def _wide_ids(mask: Mask | None) -> bool:
         tensor.dtype not in (bool, "int8", "uint8", "int16", "int32")
         for tensor in (*own, *seen)
     )
-
-
-def _joined(parts: Any) -> jax.Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 2)
 
 
 def _power(size: int) -> int:
