@@ -20,6 +20,7 @@ from keras import ops
 from keras_ring import numerics, placement
 from keras_ring.blockwise import BlockGradients
 from keras_ring.numerics import Partial
+from keras_ring.placement import Portion
 from keras_ring.scoring import Scoring
 from keras_ring.tiling import Block
 from keras_ring.transport import Transport
@@ -73,11 +74,33 @@ class Ring:
         Returns:
             `Partial` over all keys, in the accumulation dtype.
         """
+        partial = None
+        for portion in self._portions(key):
+            partial = self._forward(portion, partial, query, key, value)
+        assert partial is not None  # A chunk has a portion.
+        return partial
+
+    def _forward(
+        self,
+        portion: Portion,
+        partial: Partial | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+    ) -> Partial:
+        """One portion of every member's keys, all around the ring.
+
+        Args:
+            portion: of the chunks of keys.
+            partial: over the portions before, if there are any.
+            query, key, value: see `forward`.
+        """
         first, last = self._hops(query, key)
+        length = ops.shape(key)[2]
 
         def visit(hop: Any, visiting: list[Tensor]) -> Partial:
             key, value, *tensors = visiting
-            some, block = self._block(hop, query, key, tensors)
+            some, block = self._block(hop, portion, query, key, length, tensors)
             return self.kernel.branch(
                 some,
                 lambda: self.kernel.block_forward(query, key, value, block),
@@ -90,11 +113,13 @@ class Ring:
             partial = numerics.merge(partial, visit(hop, visiting))
             return arriving.wait(), partial
 
-        visiting = self._first_visit(first, key, value)
-        if first == last:
+        visiting = self._first_visit(first, portion, key, value)
+        if first == last and partial is None:
             return visit(last, visiting)
+        if partial is None:
+            partial = _nothing(query, value)
         visiting, partial = self.transport.repeat(
-            last - first, hop_body, (visiting, _nothing(query, value)), first
+            last - first, hop_body, (visiting, partial), first
         )
         return numerics.merge(partial, visit(last, visiting))
 
@@ -118,7 +143,6 @@ class Ring:
             In the accumulation dtype; the bias' gradient is that of the own
             rows over all keys, the slopes' is the member's term of a sum.
         """
-        first, last = self._hops(query, key)
         dtype = numerics.accumulation_dtype(query.dtype)
         lse = ops.cast(lse, dtype)
         delta = numerics.row_delta(
@@ -126,17 +150,75 @@ class Ring:
             ops.cast(grad_out, dtype),
             ops.cast(grad_lse, dtype),
         )
+        rows = out, lse, delta, grad_out
+        staying: dict[str, Tensor] = {}
+        found = []
+        for portion in self._portions(key):
+            staying, grads = self._backward(
+                portion, staying, query, key, value, rows
+            )
+            found.append(grads)
+        grad_keys, grad_values = (
+            list(side) for side in zip(*found, strict=True)
+        )
+        del found, grads
+        parts = self._parts()
+        grad_key = placement.joined(grad_keys, parts, axis=2)
+        grad_keys.clear()
+        grad_value = placement.joined(grad_values, parts, axis=2)
+        return BlockGradients(
+            staying["query"],
+            grad_key,
+            grad_value,
+            self._all_keys(staying.get("bias")),
+            staying.get("slopes"),
+        )
+
+    def _backward(
+        self,
+        portion: Portion,
+        staying: dict[str, Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: tuple[Tensor, Tensor, Tensor, Tensor],
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """One portion of every member's keys, all around the ring.
+
+        Args:
+            portion: of the chunks of keys.
+            staying: the gradients of what stays where it is, of the portions
+                before; empty at the first.
+            query, key, value: see `backward`.
+            rows: `out`, `lse`, `delta` and `grad_out` of the own queries.
+
+        Returns:
+            `staying` with this portion, and the gradients of the own keys
+            and values in it.
+        """
+        first, last = self._hops(query, key)
+        length = ops.shape(key)[2]
 
         def visit(hop: Any, visiting: list[Tensor]) -> BlockGradients:
             key, value, *tensors = visiting
-            some, block = self._block(hop, query, key, tensors)
+            some, block = self._block(hop, portion, query, key, length, tensors)
             return self.kernel.branch(
                 some,
                 lambda: self.kernel.block_backward(
-                    query, key, value, out, lse, delta, grad_out, block
+                    query, key, value, *rows, block
                 ),
                 lambda: _no_gradients(query, key, value, block.scoring),
             )
+
+        def stay(
+            hop: Any, staying: dict[str, Tensor], share: BlockGradients
+        ) -> dict[str, Tensor]:
+            return self._staying(hop, portion, staying, share, key)
+
+        def begin(visiting: Any) -> tuple[Any, list[Tensor]]:
+            """Compute the first visit."""
+            share = visit(first, visiting)
+            return stay(first, staying, share), [share.key, share.value]
 
         def add(
             hop: Any, visiting: Any, travelling: Any, staying: Any
@@ -145,7 +227,7 @@ class Ring:
             share = visit(hop, visiting)
             behind = travelling.wait()
             return (
-                self._add_staying(hop, staying, share),
+                stay(hop, staying, share),
                 [behind[0] + share.key, behind[1] + share.value],
             )
 
@@ -156,16 +238,12 @@ class Ring:
             staying, grads = add(hop, visiting, travelling, staying)
             return arriving.wait(), grads, staying
 
-        visiting = self._first_visit(first, key, value)
+        visiting = self._first_visit(first, portion, key, value)
         if first == last:
-            share = visit(last, visiting)
-            staying = self._staying(last, share, key)
-            grads = [share.key, share.value]
+            staying, grads = begin(visiting)
         else:
             arriving = self.transport.start_shift(visiting)
-            share = visit(first, visiting)
-            staying = self._staying(first, share, key)
-            grads = [share.key, share.value]
+            staying, grads = begin(visiting)
             visiting, grads, staying = self.transport.repeat(
                 last - first - 1,
                 hop_body,
@@ -177,46 +255,40 @@ class Ring:
         # The chunk is `last` hops away from its owner: all of them at once.
         if last % self.transport.size:
             grads = self.transport.shift(grads, by=-last)
-        grad_key, grad_value = grads
-        return BlockGradients(
-            staying["query"],
-            grad_key,
-            grad_value,
-            self._all_keys(staying.get("bias")),
-            staying.get("slopes"),
-        )
+        return staying, grads
 
     def _staying(
-        self, hop: Any, share: BlockGradients, key: Tensor
+        self,
+        hop: Any,
+        portion: Portion,
+        staying: dict[str, Tensor],
+        share: BlockGradients,
+        key: Tensor,
     ) -> dict[str, Tensor]:
-        """The gradients of what stays where it is, after one visit."""
-        staying = {"query": share.query}
+        """The gradients of what stays where it is, with those of a visit,
+        which has its own columns of the bias; empty before the first."""
+        found = {"query": share.query}
         if share.slopes is not None:
-            staying["slopes"] = share.slopes
+            found["slopes"] = share.slopes
+        if staying:
+            found = {name: staying[name] + found[name] for name in found}
         if share.bias is not None:
             # Padding of the keys may make their chunks reach past the bias.
             columns = ops.shape(key)[2] * self.transport.size
             rows = ops.shape(share.bias)[:3]
-            empty = ops.zeros((*rows, columns), dtype=share.bias.dtype)
-            staying["bias"] = self._with_columns(hop, empty, share.bias)
-        return staying
-
-    def _add_staying(
-        self, hop: Any, staying: dict[str, Tensor], share: BlockGradients
-    ) -> dict[str, Tensor]:
-        """Add the share of one visit; it has its own columns of the bias."""
-        staying = dict(staying, query=staying["query"] + share.query)
-        if share.slopes is not None:
-            staying["slopes"] = staying["slopes"] + share.slopes
-        if share.bias is not None:
-            staying["bias"] = self._with_columns(
-                hop, staying["bias"], share.bias
+            found["bias"] = self._with_columns(
+                self._starts(self._source(hop), ops.shape(key)[2], portion),
+                staying["bias"]
+                if staying
+                else ops.zeros((*rows, columns), dtype=share.bias.dtype),
+                share.bias,
             )
-        return staying
+        return found
 
-    def _with_columns(self, hop: Any, bias: Tensor, columns: Tensor) -> Tensor:
+    def _with_columns(
+        self, starts: tuple[Any, ...], bias: Tensor, columns: Tensor
+    ) -> Tensor:
         """The gradient of the bias with the columns of one visit."""
-        starts = self._starts(self._source(hop), columns.shape[3])
         parts = ops.split(columns, len(starts), axis=3)
         for start, part in zip(starts, parts, strict=True):
             zero = start * 0  # JAX wants all of them in one dtype.
@@ -236,30 +308,70 @@ class Ring:
         lengths = ops.shape(query)[2], ops.shape(key)[2]
         return placement.hops(size, *lengths, mask.reach())
 
+    def _parts(self) -> int:
+        """Of how many contiguous parts a chunk is."""
+        return 2 if self.balanced else 1
+
+    def _portions(self, key: Tensor) -> list[Portion]:
+        """What of the chunks of keys goes around the ring together. A chunk
+        that stays at home is not cut."""
+        most = self.transport.portion if self.transport.size > 1 else None
+        return placement.portions(ops.shape(key)[2], self._parts(), most)
+
     def _first_visit(
-        self, first: int, key: Tensor, value: Tensor
+        self, first: int, portion: Portion, key: Tensor, value: Tensor
     ) -> list[Tensor]:
-        """The chunk that visits first, with what travels with its keys."""
-        visiting = [key, value, *self.scoring.carried().key]
+        """The portion that visits first, with what travels with its keys."""
+        visiting = [
+            *(portion.of(tensor, axis=2) for tensor in (key, value)),
+            *(portion.of(t, axis=1) for t in self.scoring.carried().key),
+        ]
         return self.transport.shift(visiting, by=first) if first else visiting
 
-    def _starts(self, index: Any, length: Any) -> tuple[Any, ...]:
+    def _starts(
+        self, index: Any, length: Any, portion: Portion | None = None
+    ) -> tuple[Any, ...]:
+        """Where a member's positions begin, of each part of its chunk.
+
+        Args:
+            index: of the member.
+            length: of its chunk.
+            portion: those of a portion of the chunk only.
+        """
         size = self.transport.size
-        return placement.starts(index, length, size, self.balanced)
+        starts = placement.starts(index, length, size, self.balanced)
+        if portion is None or portion.begin == 0:
+            return starts
+        return tuple(start + portion.begin for start in starts)
 
     def _source(self, hop: Any) -> Any:
         index = self.transport.index()
         return placement.source(index, hop, self.transport.size)
 
     def _block(
-        self, hop: Any, query: Tensor, key: Tensor, key_tensors: list[Tensor]
+        self,
+        hop: Any,
+        portion: Portion,
+        query: Tensor,
+        key: Tensor,
+        length: Any,
+        key_tensors: list[Tensor],
     ) -> tuple[Any, Block]:
-        """Whether some pair of a visit is allowed, and the visit's block."""
+        """Whether some pair of a visit is allowed, and the visit's block.
+
+        Args:
+            hop: at which the portion visits.
+            portion: of the chunks of keys.
+            query: the own queries.
+            key: the visiting keys.
+            length: of a chunk of keys.
+            key_tensors: what travels with the visiting keys.
+        """
         lengths = ops.shape(query)[2], ops.shape(key)[2]
         carried = self.scoring.carried()._replace(key=tuple(key_tensors))
         block = Block(
             query_starts=self._starts(self.transport.index(), lengths[0]),
-            key_starts=self._starts(self._source(hop), lengths[1]),
+            key_starts=self._starts(self._source(hop), length, portion),
             scoring=self.scoring.replace(carried),
         )
         some, every = block.relation(*lengths)

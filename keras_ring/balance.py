@@ -56,34 +56,40 @@ def enter(
         tensors: any that lie along the sequence.
         axes: the sequence axis of each.
     """
-    first, second = placement.moves(transport.size)
-    halves = [
-        ops.split(t, 2, axis=a) for t, a in zip(tensors, axes, strict=True)
-    ]
-    evens = transport.exchange([h[0] for h in halves], first)
-    odds = transport.exchange([h[1] for h in halves], second)
-    return _joined(evens, odds, axes)
+    return _moved(transport, tensors, axes, placement.moves(transport.size))
 
 
 def leave(
     transport: Transport, tensors: Sequence[Tensor], axes: Sequence[int]
 ) -> list[Tensor]:
     """Balanced chunks become natural ones; undoes `enter`."""
-    first, second = placement.moves(transport.size)
+    moves = placement.moves(transport.size)
+    return _moved(transport, tensors, axes, [_inverse(m) for m in moves])
+
+
+def _moved(
+    transport: Transport,
+    tensors: Sequence[Tensor],
+    axes: Sequence[int],
+    moves: Sequence[list[int]],
+) -> list[Tensor]:
+    """The first halves moved by one permutation, the second by another."""
+    if transport.portion is not None and len(tensors) > 1:
+        # One after the other, so that one at a time is there twice.
+        return [
+            _moved(transport, [tensor], [axis], moves)[0]
+            for tensor, axis in zip(tensors, axes, strict=True)
+        ]
     halves = [
         ops.split(t, 2, axis=a) for t, a in zip(tensors, axes, strict=True)
     ]
-    evens = transport.exchange([h[0] for h in halves], _inverse(first))
-    odds = transport.exchange([h[1] for h in halves], _inverse(second))
-    return _joined(evens, odds, axes)
-
-
-def _joined(
-    evens: list[Tensor], odds: list[Tensor], axes: Sequence[int]
-) -> list[Tensor]:
+    parts = [
+        transport.exchange(list(side), move)
+        for side, move in zip(zip(*halves, strict=True), moves, strict=True)
+    ]
     return [
-        ops.concatenate(parts, axis=axis)
-        for *parts, axis in zip(evens, odds, axes, strict=True)
+        ops.concatenate(both, axis=axis)
+        for *both, axis in zip(*parts, axes, strict=True)
     ]
 
 

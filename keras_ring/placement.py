@@ -15,7 +15,8 @@ one was the first half of some chunk, and so each half of the natural chunks
 moves by a permutation of its own.
 """
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from keras import ops
@@ -48,6 +49,62 @@ def starts(index: Index, length: Index, size: int, balanced: bool) -> tuple:
     else:
         first, second = ops.where(even, low, high), ops.where(even, high, low)
     return first * (length // 2), second * (length // 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Portion:
+    """The positions of a chunk that travel together: the same ones of each
+    of its parts, so that balanced work stays balanced.
+
+    Attributes:
+        parts: contiguous parts of the chunk, of equal length.
+        begin, end: in each part; `end` is None for all that follow.
+    """
+
+    parts: int
+    begin: int = 0
+    end: int | None = None
+
+    def of(self, tensor: Any, axis: int) -> Any:
+        """The portion of a tensor over the chunk."""
+        if self.begin == 0 and self.end is None:
+            return tensor
+        before = (slice(None),) * axis
+        length = tensor.shape[axis] // self.parts
+        end = length if self.end is None else self.end
+        taken = [
+            tensor[(*before, slice(first + self.begin, first + end))]
+            for first in range(0, tensor.shape[axis], length)
+        ]
+        return taken[0] if len(taken) == 1 else ops.concatenate(taken, axis)
+
+
+def portions(length: Any, parts: int, most: int | None) -> list[Portion]:
+    """All portions of a chunk, as equal as can be.
+
+    Args:
+        length: of the chunk, divisible by `parts`.
+        parts: of the chunk.
+        most: positions of a portion; None for the whole chunk at once.
+    """
+    if most is None or not isinstance(length, int) or length <= most:
+        return [Portion(parts)]
+    part = length // parts
+    step = -(-part // -(-length // most))
+    return [
+        Portion(parts, begin, min(begin + step, part))
+        for begin in range(0, part, step)
+    ]
+
+
+def joined(tensors: Sequence[Any], parts: int, axis: int) -> Any:
+    """The chunk of which all portions are given, along `axis`."""
+    if len(tensors) == 1:
+        return tensors[0]
+    cut = [ops.split(tensor, parts, axis=axis) for tensor in tensors]
+    return ops.concatenate(
+        [part for same in zip(*cut, strict=True) for part in same], axis=axis
+    )
 
 
 def moves(size: int) -> tuple[list[int], list[int]]:

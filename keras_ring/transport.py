@@ -44,9 +44,14 @@ class Transport(abc.ABC):
 
     Attributes:
         size: number of members, a static integer.
+        portion: how many positions of a chunk travel together at most, where
+            what is sent and received takes memory for as long as something
+            refers to it; None where a compiler plans the memory of the
+            whole program.
     """
 
     size: int
+    portion: int | None = None
 
     @abc.abstractmethod
     def index(self) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 from keras import ops
 
 import keras_ring
-from keras_ring import config, masks, tiling
+from keras_ring import config, masks, placement, tiling
 from tests import reference, rounding, worlds
 from tests.gradients import vjp
 
@@ -39,6 +39,9 @@ DIMS = [(8, 8), (16, 16), (8, 4), (4, 12), (32, 32)]
 DTYPES = ["float32"] * 4 + ["float64", "bfloat16", "bfloat16", "float16"]
 # Positions of a tile; the package's own holds most chunks of here whole.
 TILES = [16, 64, tiling.TILE]
+# Positions that travel together, where the backend cuts what travels (None is
+# for its own number, more than there are here).
+PORTIONS = [None, 5, 16] if keras.backend.backend() == "torch" else [None]
 SCALES = [None, None, None, 0.7, 0.05, -0.3]
 
 # The bound leaves out terms of second order and the odd operation.
@@ -77,6 +80,7 @@ class Program:
     balance: bool | str
     tile: int
     kernel: str
+    portion: int | None = None
 
     @property
     def devices(self):
@@ -123,6 +127,7 @@ def draw_program(seed, number):
         balance=one_of(["auto", True, True]),
         tile=one_of(TILES[1:] if long else TILES),
         kernel=one_of(["auto", "auto", "blockwise"]),
+        portion=one_of([p and 10 * p for p in PORTIONS] if long else PORTIONS),
     )
 
 
@@ -467,14 +472,22 @@ def check_dtype(name, tensor, dtype):
 
 @contextlib.contextmanager
 def computed(program):
-    """With tiles of the program's size and the kernel that it names."""
+    """With tiles and portions of the program's size and the kernel that it
+    names."""
     tile, kernel = tiling.TILE, config.kernel()
+    portions = placement.portions
+
+    def smaller(length, parts, most):
+        return portions(length, parts, most and (program.portion or most))
+
     tiling.TILE = program.tile
+    placement.portions = smaller
     config.set_kernel(program.kernel)
     try:
         yield
     finally:
         tiling.TILE = tile
+        placement.portions = portions
         config.set_kernel(kernel)
 
 

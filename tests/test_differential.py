@@ -43,6 +43,8 @@ def test_the_draws_reach_every_option():
         assert values == {False, True}, name
     assert {p.dtype for p in programs} == set(differential.DTYPES)
     assert {p.tile for p in programs} == set(differential.TILES)
+    cut = {p.portion for p in programs if p.lengths not in differential.LONG}
+    assert cut == set(differential.PORTIONS)
     assert {p.kernel for p in programs} == {"auto", "blockwise"}
     assert {p.balance for p in programs} == {"auto", True}
     sizes = {p.mesh for p in programs}

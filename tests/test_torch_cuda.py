@@ -280,7 +280,7 @@ def test_what_a_mask_carries_is_looked_at_on_the_host():
     covered = np.zeros((2500, 2500), int)
     for piece in pieces(block, 2500, 2500, COARSE):
         own = covered[piece.queries, piece.keys]
-        own += piece.allowed(torch.device("cpu")).numpy()[0, 0]
+        own += piece.allowed(torch.device("cpu")).cpu().numpy()[0, 0]
         if piece.mask is not None:
             assert all(
                 t.device.type == "cpu"
