@@ -74,15 +74,17 @@ class Ring:
         Returns:
             `Partial` over all keys, in the accumulation dtype.
         """
+        hops = self._hops(query, key)
         partial = None
         for portion in self._portions(key):
-            partial = self._forward(portion, partial, query, key, value)
+            partial = self._forward(portion, hops, partial, query, key, value)
         assert partial is not None  # A chunk has a portion.
         return partial
 
     def _forward(
         self,
         portion: Portion,
+        hops: tuple[int, int],
         partial: Partial | None,
         query: Tensor,
         key: Tensor,
@@ -92,15 +94,17 @@ class Ring:
 
         Args:
             portion: of the chunks of keys.
+            hops: the first and the last.
             partial: over the portions before, if there are any.
             query, key, value: see `forward`.
         """
-        first, last = self._hops(query, key)
+        first, last = hops
         length = ops.shape(key)[2]
 
         def visit(hop: Any, visiting: list[Tensor]) -> Partial:
             key, value, *tensors = visiting
-            some, block = self._block(hop, portion, query, key, length, tensors)
+            starts = self._key_starts(hop, length, portion)
+            some, block = self._block(starts, query, key, tensors)
             return self.kernel.branch(
                 some,
                 lambda: self.kernel.block_forward(query, key, value, block),
@@ -151,11 +155,12 @@ class Ring:
             ops.cast(grad_lse, dtype),
         )
         rows = out, lse, delta, grad_out
+        hops = self._hops(query, key)
         staying: dict[str, Tensor] = {}
         found = []
         for portion in self._portions(key):
             staying, grads = self._backward(
-                portion, staying, query, key, value, rows
+                portion, hops, staying, query, key, value, rows
             )
             found.append(grads)
         grad_keys, grad_values = (
@@ -177,6 +182,7 @@ class Ring:
     def _backward(
         self,
         portion: Portion,
+        hops: tuple[int, int],
         staying: dict[str, Tensor],
         query: Tensor,
         key: Tensor,
@@ -187,6 +193,7 @@ class Ring:
 
         Args:
             portion: of the chunks of keys.
+            hops: the first and the last.
             staying: the gradients of what stays where it is, of the portions
                 before; empty at the first.
             query, key, value: see `backward`.
@@ -196,12 +203,13 @@ class Ring:
             `staying` with this portion, and the gradients of the own keys
             and values in it.
         """
-        first, last = self._hops(query, key)
+        first, last = hops
         length = ops.shape(key)[2]
 
         def visit(hop: Any, visiting: list[Tensor]) -> BlockGradients:
             key, value, *tensors = visiting
-            some, block = self._block(hop, portion, query, key, length, tensors)
+            starts = self._key_starts(hop, length, portion)
+            some, block = self._block(starts, query, key, tensors)
             return self.kernel.branch(
                 some,
                 lambda: self.kernel.block_backward(
@@ -213,7 +221,8 @@ class Ring:
         def stay(
             hop: Any, staying: dict[str, Tensor], share: BlockGradients
         ) -> dict[str, Tensor]:
-            return self._staying(hop, portion, staying, share, key)
+            starts = self._key_starts(hop, length, portion)
+            return self._staying(starts, length, staying, share)
 
         def begin(visiting: Any) -> tuple[Any, list[Tensor]]:
             """Compute the first visit."""
@@ -259,14 +268,20 @@ class Ring:
 
     def _staying(
         self,
-        hop: Any,
-        portion: Portion,
+        key_starts: tuple[Any, ...],
+        length: Any,
         staying: dict[str, Tensor],
         share: BlockGradients,
-        key: Tensor,
     ) -> dict[str, Tensor]:
         """The gradients of what stays where it is, with those of a visit,
-        which has its own columns of the bias; empty before the first."""
+        which has its own columns of the bias; empty before the first.
+
+        Args:
+            key_starts: of the visit.
+            length: of a chunk of keys.
+            staying: so far.
+            share: of the visit.
+        """
         found = {"query": share.query}
         if share.slopes is not None:
             found["slopes"] = share.slopes
@@ -274,26 +289,15 @@ class Ring:
             found = {name: staying[name] + found[name] for name in found}
         if share.bias is not None:
             # Padding of the keys may make their chunks reach past the bias.
-            columns = ops.shape(key)[2] * self.transport.size
-            rows = ops.shape(share.bias)[:3]
-            found["bias"] = self._with_columns(
-                self._starts(self._source(hop), ops.shape(key)[2], portion),
+            shape = *ops.shape(share.bias)[:3], length * self.transport.size
+            found["bias"] = _with_columns(
                 staying["bias"]
                 if staying
-                else ops.zeros((*rows, columns), dtype=share.bias.dtype),
+                else ops.zeros(shape, dtype=share.bias.dtype),
+                key_starts,
                 share.bias,
             )
         return found
-
-    def _with_columns(
-        self, starts: tuple[Any, ...], bias: Tensor, columns: Tensor
-    ) -> Tensor:
-        """The gradient of the bias with the columns of one visit."""
-        parts = ops.split(columns, len(starts), axis=3)
-        for start, part in zip(starts, parts, strict=True):
-            zero = start * 0  # JAX wants all of them in one dtype.
-            bias = ops.slice_update(bias, (zero, zero, zero, start), part)
-        return bias
 
     def _all_keys(self, grad_bias: Tensor | None) -> Tensor | None:
         if grad_bias is None:
@@ -328,50 +332,34 @@ class Ring:
         ]
         return self.transport.shift(visiting, by=first) if first else visiting
 
-    def _starts(
-        self, index: Any, length: Any, portion: Portion | None = None
-    ) -> tuple[Any, ...]:
-        """Where a member's positions begin, of each part of its chunk.
-
-        Args:
-            index: of the member.
-            length: of its chunk.
-            portion: those of a portion of the chunk only.
-        """
+    def _starts(self, index: Any, length: Any) -> tuple[Any, ...]:
+        """Where a member's positions begin, of each part of its chunk."""
         size = self.transport.size
-        starts = placement.starts(index, length, size, self.balanced)
-        if portion is None or portion.begin == 0:
-            return starts
-        return tuple(start + portion.begin for start in starts)
+        return placement.starts(index, length, size, self.balanced)
 
-    def _source(self, hop: Any) -> Any:
+    def _key_starts(
+        self, hop: Any, length: Any, portion: Portion
+    ) -> tuple[Any, ...]:
+        """Where the visiting positions begin, of each part of their chunk,
+        which has a length."""
         index = self.transport.index()
-        return placement.source(index, hop, self.transport.size)
+        source = placement.source(index, hop, self.transport.size)
+        starts = self._starts(source, length)
+        return tuple(start + portion.begin for start in starts)
 
     def _block(
         self,
-        hop: Any,
-        portion: Portion,
+        key_starts: tuple[Any, ...],
         query: Tensor,
         key: Tensor,
-        length: Any,
         key_tensors: list[Tensor],
     ) -> tuple[Any, Block]:
-        """Whether some pair of a visit is allowed, and the visit's block.
-
-        Args:
-            hop: at which the portion visits.
-            portion: of the chunks of keys.
-            query: the own queries.
-            key: the visiting keys.
-            length: of a chunk of keys.
-            key_tensors: what travels with the visiting keys.
-        """
+        """Whether some pair of a visit is allowed, and the visit's block."""
         lengths = ops.shape(query)[2], ops.shape(key)[2]
         carried = self.scoring.carried()._replace(key=tuple(key_tensors))
         block = Block(
             query_starts=self._starts(self.transport.index(), lengths[0]),
-            key_starts=self._starts(self._source(hop), length, portion),
+            key_starts=key_starts,
             scoring=self.scoring.replace(carried),
         )
         some, every = block.relation(*lengths)
@@ -409,3 +397,15 @@ def _nothing(query: Tensor, value: Tensor) -> Partial:
         ops.zeros((*rows, ops.shape(value)[3]), dtype=dtype),
         ops.full(rows, -float("inf"), dtype=dtype),
     )
+
+
+def _with_columns(
+    bias: Tensor, starts: tuple[Any, ...], columns: Tensor
+) -> Tensor:
+    """The gradient of the bias with the columns of one visit, which begin
+    at `starts`, as many at each."""
+    parts = ops.split(columns, len(starts), axis=3)
+    for start, part in zip(starts, parts, strict=True):
+        zero = start * 0  # JAX wants all of them in one dtype.
+        bias = ops.slice_update(bias, (zero, zero, zero, start), part)
+    return bias

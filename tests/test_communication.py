@@ -26,17 +26,21 @@ BYTES = {"float32": 4, "bfloat16": 2}
 class Counting(Transport):
     """Another transport, and the bytes that a member sends by it."""
 
-    def __init__(self, transport):
+    def __init__(self, transport, portion=None):
         self.transport, self.size = transport, transport.size
-        self.sent, self.times = 0, 1
+        self.portion = portion
+        self.sent, self.times, self.largest = 0, 1, 0
 
     def index(self):
         return self.transport.index()
 
     def _count(self, tensors):
+        message = 0
         for tensor in tensors:
             dtype = keras.backend.standardize_dtype(tensor.dtype)
-            self.sent += self.times * math.prod(tensor.shape) * BYTES[dtype]
+            message += math.prod(tensor.shape) * BYTES[dtype]
+        self.sent += self.times * message
+        self.largest = max(self.largest, message)
 
     def start_shift(self, tensors, by=1):
         self._count(tensors)
@@ -75,8 +79,9 @@ class Counting(Transport):
         return result
 
 
-def measured(size, dtype, mask):
-    """Bytes that a member of a ring sends, forward and backward."""
+def measured(size, dtype, mask, portion=None, balanced=False):
+    """Bytes that a member of a ring sends, forward and backward, those of
+    its largest message, and the gradients."""
     sent = {}
 
     def body(transport, query, key, value):
@@ -84,20 +89,23 @@ def measured(size, dtype, mask):
             ops.cast(ops.transpose(t, (0, 2, 1, 3)), dtype)
             for t in (query, key, value)
         )
-        counting = Counting(transport)
+        counting = Counting(transport, portion)
         kernel = backends.load().kernel.KERNEL
-        ring = Ring(counting, kernel, Scoring(0.3, mask))
+        ring = Ring(counting, kernel, Scoring(0.3, mask), balanced)
         out, lse = ring.forward(query, key, value)
         sent["forward"], counting.sent = counting.sent, 0
         grads = ring.backward(
             query, key, value, out, lse, ops.ones_like(out), lse * 0
         )
-        sent["backward"] = counting.sent
-        return ops.transpose(grads.query, (0, 2, 1, 3))
+        sent["backward"], sent["largest"] = counting.sent, counting.largest
+        return ops.concatenate(
+            [ops.transpose(g, (0, 2, 1, 3)) for g in grads[:3]], axis=2
+        )
 
     length = size * CHUNK
+    draw = np.random.default_rng(0)
     arrays = [
-        np.ones((BATCH, length, heads, DIM), "float32")
+        draw.normal(size=(BATCH, length, heads, DIM)).astype("float32")
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)
     ]
     ring = keras_ring.DistributedStrategy(sequence_parallel=size)
@@ -105,7 +113,7 @@ def measured(size, dtype, mask):
     def per_shard(*shards):
         return strategy.current().per_shard(body, list(shards))
 
-    ring.run(per_shard, *arrays)
+    sent["gradients"] = ring.run(per_shard, *arrays)
     return sent
 
 
@@ -126,6 +134,22 @@ def test_bytes_of_a_hop_are_keys_and_values_as_they_are(
 ):
     """Own dtype, own heads (grouped-query), one hop less than members."""
     on_devices(size, check_bytes, size, dtype, Causal(), size - 1)
+
+
+def check_portions(size, balanced):
+    mask = Causal()
+    whole = measured(size, "float32", mask, balanced=balanced)
+    cut = measured(size, "float32", mask, 5, balanced)  # Three of four each.
+    for way in ("forward", "backward"):
+        assert cut[way] == whole[way]
+    assert cut["largest"] * 3 == whole["largest"]
+    np.testing.assert_allclose(cut["gradients"], whole["gradients"], atol=1e-5)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_portions_move_as_much_and_less_at_once(on_devices, balanced):
+    """On every backend, although not all of them cut what travels."""
+    on_devices(3, check_portions, 3, balanced)
 
 
 def test_a_window_makes_only_the_hops_that_it_needs(on_devices):
