@@ -230,7 +230,7 @@ class FusedKernel:
         )
 
     def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
-        return yes() if bool(predicate) else no()
+        return self.otherwise.branch(predicate, yes, no)
 
     def _plain(
         self, out: torch.Tensor, grad_out: torch.Tensor, delta: torch.Tensor

@@ -11,6 +11,8 @@ from keras_ring.backends.torch.cuda import CudaFlash, CuDnn, Efficient
 from keras_ring.backends.torch.flash import CpuFlash
 from keras_ring.backends.torch.fused import FusedKernel
 from keras_ring.blockwise import BlockwiseKernel
+from keras_ring.numerics import Partial
+from keras_ring.tiling import Block
 
 
 class Kernel(BlockwiseKernel):
@@ -29,7 +31,29 @@ class Kernel(BlockwiseKernel):
         return carry
 
     def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
+        if isinstance(predicate, torch.Tensor) and predicate.is_meta:
+            return yes()
         return yes() if bool(predicate) else no()
+
+    def block_forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        block: Block,
+    ) -> Partial:
+        if query.is_meta:
+            # Keras is inferring shapes, maybe of a very long sequence: the
+            # loops would take long, and what fails it repeats with memory.
+            name = numerics.accumulation_dtype(
+                keras.backend.standardize_dtype(query.dtype)
+            )
+            rows, dtype = query.shape[:3], getattr(torch, name)
+            return Partial(
+                query.new_empty((*rows, value.shape[3]), dtype=dtype),
+                query.new_empty(rows, dtype=dtype),
+            )
+        return super().block_forward(query, key, value, block)
 
     def store(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
