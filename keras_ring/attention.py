@@ -52,6 +52,23 @@ class Kernel(Protocol):
     def branch(self, predicate: Any, yes: Any, no: Any) -> Any: ...
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Own:
+    """A band of the own queries, with what belongs to them.
+
+    Attributes:
+        starts: global position of the first of each part of them, see `Block`.
+        query: (batch, heads, length, head_dim).
+        carried: what the scoring has of these queries.
+        rows: in the backward `out`, `lse`, `delta` and `grad_out`.
+    """
+
+    starts: tuple[Any, ...]
+    query: Tensor
+    carried: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True)
 class Ring:
     """Attention around one ring, forward and backward.
@@ -75,57 +92,69 @@ class Ring:
             `Partial` over all keys, in the accumulation dtype.
         """
         hops = self._hops(query, key)
-        partial = None
+        queries = self._queries(query)
+        partials: list[Partial] = []
         for portion in self._portions(key):
-            partial = self._forward(portion, hops, partial, query, key, value)
-        assert partial is not None  # A chunk has a portion.
-        return partial
+            self._forward(portion, hops, partials, queries, key, value)
+        lses = [partial.lse for partial in partials]
+        outs = [partial.out for partial in partials]
+        partials.clear()
+        return Partial(_end_to_end(outs, 2), _end_to_end(lses, 2))
 
     def _forward(
         self,
         portion: Portion,
         hops: tuple[int, int],
-        partial: Partial | None,
-        query: Tensor,
+        partials: list[Partial],
+        queries: list[Own],
         key: Tensor,
         value: Tensor,
-    ) -> Partial:
+    ) -> None:
         """One portion of every member's keys, all around the ring.
 
         Args:
             portion: of the chunks of keys.
             hops: the first and the last.
-            partial: over the portions before, if there are any.
-            query, key, value: see `forward`.
+            partials: of each band, over the portions before; empty at the
+                first. This portion is added.
+            queries: all bands.
+            key, value: see `forward`.
         """
         first, last = hops
         length = ops.shape(key)[2]
 
-        def visit(hop: Any, visiting: list[Tensor]) -> Partial:
+        def visit(own: Own, hop: Any, visiting: list[Tensor]) -> Partial:
             key, value, *tensors = visiting
             starts = self._key_starts(hop, length, portion)
-            some, block = self._block(starts, query, key, tensors)
+            some, block = self._block(own, starts, key, tensors)
             return self.kernel.branch(
                 some,
-                lambda: self.kernel.block_forward(query, key, value, block),
-                lambda: _nothing(query, value),
+                lambda: self.kernel.block_forward(own.query, key, value, block),
+                lambda: _nothing(own.query, value),
             )
 
+        def fold(hop: Any, visiting: Any, partials: list[Partial]) -> None:
+            # One after the other, so that what is old is there for one band.
+            for i, own in enumerate(queries):
+                part = visit(own, hop, visiting)
+                partials[i] = numerics.merge(partials[i], part)
+
         def hop_body(hop: Any, carry: Any) -> Any:
-            visiting, partial = carry
+            visiting, partials = carry
             arriving = self.transport.start_shift(visiting)
-            partial = numerics.merge(partial, visit(hop, visiting))
-            return arriving.wait(), partial
+            fold(hop, visiting, partials)
+            return arriving.wait(), partials
 
         visiting = self._first_visit(first, portion, key, value)
-        if first == last and partial is None:
-            return visit(last, visiting)
-        if partial is None:
-            partial = _nothing(query, value)
-        visiting, partial = self.transport.repeat(
-            last - first, hop_body, (visiting, partial), first
+        if first == last and not partials:
+            partials.extend(visit(own, last, visiting) for own in queries)
+            return
+        if not partials:
+            partials.extend(_nothing(own.query, value) for own in queries)
+        visiting, partials[:] = self.transport.repeat(
+            last - first, hop_body, (visiting, partials), first
         )
-        return numerics.merge(partial, visit(last, visiting))
+        fold(last, visiting, partials)
 
     def backward(
         self,
@@ -154,117 +183,124 @@ class Ring:
             ops.cast(grad_out, dtype),
             ops.cast(grad_lse, dtype),
         )
-        rows = out, lse, delta, grad_out
         hops = self._hops(query, key)
-        staying: dict[str, Tensor] = {}
-        found = []
-        for portion in self._portions(key):
-            staying, grads = self._backward(
-                portion, hops, staying, query, key, value, rows
-            )
-            found.append(grads)
+        queries = self._queries(query, (out, lse, delta, grad_out))
+        staying: list[dict[str, Tensor]] = [{} for _ in queries]
+        found = [
+            self._backward(portion, hops, staying, queries, key, value)
+            for portion in self._portions(key)
+        ]
         grad_keys, grad_values = (
             list(side) for side in zip(*found, strict=True)
         )
-        del found, grads
+        del found
         parts = self._parts()
         grad_key = placement.joined(grad_keys, parts, axis=2)
         grad_keys.clear()
         grad_value = placement.joined(grad_values, parts, axis=2)
+        grad_values.clear()
+        grad_bias = None
+        if "bias" in staying[0]:
+            grad_bias = _end_to_end([own.pop("bias") for own in staying], 1)
+            grad_bias = grad_bias[..., : ops.shape(self.scoring.bias)[3]]
+        slopes: list[Tensor] = []
+        for own in staying:
+            if "slopes" in own:
+                slopes = _plus(slopes, [own.pop("slopes")])
+        grad_query = _end_to_end([own.pop("query") for own in staying], 2)
         return BlockGradients(
-            staying["query"],
+            grad_query,
             grad_key,
             grad_value,
-            self._all_keys(staying.get("bias")),
-            staying.get("slopes"),
+            grad_bias,
+            slopes[0] if slopes else None,
         )
 
     def _backward(
         self,
         portion: Portion,
         hops: tuple[int, int],
-        staying: dict[str, Tensor],
-        query: Tensor,
+        staying: list[dict[str, Tensor]],
+        queries: list[Own],
         key: Tensor,
         value: Tensor,
-        rows: tuple[Tensor, Tensor, Tensor, Tensor],
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+    ) -> list[Tensor]:
         """One portion of every member's keys, all around the ring.
 
         Args:
             portion: of the chunks of keys.
             hops: the first and the last.
-            staying: the gradients of what stays where it is, of the portions
-                before; empty at the first.
-            query, key, value: see `backward`.
-            rows: `out`, `lse`, `delta` and `grad_out` of the own queries.
+            staying: of each band, the gradients of what stays where it is,
+                over the portions before; empty at the first. This portion is
+                added.
+            queries: all bands, with their rows.
+            key, value: see `backward`.
 
         Returns:
-            `staying` with this portion, and the gradients of the own keys
-            and values in it.
+            The gradients of the own keys and values in the portion.
         """
         first, last = hops
         length = ops.shape(key)[2]
 
-        def visit(hop: Any, visiting: list[Tensor]) -> BlockGradients:
+        def visit(
+            own: Own, starts: tuple[Any, ...], visiting: list[Tensor]
+        ) -> BlockGradients:
             key, value, *tensors = visiting
-            starts = self._key_starts(hop, length, portion)
-            some, block = self._block(starts, query, key, tensors)
+            out, lse, delta, grad_out = own.rows
+            some, block = self._block(own, starts, key, tensors)
             return self.kernel.branch(
                 some,
                 lambda: self.kernel.block_backward(
-                    query, key, value, *rows, block
+                    own.query, key, value, out, lse, delta, grad_out, block
                 ),
-                lambda: _no_gradients(query, key, value, block.scoring),
+                lambda: _no_gradients(own.query, key, value, block.scoring),
             )
 
-        def stay(
-            hop: Any, staying: dict[str, Tensor], share: BlockGradients
-        ) -> dict[str, Tensor]:
+        def meet(
+            hop: Any, visiting: list[Tensor], staying: list[dict[str, Tensor]]
+        ) -> list[Tensor]:
+            """Compute a visit: what it adds to its keys and values."""
             starts = self._key_starts(hop, length, portion)
-            return self._staying(starts, length, staying, share)
-
-        def begin(visiting: Any) -> tuple[Any, list[Tensor]]:
-            """Compute the first visit."""
-            share = visit(first, visiting)
-            return stay(first, staying, share), [share.key, share.value]
+            grads: list[Tensor] = []
+            # One after the other, so that what is old is there for one band.
+            for i, own in enumerate(queries):
+                share = visit(own, starts, visiting)
+                staying[i] = self._staying(starts, length, staying[i], share)
+                grads = _plus(grads, [share.key, share.value])
+            return grads
 
         def add(
             hop: Any, visiting: Any, travelling: Any, staying: Any
-        ) -> tuple[Any, list[Tensor]]:
+        ) -> list[Tensor]:
             """Compute a visit while `travelling` is under way."""
-            share = visit(hop, visiting)
-            behind = travelling.wait()
-            return (
-                stay(hop, staying, share),
-                [behind[0] + share.key, behind[1] + share.value],
-            )
+            grads = meet(hop, visiting, staying)
+            return _plus(travelling.wait(), grads)
 
         def hop_body(hop: Any, carry: Any) -> Any:
             visiting, grads, staying = carry
             arriving = self.transport.start_shift(visiting)
             travelling = self.transport.start_shift(grads)
-            staying, grads = add(hop, visiting, travelling, staying)
+            grads = add(hop, visiting, travelling, staying)
             return arriving.wait(), grads, staying
 
         visiting = self._first_visit(first, portion, key, value)
         if first == last:
-            staying, grads = begin(visiting)
+            grads = meet(first, visiting, staying)
         else:
             arriving = self.transport.start_shift(visiting)
-            staying, grads = begin(visiting)
-            visiting, grads, staying = self.transport.repeat(
+            grads = meet(first, visiting, staying)
+            visiting, grads, staying[:] = self.transport.repeat(
                 last - first - 1,
                 hop_body,
                 (arriving.wait(), grads, staying),
                 first=first + 1,
             )
             travelling = self.transport.start_shift(grads)
-            staying, grads = add(last, visiting, travelling, staying)
+            grads = add(last, visiting, travelling, staying)
         # The chunk is `last` hops away from its owner: all of them at once.
         if last % self.transport.size:
             grads = self.transport.shift(grads, by=-last)
-        return staying, grads
+        return grads
 
     def _staying(
         self,
@@ -299,10 +335,29 @@ class Ring:
             )
         return found
 
-    def _all_keys(self, grad_bias: Tensor | None) -> Tensor | None:
-        if grad_bias is None:
-            return None
-        return grad_bias[..., : ops.shape(self.scoring.bias)[3]]
+    def _queries(
+        self, query: Tensor, rows: tuple[Tensor, ...] = ()
+    ) -> list[Own]:
+        """The own queries in bands as long as a portion: what a visit adds
+        to is then no longer than that, however long the chunk is.
+
+        Args:
+            query: of the chunk.
+            rows: what else belongs to its queries, (batch, heads, length,
+                ...) each.
+        """
+        carried = self.scoring.carried().query
+        length = ops.shape(query)[2]
+        starts = self._starts(self.transport.index(), length)
+        return [
+            Own(
+                band.starts(starts),
+                band.of(query, axis=2),
+                tuple(band.of(tensor, axis=1) for tensor in carried),
+                tuple(band.of(tensor, axis=2) for tensor in rows),
+            )
+            for band in placement.bands(length, self._parts(), self._most())
+        ]
 
     def _hops(self, query: Tensor, key: Tensor) -> tuple[int, int]:
         """The first and the last hop at which some member has work."""
@@ -317,10 +372,14 @@ class Ring:
         return 2 if self.balanced else 1
 
     def _portions(self, key: Tensor) -> list[Portion]:
-        """What of the chunks of keys goes around the ring together. A chunk
-        that stays at home is not cut."""
-        most = self.transport.portion if self.transport.size > 1 else None
-        return placement.portions(ops.shape(key)[2], self._parts(), most)
+        """What of the chunks of keys goes around the ring together."""
+        length = ops.shape(key)[2]
+        return placement.portions(length, self._parts(), self._most())
+
+    def _most(self) -> int | None:
+        """Positions that are computed together at most. A chunk that stays
+        at home is not cut."""
+        return self.transport.portion if self.transport.size > 1 else None
 
     def _first_visit(
         self, first: int, portion: Portion, key: Tensor, value: Tensor
@@ -349,16 +408,18 @@ class Ring:
 
     def _block(
         self,
+        own: Own,
         key_starts: tuple[Any, ...],
-        query: Tensor,
         key: Tensor,
         key_tensors: list[Tensor],
     ) -> tuple[Any, Block]:
         """Whether some pair of a visit is allowed, and the visit's block."""
-        lengths = ops.shape(query)[2], ops.shape(key)[2]
-        carried = self.scoring.carried()._replace(key=tuple(key_tensors))
+        lengths = ops.shape(own.query)[2], ops.shape(key)[2]
+        carried = self.scoring.carried()._replace(
+            query=own.carried, key=tuple(key_tensors)
+        )
         block = Block(
-            query_starts=self._starts(self.transport.index(), lengths[0]),
+            query_starts=own.starts,
             key_starts=key_starts,
             scoring=self.scoring.replace(carried),
         )
@@ -369,6 +430,20 @@ class Ring:
                 block, scoring=dataclasses.replace(block.scoring, mask=None)
             )
         return some, block
+
+
+def _end_to_end(tensors: list[Tensor], axis: int) -> Tensor:
+    """The chunk of which all bands are given."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return ops.concatenate(tensors, axis=axis)
+
+
+def _plus(sums: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """Each of the sums with one more tensor; none is nothing so far."""
+    if not sums:
+        return tensors
+    return [a + b for a, b in zip(sums, tensors, strict=True)]
 
 
 def _no_gradients(

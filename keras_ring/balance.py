@@ -47,29 +47,31 @@ def pays(
 
 
 def enter(
-    transport: Transport, tensors: Sequence[Tensor], axes: Sequence[int]
+    transport: Transport, tensors: list[Tensor], axes: Sequence[int]
 ) -> list[Tensor]:
     """Natural chunks become balanced ones.
 
     Args:
         transport: of the ring.
-        tensors: any that lie along the sequence.
+        tensors: any that lie along the sequence. The list is empty
+            afterwards, so that none need be there twice.
         axes: the sequence axis of each.
     """
     return _moved(transport, tensors, axes, placement.moves(transport.size))
 
 
 def leave(
-    transport: Transport, tensors: Sequence[Tensor], axes: Sequence[int]
+    transport: Transport, tensors: list[Tensor], axes: Sequence[int]
 ) -> list[Tensor]:
-    """Balanced chunks become natural ones; undoes `enter`."""
+    """Balanced chunks become natural ones; undoes `enter`, and empties the
+    list as well."""
     moves = placement.moves(transport.size)
     return _moved(transport, tensors, axes, [_inverse(m) for m in moves])
 
 
 def _moved(
     transport: Transport,
-    tensors: Sequence[Tensor],
+    tensors: list[Tensor],
     axes: Sequence[int],
     moves: Sequence[list[int]],
 ) -> list[Tensor]:
@@ -77,12 +79,13 @@ def _moved(
     if transport.portion is not None and len(tensors) > 1:
         # One after the other, so that one at a time is there twice.
         return [
-            _moved(transport, [tensor], [axis], moves)[0]
-            for tensor, axis in zip(tensors, axes, strict=True)
+            _moved(transport, [tensors.pop(0)], [axis], moves)[0]
+            for axis in axes
         ]
     halves = [
         ops.split(t, 2, axis=a) for t, a in zip(tensors, axes, strict=True)
     ]
+    tensors.clear()
     parts = [
         transport.exchange(list(side), move)
         for side, move in zip(zip(*halves, strict=True), moves, strict=True)

@@ -17,7 +17,7 @@ moves by a permutation of its own.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from keras import ops
 
@@ -94,6 +94,55 @@ def portions(length: Any, parts: int, most: int | None) -> list[Portion]:
     return [
         Portion(parts, begin, min(begin + step, part))
         for begin in range(0, part, step)
+    ]
+
+
+class Band(NamedTuple):
+    """Neighbouring positions of a chunk: all of it, or some of one part.
+
+    Attributes:
+        part: number of the part; None for the whole chunk.
+        begin, end: in the chunk.
+        offset: of `begin` in its part.
+    """
+
+    part: int | None = None
+    begin: int = 0
+    end: int | None = None
+    offset: int = 0
+
+    def of(self, tensor: Any, axis: int) -> Any:
+        """The band of a tensor over the chunk."""
+        if self.part is None:
+            return tensor
+        before = (slice(None),) * axis
+        return tensor[(*before, slice(self.begin, self.end))]
+
+    def starts(self, starts: tuple) -> tuple:
+        """Where its positions begin, of those of all parts."""
+        if self.part is None:
+            return starts
+        return (starts[self.part] + self.offset,)
+
+
+def bands(length: Any, parts: int, most: int | None) -> list[Band]:
+    """A chunk cut into bands, as equal as can be, in order.
+
+    Args:
+        length: of the chunk, divisible by `parts`.
+        parts: of the chunk.
+        most: positions of a band; None for the whole chunk at once.
+    """
+    if most is None or not isinstance(length, int) or length <= most:
+        return [Band()]
+    part = length // parts
+    step = -(-part // -(-part // most))
+    return [
+        Band(
+            number, number * part + at, number * part + min(at + step, part), at
+        )
+        for number in range(parts)
+        for at in range(0, part, step)
     ]
 
 

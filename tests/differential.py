@@ -475,19 +475,21 @@ def computed(program):
     """With tiles and portions of the program's size and the kernel that it
     names."""
     tile, kernel = tiling.TILE, config.kernel()
-    portions = placement.portions
+    portions, bands = placement.portions, placement.bands
 
-    def smaller(length, parts, most):
-        return portions(length, parts, most and (program.portion or most))
+    def smaller(cut):
+        return lambda length, parts, most: cut(
+            length, parts, most and (program.portion or most)
+        )
 
     tiling.TILE = program.tile
-    placement.portions = smaller
+    placement.portions, placement.bands = smaller(portions), smaller(bands)
     config.set_kernel(program.kernel)
     try:
         yield
     finally:
         tiling.TILE = tile
-        placement.portions = portions
+        placement.portions, placement.bands = portions, bands
         config.set_kernel(kernel)
 
 

@@ -79,9 +79,27 @@ class Counting(Transport):
         return result
 
 
+class Looking:
+    """Another kernel, and the most queries of a visit."""
+
+    def __init__(self, kernel):
+        self.kernel, self.most = kernel, 0
+
+    def block_forward(self, query, *others):
+        self.most = max(self.most, query.shape[2])
+        return self.kernel.block_forward(query, *others)
+
+    def block_backward(self, query, *others):
+        self.most = max(self.most, query.shape[2])
+        return self.kernel.block_backward(query, *others)
+
+    def branch(self, *arguments):
+        return self.kernel.branch(*arguments)
+
+
 def measured(size, dtype, mask, portion=None, balanced=False):
     """Bytes that a member of a ring sends, forward and backward, those of
-    its largest message, and the gradients."""
+    its largest message, the most queries of a visit, and the gradients."""
     sent = {}
 
     def body(transport, query, key, value):
@@ -90,7 +108,7 @@ def measured(size, dtype, mask, portion=None, balanced=False):
             for t in (query, key, value)
         )
         counting = Counting(transport, portion)
-        kernel = backends.load().kernel.KERNEL
+        kernel = Looking(backends.load().kernel.KERNEL)
         ring = Ring(counting, kernel, Scoring(0.3, mask), balanced)
         out, lse = ring.forward(query, key, value)
         sent["forward"], counting.sent = counting.sent, 0
@@ -98,6 +116,7 @@ def measured(size, dtype, mask, portion=None, balanced=False):
             query, key, value, out, lse, ops.ones_like(out), lse * 0
         )
         sent["backward"], sent["largest"] = counting.sent, counting.largest
+        sent["queries"] = kernel.most
         return ops.concatenate(
             [ops.transpose(g, (0, 2, 1, 3)) for g in grads[:3]], axis=2
         )
@@ -143,6 +162,8 @@ def check_portions(size, balanced):
     for way in ("forward", "backward"):
         assert cut[way] == whole[way]
     assert cut["largest"] * 3 == whole["largest"]
+    assert whole["queries"] == CHUNK
+    assert cut["queries"] == (3 if balanced else 4)
     np.testing.assert_allclose(cut["gradients"], whole["gradients"], atol=1e-5)
 
 

@@ -139,8 +139,10 @@ def test_shapes_cost_no_memory(case, training):
     check_shapes(case, training)
 
 
-def check_step():
-    """The first step of a model infers shapes of the whole batch."""
+def check_step(policy, method):
+    """The first step of a model infers shapes, of the own part where Keras
+    computes to do so, as it does in mixed precision."""
+    keras.config.set_dtype_policy(policy)
     strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
     with strategy.scope():
         tokens = keras.Input((None,), dtype="int32")
@@ -148,9 +150,13 @@ def check_step():
         head = layers.LanguageModelHead(CLASSES)
         model = keras.Model(tokens, head(block()(x)))
         model.compile("sgd", losses.ChunkedCrossEntropy(head))
+        keras.config.set_dtype_policy("float32")
         batch = np.zeros((1, LENGTH), "int32")
         with Real() as real:
-            model.train_on_batch(batch, batch)
+            if method == "fit":
+                model.fit(batch, batch, verbose=0)
+            else:
+                model.train_on_batch(batch, batch)
     chunk = LENGTH // 2
     assert any(chunk in shape for _, shape in real.shapes)
     whole = [(f, shape) for f, shape in real.shapes if LENGTH in shape]
@@ -158,5 +164,7 @@ def check_step():
     assert all(shape == (1, LENGTH) for _, shape in whole), whole
 
 
-def test_a_first_step_computes_on_chunks_alone(on_devices):
-    on_devices(2, check_step)
+@pytest.mark.parametrize("method", ["fit", "train_on_batch"])
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_a_first_step_computes_on_chunks_alone(on_devices, policy, method):
+    on_devices(2, check_step, policy, method)

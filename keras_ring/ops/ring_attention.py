@@ -210,10 +210,11 @@ def _attend(
     balanced = balance.pays(choice, size, mask, *lengths)
 
     def chunks(move, tensors, axis=2):
-        """Tensors with the sequence on one axis, in the other order."""
+        """Tensors with the sequence on one axis, in the other order; empties
+        the list of them."""
         if not balanced or not tensors:
-            return list(tensors)
-        return move(transport, list(tensors), [axis] * len(tensors))
+            return tensors
+        return move(transport, tensors, [axis] * len(tensors))
 
     def ring(carried):
         sides = carried[:at_key], carried[at_key:at_shared], carried[at_shared:]
@@ -226,31 +227,33 @@ def _attend(
 
     def forward(query, key, value, *carried):
         # Exchanged once: the backward finds them as they are needed.
-        query, key, value = chunks(balance.enter, (query, key, value))
+        query, key, value = chunks(balance.enter, [query, key, value])
         carried = (
-            *chunks(balance.enter, carried[:at_shared], axis=1),
+            *chunks(balance.enter, list(carried[:at_shared]), axis=1),
             *carried[at_shared:],
         )
         out, lse = ring(carried).forward(query, key, value)
         out = ops.cast(out, dtype)
         residuals = query, key, value, *carried, out, lse
-        return tuple(chunks(balance.leave, (out, lse))), residuals
+        return tuple(chunks(balance.leave, [out, lse])), residuals
 
     def backward(residuals, grad_out, grad_lse):
         query, key, value, *carried, out, lse = residuals
-        grad_out, grad_lse = chunks(balance.enter, (grad_out, grad_lse))
+        grad_out, grad_lse = chunks(balance.enter, [grad_out, grad_lse])
         grads = ring(carried).backward(
             query, key, value, out, lse, grad_out, grad_lse
         )
         others = [None] * len(carried)
         if grads.bias is not None:
             grad_bias = ops.cast(grads.bias, carried[0].dtype)
-            (others[0],) = chunks(balance.leave, (grad_bias,), axis=1)
+            (others[0],) = chunks(balance.leave, [grad_bias], axis=1)
         if grads.slopes is not None:
             others[at_shared] = ops.cast(grads.slopes, carried[at_shared].dtype)
         inputs = zip((query, key, value), grads[:3], strict=True)
-        own = chunks(balance.leave, [ops.cast(g, t.dtype) for t, g in inputs])
-        return (*own, *others)
+        own = [ops.cast(grad, tensor.dtype) for tensor, grad in inputs]
+        # What is moved needs room: nothing else is kept meanwhile.
+        del grads, inputs, grad_out, grad_lse
+        return (*chunks(balance.leave, own), *others)
 
     def heads_first(tensor):
         return ops.transpose(tensor, (0, 2, 1, 3))

@@ -122,8 +122,8 @@ class FusedKernel:
         self.otherwise = otherwise
         self.plain = plain
         self.masked = masked or plain
-        # The last `delta`, and whether the log-sum-exp had no gradient there.
-        self._last: tuple[Callable[[], Any], bool] = (lambda: None, True)
+        # Each `delta` in use, and whether the log-sum-exp had no gradient.
+        self._asked: list[tuple[Callable[[], Any], bool]] = []
         if not self.masked.masks:
             raise ValueError("`masked` must be an operation that takes masks.")
 
@@ -236,15 +236,21 @@ class FusedKernel:
         self, out: torch.Tensor, grad_out: torch.Tensor, delta: torch.Tensor
     ) -> bool:
         """Whether `delta` is that of a log-sum-exp without a gradient. The
-        answer waits for the device, so one backward asks once for all of its
-        visits, which have the same `delta`."""
-        last, answer = self._last
-        if last() is not delta:
-            own = numerics.row_delta(
-                out.to(delta.dtype), grad_out.to(delta.dtype), 0.0
-            )
-            answer = torch.equal(own, delta)
-            self._last = weakref.ref(delta), answer
+        answer waits for the device, so it is asked once for all visits that
+        have the same `delta`: those of the same queries in one backward."""
+        asked = [(seen(), answer) for seen, answer in self._asked]
+        for seen, answer in asked:
+            if seen is delta:
+                return answer
+        own = numerics.row_delta(
+            out.to(delta.dtype), grad_out.to(delta.dtype), 0.0
+        )
+        answer = torch.equal(own, delta)
+        self._asked = [
+            (weakref.ref(seen), known)
+            for seen, known in [*asked, (delta, answer)]
+            if seen is not None
+        ]
         return answer
 
     def _terms(self, dtype: torch.dtype) -> int:

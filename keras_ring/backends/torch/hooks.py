@@ -49,6 +49,7 @@ def install(current: Current) -> None:
                 (TorchTrainer, f"make_{kind}_function", _steps(kind))
                 for kind in ("train", "test", "predict")
             ),
+            (Trainer, "_symbolic_build", _symbolic_build),
             (Trainer, "get_metrics_result", _metrics_result),
             (BaseOptimizer, "apply", _apply),
             (LossScaleOptimizer, "apply", _apply),
@@ -147,6 +148,41 @@ def _step(
 
     setattr(step, _MARK, True)
     return step
+
+
+def _symbolic_build(
+    original: Callable[..., Any], current: Current
+) -> Callable[..., Any]:
+    """Infer the shapes of losses and metrics from the own part of a batch.
+
+    Keras infers shapes without memory where every layer can do that, and
+    computes otherwise, which it does for all in mixed precision: it forgets
+    that variables are cast. What it computes is then a step's part, and not
+    the whole sequence on each process. Layers that are not built yet see
+    the whole batch, because its shape may be that of their variables.
+    """
+
+    def symbolic_build(
+        self: Any, iterator: Any = None, data_batch: Any = None
+    ) -> Any:
+        from keras_ring.backends.torch import training
+
+        world = current()
+        if world is None or world.size == 1 or not training.built(self):
+            return original(self, iterator, data_batch)
+        own = functools.partial(training.own_part, world, self)
+        if data_batch is not None:
+            return original(self, data_batch=own(data_batch))
+
+        def parts() -> Iterator[Any]:
+            """What Keras takes its first batch from, if it needs one."""
+            for *place, data in iterator:
+                whole = isinstance(data, (list, tuple))
+                yield *place, [own(data[0] if whole else next(data))]
+
+        return original(self, parts())
+
+    return symbolic_build
 
 
 def _metrics_result(

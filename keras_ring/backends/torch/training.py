@@ -189,9 +189,7 @@ def predict_step(
     world: "World", model: Any, function: Callable[..., Any], batch: Any
 ) -> Any:
     """The global predictions for a global batch."""
-    if not all(
-        layer.built for layer in (model, *sublayers(model, recursive=True))
-    ):
+    if not built(model):
         _build(model, batch, batches.split_batch(world, model, batch))
     world.agreement.check(model, batch)
     splits = batches.split_batch(world, model, batch)
@@ -206,6 +204,18 @@ def predict_step(
         outputs,
         carries,
     )
+
+
+def built(model: Any) -> bool:
+    """Whether a model has all of its variables."""
+    layers = model, *sublayers(model, recursive=True)
+    return all(layer.built for layer in layers)
+
+
+def own_part(world: "World", model: Any, batch: Any) -> Any:
+    """What of a global batch this process has in a step."""
+    splits = batches.split_batch(world, model, batch)
+    return Step(world, model, batch, splits).local
 
 
 def _build(model: Any, batch: Any, splits: Any) -> None:
