@@ -240,7 +240,7 @@ def sequence_bytes(backend, size):
             backend,
             size,
             f"--measure=step:{size}:{length}",
-            variables=FREED if backend == "torch" else None,
+            variables=FREED if backend != "jax" else None,
         )[0]
         for length in (LENGTH, SHORT)
     )
@@ -296,10 +296,10 @@ def report(steps, layers):
         f'RingTransformerBlock(remat="block") (width {FEATURES}, {HEADS} '
         f"heads, feed-forward {4 * FEATURES}, 256 classes), float32, batch 1, "
         "Adam. On JAX the compiler says what a device needs; on PyTorch it is "
-        "the peak resident memory of the process of rank 0 (whose C library "
-        "returns what is freed: MALLOC_MMAP_THRESHOLD_); on TensorFlow "
+        "the peak resident memory of the process of rank 0, on TensorFlow "
         "that of the one process that holds all devices, divided by their "
-        "number (host copies of the batch count there too).",
+        "number (host copies of the batch count there too). The C library of "
+        "both returns what is freed (MALLOC_MMAP_THRESHOLD_).",
         reports.table(header, body),
         "## One layer, beside the paper's formulas",
         f"Batch b = 1, length s = {LAYER_LENGTH:,}, width h = "
