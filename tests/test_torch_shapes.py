@@ -168,3 +168,30 @@ def check_step(policy, method):
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_a_first_step_computes_on_chunks_alone(on_devices, policy, method):
     on_devices(2, check_step, policy, method)
+
+
+def check_pairs(method):
+    """A mask of pairs has the keys of all: the part of a batch is no batch."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
+    with strategy.scope():
+        inputs = (
+            keras.Input((None, WIDTH)),
+            keras.Input((None, None), dtype="bool"),
+        )
+        y = attention()(inputs[0], attention_mask=inputs[1])
+        model = keras.Model(inputs, keras.layers.Dense(1)(y))
+        model.compile("sgd", "mse")
+        keras.config.set_dtype_policy("float32")
+        x = np.ones((BATCH, 6, WIDTH), "float32")
+        batch = [x, np.ones((BATCH, 6, 6), bool)], x[..., :1]
+        if method == "fit":
+            loss = model.fit(*batch, verbose=0).history["loss"][0]
+        else:
+            loss = model.train_on_batch(*batch)
+    assert np.isfinite(loss)
+
+
+@pytest.mark.parametrize("method", ["fit", "train_on_batch"])
+def test_what_a_part_does_not_fit_sees_the_whole(on_devices, method):
+    on_devices(2, check_pairs, method)

@@ -153,13 +153,14 @@ def _step(
 def _symbolic_build(
     original: Callable[..., Any], current: Current
 ) -> Callable[..., Any]:
-    """Infer the shapes of losses and metrics from the own part of a batch.
+    """In mixed precision, infer shapes from the own part of a batch.
 
     Keras infers shapes without memory where every layer can do that, and
-    computes otherwise, which it does for all in mixed precision: it forgets
-    that variables are cast. What it computes is then a step's part, and not
-    the whole sequence on each process. Layers that are not built yet see
-    the whole batch, because its shape may be that of their variables.
+    computes otherwise. In mixed precision it always computes: there it
+    forgets that variables are cast. What it computes is then a part of the
+    sequence, and not the whole of it on each process. Models that are not
+    built yet, or that a part does not fit (such as one with a gathered
+    layer that knows the length), see the whole batch as ever.
     """
 
     def symbolic_build(
@@ -168,19 +169,30 @@ def _symbolic_build(
         from keras_ring.backends.torch import training
 
         world = current()
-        if world is None or world.size == 1 or not training.built(self):
+        if (
+            world is None
+            or world.size == 1
+            or not training.mixed(self)
+            or not training.built(self)
+        ):
             return original(self, iterator, data_batch)
         own = functools.partial(training.own_part, world, self)
-        if data_batch is not None:
-            return original(self, data_batch=own(data_batch))
+        taken = []
 
         def parts() -> Iterator[Any]:
             """What Keras takes its first batch from, if it needs one."""
             for *place, data in iterator:
-                whole = isinstance(data, (list, tuple))
-                yield *place, [own(data[0] if whole else next(data))]
+                many = isinstance(data, (list, tuple))
+                taken.append(data[0] if many else next(data))
+                yield *place, [own(taken[0])]
 
-        return original(self, parts())
+        try:
+            if data_batch is None:
+                return original(self, parts())
+            return original(self, data_batch=own(data_batch))
+        except (ValueError, RuntimeError):
+            whole = taken[0] if taken else data_batch
+            return original(self, iterator, whole)
 
     return symbolic_build
 

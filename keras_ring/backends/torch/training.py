@@ -212,6 +212,12 @@ def built(model: Any) -> bool:
     return all(layer.built for layer in layers)
 
 
+def mixed(model: Any) -> bool:
+    """Whether some layer computes in another dtype than its variables."""
+    layers = model, *sublayers(model, recursive=True)
+    return any(x.compute_dtype != x.variable_dtype for x in layers)
+
+
 def own_part(world: "World", model: Any, batch: Any) -> Any:
     """What of a global batch this process has in a step."""
     splits = batches.split_batch(world, model, batch)
