@@ -1,8 +1,9 @@
 """Where keras_ring takes part in Keras' trainer on PyTorch.
 
 Every step of Keras passes through a step function, `optimizer.apply` and
-`get_metrics_result`; these, the reduction of a loss and the list of
-callbacks are wrapped once, and so is saving. Without an active strategy of
+`get_metrics_result`; these, the inference of shapes before the first, the
+reduction of a loss and the list of callbacks are wrapped once, and so is
+saving. Without an active strategy of
 more than one process each wrapper only calls what it wraps. All private
 names of Keras on PyTorch are in this file.
 """
