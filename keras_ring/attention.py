@@ -99,7 +99,9 @@ class Ring:
         lses = [partial.lse for partial in partials]
         outs = [partial.out for partial in partials]
         partials.clear()
-        return Partial(_end_to_end(outs, 2), _end_to_end(lses, 2))
+        return Partial(
+            placement.joined(outs, 1, axis=2), placement.joined(lses, 1, axis=2)
+        )
 
     def _forward(
         self,
@@ -123,9 +125,10 @@ class Ring:
         first, last = hops
         length = ops.shape(key)[2]
 
-        def visit(own: Own, hop: Any, visiting: list[Tensor]) -> Partial:
+        def visit(
+            own: Own, starts: tuple[Any, ...], visiting: list[Tensor]
+        ) -> Partial:
             key, value, *tensors = visiting
-            starts = self._key_starts(hop, length, portion)
             some, block = self._block(own, starts, key, tensors)
             return self.kernel.branch(
                 some,
@@ -134,9 +137,10 @@ class Ring:
             )
 
         def fold(hop: Any, visiting: Any, partials: list[Partial]) -> None:
+            starts = self._key_starts(hop, length, portion)
             # One after the other, so that what is old is there for one band.
             for i, own in enumerate(queries):
-                part = visit(own, hop, visiting)
+                part = visit(own, starts, visiting)
                 partials[i] = numerics.merge(partials[i], part)
 
         def hop_body(hop: Any, carry: Any) -> Any:
@@ -147,7 +151,8 @@ class Ring:
 
         visiting = self._first_visit(first, portion, key, value)
         if first == last and not partials:
-            partials.extend(visit(own, last, visiting) for own in queries)
+            starts = self._key_starts(last, length, portion)
+            partials.extend(visit(own, starts, visiting) for own in queries)
             return
         if not partials:
             partials.extend(_nothing(own.query, value) for own in queries)
@@ -201,13 +206,17 @@ class Ring:
         grad_values.clear()
         grad_bias = None
         if "bias" in staying[0]:
-            grad_bias = _end_to_end([own.pop("bias") for own in staying], 1)
+            grad_bias = placement.joined(
+                [own.pop("bias") for own in staying], 1, axis=1
+            )
             grad_bias = grad_bias[..., : ops.shape(self.scoring.bias)[3]]
         slopes: list[Tensor] = []
         for own in staying:
             if "slopes" in own:
                 slopes = _plus(slopes, [own.pop("slopes")])
-        grad_query = _end_to_end([own.pop("query") for own in staying], 2)
+        grad_query = placement.joined(
+            [own.pop("query") for own in staying], 1, axis=2
+        )
         return BlockGradients(
             grad_query,
             grad_key,
@@ -430,13 +439,6 @@ class Ring:
                 block, scoring=dataclasses.replace(block.scoring, mask=None)
             )
         return some, block
-
-
-def _end_to_end(tensors: list[Tensor], axis: int) -> Tensor:
-    """The chunk of which all bands are given."""
-    if len(tensors) == 1:
-        return tensors[0]
-    return ops.concatenate(tensors, axis=axis)
 
 
 def _plus(sums: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:

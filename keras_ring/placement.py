@@ -89,12 +89,8 @@ def portions(length: Any, parts: int, most: int | None) -> list[Portion]:
     """
     if most is None or not isinstance(length, int) or length <= most:
         return [Portion(parts)]
-    part = length // parts
-    step = -(-part // -(-length // most))
-    return [
-        Portion(parts, begin, min(begin + step, part))
-        for begin in range(0, part, step)
-    ]
+    cuts = _cut(length // parts, -(-length // most))
+    return [Portion(parts, begin, end) for begin, end in cuts]
 
 
 class Band(NamedTuple):
@@ -136,13 +132,18 @@ def bands(length: Any, parts: int, most: int | None) -> list[Band]:
     if most is None or not isinstance(length, int) or length <= most:
         return [Band()]
     part = length // parts
-    step = -(-part // -(-part // most))
     return [
-        Band(
-            number, number * part + at, number * part + min(at + step, part), at
-        )
+        Band(number, number * part + begin, number * part + end, begin)
         for number in range(parts)
-        for at in range(0, part, step)
+        for begin, end in _cut(part, -(-part // most))
+    ]
+
+
+def _cut(length: int, count: int) -> list[tuple[int, int]]:
+    """Beginning and end of `count` pieces at most, as equal as can be."""
+    step = -(-length // count)
+    return [
+        (begin, min(begin + step, length)) for begin in range(0, length, step)
     ]
 
 

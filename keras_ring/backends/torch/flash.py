@@ -18,8 +18,7 @@ import math
 
 import torch
 
-from keras_ring import numerics
-from keras_ring.backends.torch.fused import Call, added
+from keras_ring.backends.torch.fused import Call, accumulation_dtype, added
 from keras_ring.backends.torch.pieces import FINE
 
 FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
@@ -42,7 +41,7 @@ class CpuFlash:
         return all(hasattr(torch.ops.aten, n) for n in (FORWARD, BACKWARD))
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype | None:
-        found: torch.dtype = getattr(torch, numerics.accumulation_dtype(dtype))
+        found: torch.dtype = accumulation_dtype(dtype)
         return found
 
     def forward(

@@ -141,7 +141,7 @@ class FusedKernel:
         """Whether results have the precision of a dtype, and not that in
         which the package accumulates it."""
         own = getattr(torch, dtype)
-        return self._dtype(own) != _accumulation_dtype(own)
+        return self._dtype(own) != accumulation_dtype(own)
 
     def block_forward(
         self,
@@ -153,7 +153,7 @@ class FusedKernel:
         width = max(query.shape[3], value.shape[3])
         if not self._fits(query, key, value, block, width):
             return self.otherwise.block_forward(query, key, value, block)
-        accumulate = _accumulation_dtype(query.dtype)
+        accumulate = accumulation_dtype(query.dtype)
         values = value.shape[3]
         query, key, value = self._ready(width, query, key, value)
         rows = query.shape[:3]
@@ -186,7 +186,7 @@ class FusedKernel:
         block: Block,
     ) -> BlockGradients:
         key_width, value_width = query.shape[3], value.shape[3]
-        accumulate = _accumulation_dtype(query.dtype)
+        accumulate = accumulation_dtype(query.dtype)
         # The operation makes delta of `out` and `grad_out`. Where the
         # log-sum-exp has a gradient of its own they are given columns more,
         # in which the values are 0, and their product is delta.
@@ -255,7 +255,7 @@ class FusedKernel:
 
     def _terms(self, dtype: torch.dtype) -> int:
         """How many numbers of the operations' precision `delta` takes."""
-        return 1 if self._dtype(dtype) == _accumulation_dtype(dtype) else 3
+        return 1 if self._dtype(dtype) == accumulation_dtype(dtype) else 3
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         """What both operations compute a dtype in, if they do."""
@@ -390,7 +390,7 @@ class FusedKernel:
         )
         if keys.shape[1] == key_heads:
             return grads
-        accumulate = _accumulation_dtype(query.dtype)
+        accumulate = accumulation_dtype(query.dtype)
         return (
             grads[0],
             *(
@@ -454,5 +454,6 @@ def added(mask: torch.Tensor | None, dtype: torch.dtype) -> Any:
     return zeros.masked_fill_(~mask, -float("inf"))
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> Any:
+def accumulation_dtype(dtype: torch.dtype) -> Any:
+    """`numerics.accumulation_dtype`, as PyTorch has it."""
     return getattr(torch, numerics.accumulation_dtype(dtype))

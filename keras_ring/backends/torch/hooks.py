@@ -3,9 +3,8 @@
 Every step of Keras passes through a step function, `optimizer.apply` and
 `get_metrics_result`; these, the inference of shapes before the first, the
 reduction of a loss and the list of callbacks are wrapped once, and so is
-saving. Without an active strategy of
-more than one process each wrapper only calls what it wraps. All private
-names of Keras on PyTorch are in this file.
+saving. Without an active strategy of more than one process each wrapper only
+calls what it wraps. All private names of Keras on PyTorch are in this file.
 """
 
 import contextlib
@@ -177,23 +176,21 @@ def _symbolic_build(
             or not training.built(self)
         ):
             return original(self, iterator, data_batch)
-        own = functools.partial(training.own_part, world, self)
-        taken = []
+        batch = data_batch
 
         def parts() -> Iterator[Any]:
             """What Keras takes its first batch from, if it needs one."""
-            for *place, data in iterator:
+            nonlocal batch
+            if batch is None:
+                _, _, data = next(iter(iterator))
                 many = isinstance(data, (list, tuple))
-                taken.append(data[0] if many else next(data))
-                yield *place, [own(taken[0])]
+                batch = data[0] if many else next(data)
+            yield None, None, [training.own_part(world, self, batch)]
 
         try:
-            if data_batch is None:
-                return original(self, parts())
-            return original(self, data_batch=own(data_batch))
+            return original(self, parts())
         except (ValueError, RuntimeError):
-            whole = taken[0] if taken else data_batch
-            return original(self, iterator, whole)
+            return original(self, iterator, batch)
 
     return symbolic_build
 

@@ -3,13 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import torch
 
-from keras_ring import numerics
 from keras_ring.backends.torch.cuda import CudaFlash, CuDnn, Efficient
 from keras_ring.backends.torch.flash import CpuFlash
-from keras_ring.backends.torch.fused import FusedKernel
+from keras_ring.backends.torch.fused import FusedKernel, accumulation_dtype
 from keras_ring.blockwise import BlockwiseKernel
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
@@ -45,10 +43,7 @@ class Kernel(BlockwiseKernel):
         if query.is_meta:
             # Keras is inferring shapes, maybe of a very long sequence: the
             # loops would take long, and what fails it repeats with memory.
-            name = numerics.accumulation_dtype(
-                keras.backend.standardize_dtype(query.dtype)
-            )
-            rows, dtype = query.shape[:3], getattr(torch, name)
+            rows, dtype = query.shape[:3], accumulation_dtype(query.dtype)
             return Partial(
                 query.new_empty((*rows, value.shape[3]), dtype=dtype),
                 query.new_empty(rows, dtype=dtype),
@@ -73,10 +68,7 @@ class Kernel(BlockwiseKernel):
     def product(
         self, equation: str, left: torch.Tensor, right: torch.Tensor
     ) -> torch.Tensor:
-        name = numerics.accumulation_dtype(
-            keras.backend.standardize_dtype(left.dtype)
-        )
-        dtype = getattr(torch, name)
+        dtype = accumulation_dtype(left.dtype)
         return torch.einsum(equation, left.to(dtype), right.to(dtype))
 
 

@@ -29,7 +29,8 @@ class Step(step.Step):
 
     world: "World"
 
-    def __init__(self, world: "World", model: Any, batch: Any, splits: Any):
+    def __init__(self, world: "World", model: Any, batch: Any):
+        splits = batches.split_batch(world, model, batch)
         rows, lengths = batches.axes(world, batch, splits)
         self.local = tree.map_structure(
             lambda leaf, split: (
@@ -165,8 +166,7 @@ def run_step(
     """A step of fit or evaluate on the own part of a global batch; gives
     the global logs."""
     world.agreement.check(model, batch)
-    splits = batches.split_batch(world, model, batch)
-    own = Step(world, model, batch, splits)
+    own = Step(world, model, batch)
     counting.check(world, model, padded=own.padded)
     previous, world.step = world.step, own
     own.start_metrics()
@@ -192,8 +192,7 @@ def predict_step(
     if not built(model):
         _build(model, batch, batches.split_batch(world, model, batch))
     world.agreement.check(model, batch)
-    splits = batches.split_batch(world, model, batch)
-    own = Step(world, model, batch, splits)
+    own = Step(world, model, batch)
     with world.stepping(), step.run(own), world.agreement.own_seeds(model):
         outputs = function([own.local])
     carries = batches.split_outputs(model, outputs, own.local_lengths)
@@ -208,20 +207,21 @@ def predict_step(
 
 def built(model: Any) -> bool:
     """Whether a model has all of its variables."""
-    layers = model, *sublayers(model, recursive=True)
-    return all(layer.built for layer in layers)
+    return all(layer.built for layer in _layers(model))
 
 
 def mixed(model: Any) -> bool:
     """Whether some layer computes in another dtype than its variables."""
-    layers = model, *sublayers(model, recursive=True)
-    return any(x.compute_dtype != x.variable_dtype for x in layers)
+    return any(x.compute_dtype != x.variable_dtype for x in _layers(model))
+
+
+def _layers(model: Any) -> list[Any]:
+    return [model, *sublayers(model, recursive=True)]
 
 
 def own_part(world: "World", model: Any, batch: Any) -> Any:
     """What of a global batch this process has in a step."""
-    splits = batches.split_batch(world, model, batch)
-    return Step(world, model, batch, splits).local
+    return Step(world, model, batch).local
 
 
 def _build(model: Any, batch: Any, splits: Any) -> None:
