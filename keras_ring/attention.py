@@ -13,12 +13,12 @@ the chunk that one member holds.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 from keras import ops
 
 from keras_ring import numerics, placement
-from keras_ring.blockwise import BlockGradients
+from keras_ring.kernel import BlockGradients, Kernel
 from keras_ring.numerics import Partial
 from keras_ring.placement import Portion
 from keras_ring.scoring import Scoring
@@ -26,30 +26,6 @@ from keras_ring.tiling import Block
 from keras_ring.transport import Transport
 
 Tensor = Any
-
-
-class Kernel(Protocol):
-    """Attention over one visiting chunk; see `blockwise` for the shapes."""
-
-    name: str
-
-    def block_forward(
-        self, query: Tensor, key: Tensor, value: Tensor, block: Block
-    ) -> Partial: ...
-
-    def block_backward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        grad_out: Tensor,
-        block: Block,
-    ) -> BlockGradients: ...
-
-    def branch(self, predicate: Any, yes: Any, no: Any) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +69,7 @@ class Ring:
         """
         hops = self._hops(query, key)
         queries = self._queries(query)
-        partials: list[Partial] = []
+        partials: list[Any] = []
         for portion in self._portions(key):
             self._forward(portion, hops, partials, queries, key, value)
         lses = [partial.lse for partial in partials]
@@ -107,7 +83,7 @@ class Ring:
         self,
         portion: Portion,
         hops: tuple[int, int],
-        partials: list[Partial],
+        partials: list[Any],
         queries: list[Own],
         key: Tensor,
         value: Tensor,
@@ -126,22 +102,26 @@ class Ring:
         length = ops.shape(key)[2]
 
         def visit(
-            own: Own, starts: tuple[Any, ...], visiting: list[Tensor]
+            own: Own,
+            starts: tuple[Any, ...],
+            visiting: list[Tensor],
+            partial: Partial | None,
         ) -> Partial:
             key, value, *tensors = visiting
             some, block = self._block(own, starts, key, tensors)
             return self.kernel.branch(
                 some,
-                lambda: self.kernel.block_forward(own.query, key, value, block),
-                lambda: _nothing(own.query, value),
+                lambda: self.kernel.fold(partial, own.query, key, value, block),
+                lambda: (
+                    _nothing(own.query, value) if partial is None else partial
+                ),
             )
 
-        def fold(hop: Any, visiting: Any, partials: list[Partial]) -> None:
+        def fold(hop: Any, visiting: Any, partials: list[Any]) -> None:
             starts = self._key_starts(hop, length, portion)
             # One after the other, so that what is old is there for one band.
             for i, own in enumerate(queries):
-                part = visit(own, starts, visiting)
-                partials[i] = numerics.merge(partials[i], part)
+                partials[i] = visit(own, starts, visiting, partials[i])
 
         def hop_body(hop: Any, carry: Any) -> Any:
             visiting, partials = carry
@@ -150,12 +130,12 @@ class Ring:
             return arriving.wait(), partials
 
         visiting = self._first_visit(first, portion, key, value)
-        if first == last and not partials:
-            starts = self._key_starts(last, length, portion)
-            partials.extend(visit(own, starts, visiting) for own in queries)
-            return
         if not partials:
-            partials.extend(_nothing(own.query, value) for own in queries)
+            # A loop that is compiled carries tensors from the start.
+            begin = first == last or self.transport.unrolled
+            partials.extend(
+                None if begin else _nothing(own.query, value) for own in queries
+            )
         visiting, partials[:] = self.transport.repeat(
             last - first, hop_body, (visiting, partials), first
         )
@@ -181,13 +161,8 @@ class Ring:
             In the accumulation dtype; the bias' gradient is that of the own
             rows over all keys, the slopes' is the member's term of a sum.
         """
-        dtype = numerics.accumulation_dtype(query.dtype)
-        lse = ops.cast(lse, dtype)
-        delta = numerics.row_delta(
-            ops.cast(out, dtype),
-            ops.cast(grad_out, dtype),
-            ops.cast(grad_lse, dtype),
-        )
+        lse = ops.cast(lse, numerics.accumulation_dtype(query.dtype))
+        delta = self.kernel.row_delta(out, grad_out, grad_lse)
         hops = self._hops(query, key)
         queries = self._queries(query, (out, lse, delta, grad_out))
         staying: list[dict[str, Tensor]] = [{} for _ in queries]
@@ -213,7 +188,7 @@ class Ring:
         slopes: list[Tensor] = []
         for own in staying:
             if "slopes" in own:
-                slopes = _plus(slopes, [own.pop("slopes")])
+                slopes = self._plus(slopes, [own.pop("slopes")])
         grad_query = placement.joined(
             [own.pop("query") for own in staying], 1, axis=2
         )
@@ -252,17 +227,21 @@ class Ring:
         length = ops.shape(key)[2]
 
         def visit(
-            own: Own, starts: tuple[Any, ...], visiting: list[Tensor]
+            own: Own,
+            starts: tuple[Any, ...],
+            visiting: list[Tensor],
+            grad_query: Tensor | None,
         ) -> BlockGradients:
             key, value, *tensors = visiting
-            out, lse, delta, grad_out = own.rows
             some, block = self._block(own, starts, key, tensors)
             return self.kernel.branch(
                 some,
-                lambda: self.kernel.block_backward(
-                    own.query, key, value, out, lse, delta, grad_out, block
+                lambda: self.kernel.fold_backward(
+                    grad_query, own.query, key, value, *own.rows, block
                 ),
-                lambda: _no_gradients(own.query, key, value, block.scoring),
+                lambda: _no_gradients(
+                    grad_query, own.query, key, value, block.scoring
+                ),
             )
 
         def meet(
@@ -273,9 +252,9 @@ class Ring:
             grads: list[Tensor] = []
             # One after the other, so that what is old is there for one band.
             for i, own in enumerate(queries):
-                share = visit(own, starts, visiting)
+                share = visit(own, starts, visiting, staying[i].get("query"))
                 staying[i] = self._staying(starts, length, staying[i], share)
-                grads = _plus(grads, [share.key, share.value])
+                grads = self._plus(grads, [share.key, share.value])
             return grads
 
         def add(
@@ -283,7 +262,7 @@ class Ring:
         ) -> list[Tensor]:
             """Compute a visit while `travelling` is under way."""
             grads = meet(hop, visiting, staying)
-            return _plus(travelling.wait(), grads)
+            return self._plus(travelling.wait(), grads)
 
         def hop_body(hop: Any, carry: Any) -> Any:
             visiting, grads, staying = carry
@@ -293,6 +272,13 @@ class Ring:
             return arriving.wait(), grads, staying
 
         visiting = self._first_visit(first, portion, key, value)
+        home: list[Tensor] = []
+        if first == 0 < last and (self.transport.unrolled or last == 1):
+            # The own chunk is at home: its gradients wait for the others'.
+            # In a compiled loop this were one more copy of the visit.
+            arriving = self.transport.start_shift(visiting)
+            home = meet(first, visiting, staying)
+            visiting, first = arriving.wait(), 1
         if first == last:
             grads = meet(first, visiting, staying)
         else:
@@ -309,7 +295,7 @@ class Ring:
         # The chunk is `last` hops away from its owner: all of them at once.
         if last % self.transport.size:
             grads = self.transport.shift(grads, by=-last)
-        return grads
+        return self._plus(grads, home) if home else grads
 
     def _staying(
         self,
@@ -325,13 +311,13 @@ class Ring:
             key_starts: of the visit.
             length: of a chunk of keys.
             staying: so far.
-            share: of the visit.
+            share: of the visit; the query's gradient is over all visits.
         """
         found = {"query": share.query}
         if share.slopes is not None:
             found["slopes"] = share.slopes
-        if staying:
-            found = {name: staying[name] + found[name] for name in found}
+            if staying:
+                found["slopes"] = staying["slopes"] + share.slopes
         if share.bias is not None:
             # Padding of the keys may make their chunks reach past the bias.
             shape = *ops.shape(share.bias)[:3], length * self.transport.size
@@ -343,6 +329,14 @@ class Ring:
                 share.bias,
             )
         return found
+
+    def _plus(self, sums: list[Tensor], more: list[Tensor]) -> list[Tensor]:
+        """Each of the sums with one more tensor; none is nothing so far. The
+        old sums may be overwritten."""
+        if not sums:
+            return more
+        pairs = zip(sums, more, strict=True)
+        return [self.kernel.add(total, share) for total, share in pairs]
 
     def _queries(
         self, query: Tensor, rows: tuple[Tensor, ...] = ()
@@ -363,7 +357,7 @@ class Ring:
                 band.starts(starts),
                 band.of(query, axis=2),
                 tuple(band.of(tensor, axis=1) for tensor in carried),
-                tuple(band.of(tensor, axis=2) for tensor in rows),
+                tuple(None if t is None else band.of(t, axis=2) for t in rows),
             )
             for band in placement.bands(length, self._parts(), self._most())
         ]
@@ -441,17 +435,14 @@ class Ring:
         return some, block
 
 
-def _plus(sums: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """Each of the sums with one more tensor; none is nothing so far."""
-    if not sums:
-        return tensors
-    return [a + b for a, b in zip(sums, tensors, strict=True)]
-
-
 def _no_gradients(
-    query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+    grad_query: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scoring: Scoring,
 ) -> BlockGradients:
-    """What a visit contributes in which no pair counts."""
+    """`Kernel.fold_backward` of a visit in which no pair counts."""
     dtype = numerics.accumulation_dtype(query.dtype)
 
     def zeros(shape: Any) -> Tensor:
@@ -462,8 +453,10 @@ def _no_gradients(
         bias = zeros((*ops.shape(scoring.bias)[:3], ops.shape(key)[2]))
     if scoring.slopes is not None:
         slopes = zeros(ops.shape(scoring.slopes))
-    grads = [zeros(ops.shape(t)) for t in (query, key, value)]
-    return BlockGradients(grads[0], grads[1], grads[2], bias, slopes)
+    if grad_query is None:
+        grad_query = zeros(ops.shape(query))
+    grads = [zeros(ops.shape(t)) for t in (key, value)]
+    return BlockGradients(grad_query, *grads, bias, slopes)
 
 
 def _nothing(query: Tensor, value: Tensor) -> Partial:

@@ -76,7 +76,12 @@ def _moved(
     moves: Sequence[list[int]],
 ) -> list[Tensor]:
     """The first halves moved by one permutation, the second by another."""
-    if transport.portion is not None and len(tensors) > 1:
+    most = transport.portion
+    if (
+        most is not None
+        and len(tensors) > 1
+        and tensors[0].shape[axes[0]] > most
+    ):
         # One after the other, so that one at a time is there twice.
         return [
             _moved(transport, [tensors.pop(0)], [axis], moves)[0]

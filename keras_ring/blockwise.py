@@ -14,36 +14,17 @@ share one key head are further rows of the same product, so keys and values
 are never repeated.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from keras import ops
 
 from keras_ring import numerics
+from keras_ring.kernel import BlockGradients, Kernel
 from keras_ring.numerics import Partial
 from keras_ring.primitives import Primitives
 from keras_ring.tiling import Block, Tiling
 
 Tensor = Any
-
-
-class BlockGradients(NamedTuple):
-    """What one visit contributes to the gradients, in the accumulation
-    dtype.
-
-    Attributes:
-        query: (B, H, Q, D).
-        key: (B, K, S, D).
-        value: (B, K, S, E).
-        bias: (B or 1, Q, H or 1, S), of the columns of the visiting keys;
-            None without a bias.
-        slopes: (H,); None without slopes.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None = None
-    slopes: Tensor | None = None
 
 
 def block_forward(
@@ -323,7 +304,7 @@ def block_backward(
     )
 
 
-class BlockwiseKernel(Primitives):
+class BlockwiseKernel(Primitives, Kernel):
     """The reference among a backend's kernels: takes everything, anywhere."""
 
     name = "blockwise"

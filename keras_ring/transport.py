@@ -48,10 +48,13 @@ class Transport(abc.ABC):
             what is sent and received takes memory for as long as something
             refers to it; None where a compiler plans the memory of the
             whole program.
+        unrolled: whether `repeat` calls its body for every hop, and not once
+            for all of them.
     """
 
     size: int
     portion: int | None = None
+    unrolled: bool = True
 
     @abc.abstractmethod
     def index(self) -> Any:

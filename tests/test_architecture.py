@@ -30,9 +30,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scoring": {"masks"},
     "balance": {"masks", "placement", "transport"},
     "tiling": {"masks", "numerics", "primitives", "random_bits", "scoring"},
-    "blockwise": {"numerics", "primitives", "tiling"},
+    "kernel": {"numerics", "tiling"},
+    "blockwise": {"kernel", "numerics", "primitives", "tiling"},
     "attention": {
-        *("blockwise", "numerics", "placement", "scoring", "tiling"),
+        *("kernel", "numerics", "placement", "scoring", "tiling"),
         "transport",
     },
     "config": {"backends"},
@@ -74,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("strategy", "world"),
     },
     "a backend": {
-        *("attention", "batches", "blockwise", "counting"),
+        *("batches", "blockwise", "counting", "kernel"),
         *("keras_internals", "masks"),
         *("numerics", "padding", "step"),
         *("primitives", "random_bits", "scoring", "tiling"),

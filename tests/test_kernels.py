@@ -7,10 +7,11 @@ from keras import ops
 
 import keras_ring
 from keras_ring import backends, config, kernels, masks
+from keras_ring.kernel import Kernel
 from tests.kernel_choice import tensors
 
 
-class Other:
+class Other(Kernel):
     """A kernel that hands everything on, on every backend."""
 
     name = "other"

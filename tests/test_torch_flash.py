@@ -9,7 +9,7 @@ from keras import ops
 
 import keras_ring
 from keras_ring import backends, config, kernels, masks, numerics
-from keras_ring.attention import Kernel
+from keras_ring.kernel import Kernel
 from keras_ring.scoring import Dropout, Scoring
 from keras_ring.tiling import Block
 from tests.kernel_choice import tensors

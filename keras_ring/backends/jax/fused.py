@@ -18,15 +18,14 @@ import numpy as np
 from jax import lax
 
 from keras_ring import numerics
-from keras_ring.attention import Kernel
-from keras_ring.blockwise import BlockGradients
+from keras_ring.kernel import BlockGradients, Kernel
 from keras_ring.masks import And, Causal, Mask
 from keras_ring.masks.mask import both
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
 
 
-class FusedKernel(abc.ABC):
+class FusedKernel(Kernel):
     """An operation where it fits, another kernel where it does not.
 
     Args:

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from keras_ring.attention import Kernel
 from keras_ring.backends.jax import local
 from keras_ring.backends.jax.fused import FusedKernel
+from keras_ring.kernel import Kernel
 from keras_ring.tiling import Block
 
 # The one dtype that the matrix units of a TPU take as it is.

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from keras_ring import numerics
-from keras_ring.attention import Kernel
 from keras_ring.backends.jax import local, triton_masks
 from keras_ring.backends.jax.fused import add, joined
-from keras_ring.blockwise import BlockGradients
+from keras_ring.kernel import BlockGradients, Kernel
 from keras_ring.masks import Mask
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
@@ -32,7 +31,7 @@ WIDEST = 128
 TILES = ((64, 64), (64, 32), (32, 32))
 
 
-class TritonKernel:
+class TritonKernel(Kernel):
     """Triton where it fits, another kernel where it does not.
 
     Args:

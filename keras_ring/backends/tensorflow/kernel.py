@@ -8,7 +8,8 @@ from typing import Any
 import tensorflow as tf
 
 from keras_ring import blockwise, numerics
-from keras_ring.blockwise import BlockGradients, BlockwiseKernel
+from keras_ring.blockwise import BlockwiseKernel
+from keras_ring.kernel import BlockGradients
 from keras_ring.masks import Carried
 from keras_ring.numerics import Partial
 from keras_ring.scoring import Scoring

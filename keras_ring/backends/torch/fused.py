@@ -8,16 +8,14 @@ where it is called: `flash` for CPUs, `cuda` for GPUs.
 """
 
 import dataclasses
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from keras_ring import numerics
-from keras_ring.attention import Kernel
 from keras_ring.backends.torch.pieces import Grain, Piece, pieces
-from keras_ring.blockwise import BlockGradients
+from keras_ring.kernel import BlockGradients, Kernel
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
 
@@ -95,7 +93,7 @@ class Operation(Protocol):
         that sees nothing."""
 
 
-class FusedKernel:
+class FusedKernel(Kernel):
     """Fused calls where they fit, another kernel where they do not.
 
     Args:
@@ -122,8 +120,6 @@ class FusedKernel:
         self.otherwise = otherwise
         self.plain = plain
         self.masked = masked or plain
-        # Each `delta` in use, and whether the log-sum-exp had no gradient.
-        self._asked: list[tuple[Callable[[], Any], bool]] = []
         if not self.masked.masks:
             raise ValueError("`masked` must be an operation that takes masks.")
 
@@ -143,6 +139,17 @@ class FusedKernel:
         own = getattr(torch, dtype)
         return self._dtype(own) != accumulation_dtype(own)
 
+    def row_delta(
+        self, out: torch.Tensor, grad_out: torch.Tensor, grad_lse: torch.Tensor
+    ) -> torch.Tensor | None:
+        """None where the log-sum-exp has no gradient: the operations make
+        the rest themselves. To see that waits for the device, once for all
+        visits of a backward."""
+        if not bool(grad_lse.any()):
+            return None
+        found: torch.Tensor = super().row_delta(out, grad_out, grad_lse)
+        return found
+
     def block_forward(
         self,
         query: torch.Tensor,
@@ -150,29 +157,35 @@ class FusedKernel:
         value: torch.Tensor,
         block: Block,
     ) -> Partial:
+        return self.fold(None, query, key, value, block)
+
+    def fold(
+        self,
+        partial: Partial | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        block: Block,
+    ) -> Partial:
         width = max(query.shape[3], value.shape[3])
         if not self._fits(query, key, value, block, width):
-            return self.otherwise.block_forward(query, key, value, block)
+            return self.otherwise.fold(partial, query, key, value, block)
         accumulate = accumulation_dtype(query.dtype)
         values = value.shape[3]
         query, key, value = self._ready(width, query, key, value)
-        rows = query.shape[:3]
-        out = query.new_zeros((*rows, values), dtype=accumulate)
-        lse = query.new_full(rows, -float("inf"), dtype=accumulate)
-        parts = self._pieces(block, query.shape[2], key.shape[2])
-        for piece in parts:
+        for piece in self._pieces(block, query.shape[2], key.shape[2]):
             part = self._forward(piece, query, key, value, block)
             part = Partial(
                 part.out[..., :values].to(accumulate), part.lse.to(accumulate)
             )
-            if len(parts) == 1 and piece.rows == query.shape[2]:
-                return part
-            own = piece.queries
-            merged = numerics.merge(
-                Partial(out[:, :, own], lse[:, :, own]), part
-            )
-            out[:, :, own], lse[:, :, own] = merged
-        return Partial(out, lse)
+            if partial is None and piece.covers(query.shape[2], key.shape[2]):
+                partial = Partial(*(joined(t, piece) for t in part))
+                continue
+            if partial is None:
+                partial = _nothing(query, values, accumulate)
+            part = Partial(*(apart(t, piece) for t in part))
+            merge(Partial(*(rows(t, piece) for t in partial)), part)
+        return partial or _nothing(query, values, accumulate)
 
     def block_backward(
         self,
@@ -181,7 +194,23 @@ class FusedKernel:
         value: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        delta: torch.Tensor,
+        delta: torch.Tensor | None,
+        grad_out: torch.Tensor,
+        block: Block,
+    ) -> BlockGradients:
+        return self.fold_backward(
+            None, query, key, value, out, lse, delta, grad_out, block
+        )
+
+    def fold_backward(
+        self,
+        grad_query: torch.Tensor | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        delta: torch.Tensor | None,
         grad_out: torch.Tensor,
         block: Block,
     ) -> BlockGradients:
@@ -190,15 +219,17 @@ class FusedKernel:
         # The operation makes delta of `out` and `grad_out`. Where the
         # log-sum-exp has a gradient of its own they are given columns more,
         # in which the values are 0, and their product is delta.
-        plain = self._plain(out, grad_out, delta)
-        more = 0 if plain else self._terms(query.dtype)
+        more = 0 if delta is None else self._terms(query.dtype)
         width = max(key_width, value_width + more)
         if not self._fits(query, key, value, block, width):
-            return self.otherwise.block_backward(
-                query, key, value, out, lse, delta, grad_out, block
+            if delta is None:
+                delta = super().row_delta(out, grad_out, torch.zeros_like(lse))
+            return self.otherwise.fold_backward(
+                *(grad_query, query, key, value, out, lse, delta, grad_out),
+                block,
             )
         out, grad_out = out.to(accumulate), grad_out.to(accumulate)
-        if not plain:
+        if delta is not None:
             grad_out = torch.nn.functional.pad(grad_out, (0, more), value=1.0)
             terms = split(delta, more, self._dtype(query.dtype))
             out = torch.cat([torch.zeros_like(out), terms], dim=-1)
@@ -207,51 +238,37 @@ class FusedKernel:
         )
         # exp(score - inf) = 0: a row that sees nothing gives nothing.
         lse = torch.where(lse == -float("inf"), float("inf"), lse)
-        parts = self._pieces(block, query.shape[2], key.shape[2])
         tensors = grad_out, query, key, value, out, lse
-        whole = query.shape[2], key.shape[2]
-        if [(piece.rows, piece.columns) for piece in parts] == [whole]:
-            share = self._backward(parts[0], *tensors, block)
-            grads = [t.to(accumulate) for t in share]
-        else:
-            grads = [
-                torch.zeros_like(t, dtype=accumulate)
-                for t in (query, key, value)
-            ]
-            for piece in parts:
-                share = self._backward(piece, *tensors, block)
-                grads[0][:, :, piece.queries] += share[0]
-                grads[1][:, :, piece.keys] += share[1]
-                grads[2][:, :, piece.keys] += share[2]
+        widths = key_width, key_width, value_width
+        grads: list[Any] = [grad_query, None, None]
+        for piece in self._pieces(block, query.shape[2], key.shape[2]):
+            shares = self._backward(piece, *tensors, block)
+            covers = piece.covers(query.shape[2], key.shape[2])
+            for i, (share, side) in enumerate(
+                zip(shares, (rows, columns, columns), strict=True)
+            ):
+                share = share[..., : widths[i]]
+                if grads[i] is None and covers:
+                    grads[i] = joined(share.to(accumulate), piece)
+                    continue
+                if grads[i] is None:
+                    grads[i] = _zeros(tensors[1 + i], widths[i], accumulate)
+                total = side(grads[i], piece)
+                total += apart(share, piece)
         return BlockGradients(
-            grads[0][..., :key_width],
-            grads[1][..., :key_width],
-            grads[2][..., :value_width],
+            *(
+                _zeros(tensors[1 + i], widths[i], accumulate)
+                if grad is None
+                else grad
+                for i, grad in enumerate(grads)
+            )
         )
+
+    def add(self, total: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        return total.add_(share)
 
     def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
         return self.otherwise.branch(predicate, yes, no)
-
-    def _plain(
-        self, out: torch.Tensor, grad_out: torch.Tensor, delta: torch.Tensor
-    ) -> bool:
-        """Whether `delta` is that of a log-sum-exp without a gradient. The
-        answer waits for the device, so it is asked once for all visits that
-        have the same `delta`: those of the same queries in one backward."""
-        asked = [(seen(), answer) for seen, answer in self._asked]
-        for seen, answer in asked:
-            if seen is delta:
-                return answer
-        own = numerics.row_delta(
-            out.to(delta.dtype), grad_out.to(delta.dtype), 0.0
-        )
-        answer = torch.equal(own, delta)
-        self._asked = [
-            (weakref.ref(seen), known)
-            for seen, known in [*asked, (delta, answer)]
-            if seen is not None
-        ]
-        return answer
 
     def _terms(self, dtype: torch.dtype) -> int:
         """How many numbers of the operations' precision `delta` takes."""
@@ -320,27 +337,27 @@ class FusedKernel:
         value: torch.Tensor,
         block: Block,
     ) -> Partial:
-        """Attention of the rows of a piece over its columns.
+        """Attention of the rows of a piece over its columns; rectangles of
+        one piece are further samples.
 
         Args:
-            piece: a rectangle of the visit.
+            piece: of the visit.
             query: (B, H, Q, W).
             key: (B, K, S, W).
             value: (B, K, S, W).
             block: what the visit is.
 
         Returns:
-            `Partial` of (B, H, rows, W) and (B, H, rows).
+            `Partial` of (B * count, H, rows, W) and (B * count, H, rows).
         """
         call = _call(piece, query, block)
         operation, heads = self._operation(piece), query.shape[1]
         key, value = (
-            _repeated(t[:, :, piece.keys], heads, operation)
+            _repeated(samples(columns(t, piece), piece), heads, operation)
             for t in (key, value)
         )
-        out, lse = operation.forward(
-            query[:, :, piece.queries], key, value, call
-        )
+        query = samples(rows(query, piece), piece)
+        out, lse = operation.forward(query, key, value, call)
         if call.mask is not None:
             seen = call.mask.any(dim=-1)
             lse = torch.where(seen, lse, -float("inf"))
@@ -361,7 +378,7 @@ class FusedKernel:
         """What a piece adds to the gradients of its rows and columns.
 
         Args:
-            piece: a rectangle of the visit.
+            piece: of the visit.
             grad_out: (B, H, Q, W).
             query: (B, H, Q, W).
             key: (B, K, S, W).
@@ -371,22 +388,20 @@ class FusedKernel:
             block: what the visit is.
 
         Returns:
-            (B, H, rows, W), (B, K, columns, W), (B, K, columns, W).
+            (B * count, H, rows, W), (B * count, K, columns, W) twice.
         """
-        operation, own = self._operation(piece), piece.queries
+        operation = self._operation(piece)
         key_heads, heads = key.shape[1], query.shape[1]
         keys, values = (
-            _repeated(t[:, :, piece.keys], heads, operation)
+            _repeated(samples(columns(t, piece), piece), heads, operation)
             for t in (key, value)
         )
+        call = _call(piece, query, block)
+        grad_out, query, out, lse = (
+            samples(rows(t, piece), piece) for t in (grad_out, query, out, lse)
+        )
         grads = operation.backward(
-            grad_out[:, :, own],
-            query[:, :, own],
-            keys,
-            values,
-            out[:, :, own],
-            lse[:, :, own],
-            _call(piece, query, block),
+            grad_out, query, keys, values, out, lse, call
         )
         if keys.shape[1] == key_heads:
             return grads
@@ -398,6 +413,79 @@ class FusedKernel:
                 for t in grads[1:]
             ),
         )
+
+
+def rows(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """(B, H, Q, ...) -> the rows of a piece (B, H, count, rows, ...), or (B,
+    H, rows, ...) if it is one rectangle. What is written there is in the
+    tensor."""
+    return _along(tensor, piece.queries, piece)
+
+
+def columns(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """(B, K, S, ...) -> the columns of a piece, likewise."""
+    return _along(tensor, piece.keys, piece)
+
+
+def _along(tensor: torch.Tensor, first: slice, piece: Piece) -> torch.Tensor:
+    if piece.count == 1:
+        return tensor[:, :, first]
+    length = first.stop - first.start
+    stop = first.stop + (piece.count - 1) * piece.step
+    found = tensor[:, :, first.start : stop].unfold(2, length, piece.step)
+    return found if tensor.ndim == 3 else found.transpose(3, 4)
+
+
+def samples(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """(B, H, count, n, ...) -> (B * count, H, n, ...)."""
+    if piece.count == 1:
+        return tensor
+    return tensor.transpose(1, 2).flatten(0, 1)
+
+
+def apart(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """(B * count, H, n, ...) -> (B, H, count, n, ...)."""
+    if piece.count == 1:
+        return tensor
+    return tensor.unflatten(0, (-1, piece.count)).transpose(1, 2)
+
+
+def joined(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """(B * count, H, n, ...) -> (B, H, count * n, ...), of a piece that
+    covers everything."""
+    if piece.count == 1:
+        return tensor
+    # In the order in which the operations lay their results: heads last.
+    tensor = tensor.transpose(1, 2).unflatten(0, (-1, piece.count))
+    return tensor.flatten(1, 2).transpose(1, 2)
+
+
+def merge(total: Partial, part: Partial) -> None:
+    """`numerics.merge` of a view of partial results and the results of a
+    piece, in place.
+
+    The share of the new part is `sigmoid(part.lse - total.lse)`, which no
+    difference of two log-sum-exps makes overflow.
+    """
+    # Of two parts that saw nothing the difference is not a number.
+    share = torch.sigmoid(part.lse - total.lse).nan_to_num_(0.0)
+    total.out.lerp_(part.out, share[..., None])
+    total.lse.copy_(torch.logaddexp(total.lse, part.lse))
+
+
+def _nothing(query: torch.Tensor, width: int, dtype: Any) -> Partial:
+    """The partial result over no keys at all."""
+    return Partial(
+        _zeros(query, width, dtype),
+        query.new_full(query.shape[:3], -float("inf"), dtype=dtype),
+    )
+
+
+def _zeros(like: torch.Tensor, width: int, dtype: Any) -> torch.Tensor:
+    """(B, H, n, width), laid as operations lay their results."""
+    batch, heads, length, _ = like.shape
+    zeros = like.new_zeros((batch, length, heads, width), dtype=dtype)
+    return zeros.transpose(1, 2)
 
 
 def squared(piece: Piece) -> list[Piece]:

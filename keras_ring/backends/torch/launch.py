@@ -10,6 +10,8 @@ import keras
 import torch
 import torch.distributed as dist
 
+from keras_ring.backends.torch import shared_memory
+from keras_ring.backends.torch.shared_memory import SharedMemory
 from keras_ring.backends.torch.transport import RingTransport, reporting
 from keras_ring.world import LOCAL
 
@@ -142,12 +144,18 @@ def connect(strategy: "DistributedStrategy", mesh: tuple[int, int]) -> Groups:
             dist.group.WORLD, data_size, sequence_size, limit, kind
         )
     own_ring = rings[rank() // sequence_size]
-    return Groups(
-        RingTransport(everyone, strategy.timeout),
-        RingTransport(own_ring, strategy.timeout)
-        if sequence_size > 1
-        else LOCAL,
-    )
+    ring: Transport = LOCAL
+    if sequence_size > 1:
+        with reporting(strategy.timeout):
+            memory = None if cuda else _memory(own_ring)
+        ring = RingTransport(own_ring, strategy.timeout, memory)
+    return Groups(RingTransport(everyone, strategy.timeout), ring)
+
+
+@functools.cache
+def _memory(group: dist.ProcessGroup) -> SharedMemory | None:
+    """What the members of a ring see in common, for as long as the group."""
+    return shared_memory.connect(group)
 
 
 @functools.cache

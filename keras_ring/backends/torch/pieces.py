@@ -28,15 +28,19 @@ class Grain(NamedTuple):
         small: rectangles up to this side are not halved any more.
         masked: up to this side, one that needs its mask everywhere is
             computed at once.
+        causal: squares of a causal mask are halved, to no less than this
+            side; None if the operation itself leaves out what they hide.
     """
 
     small: int
     masked: int
+    causal: int | None
 
 
 # On CPUs a call costs next to nothing, and on GPUs as much as the products of
-# a rectangle that does not fill them.
-FINE, COARSE = Grain(256, 1024), Grain(1024, 2048)
+# a rectangle that does not fill them. PyTorch's operation for CPUs computes
+# 512 columns at once, whatever a causal mask leaves of them.
+FINE, COARSE = Grain(256, 1024, 256), Grain(1024, 2048, None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,6 +56,10 @@ class Piece:
             that hold every pair; or None.
         causal: whether row `i` sees the columns 0 to `i` only, where no mask
             is left.
+        count: of how many equal rectangles this is the first. Each of the
+            others lies `step` rows below and `step` columns behind the one
+            before it.
+        step: see `count`.
     """
 
     queries: slice
@@ -60,6 +68,8 @@ class Piece:
     key_start: int
     mask: Mask | None
     causal: bool = False
+    count: int = 1
+    step: int = 0
 
     @property
     def rows(self) -> int:
@@ -68,6 +78,23 @@ class Piece:
     @property
     def columns(self) -> int:
         return self.keys.stop - self.keys.start
+
+    def covers(self, queries: int, keys: int) -> bool:
+        """Whether every query and every key of the chunks is in exactly one
+        of the `count` rectangles."""
+        start = self.queries.start, self.keys.start
+        if self.count == 1:
+            return (*start, self.rows, self.columns) == (0, 0, queries, keys)
+        all_rows, all_columns = (
+            self.count * self.rows,
+            self.count * self.columns,
+        )
+        return (*start, all_rows, all_columns) == (
+            0,
+            0,
+            queries,
+            keys,
+        ) and self.step == self.rows == self.columns
 
     def spans(self) -> tuple[Span, Span]:
         """The positions of the rectangle as one tile."""
@@ -122,7 +149,8 @@ def pieces(
 
     Returns:
         Rectangles that do not overlap: a single one where one call can
-        compute the visit.
+        compute the visit. Equal ones along a diagonal are one `Piece`; the
+        first comes first that covers all queries and all keys, if any does.
     """
     whole = Piece(
         slice(0, query_length), slice(0, key_length), 0, 0, block.scoring.mask
@@ -136,11 +164,15 @@ def pieces(
     whole = dataclasses.replace(whole, mask=_on("cpu", mask))
     # Keras puts what it makes, and what it is given, on the device in use.
     with keras.device("cpu"):
-        return [
+        found = [
             piece
             for part in _contiguous(whole, block)
             for piece in _simplest(part, grain)
         ]
+    return sorted(
+        _diagonals(found),
+        key=lambda piece: not piece.covers(query_length, key_length),
+    )
 
 
 def _on(device: Any, mask: Mask) -> Mask:
@@ -185,7 +217,8 @@ def _simplest(piece: Piece, grain: Grain) -> list[Piece]:
     mask = _needed(mask, *piece.spans())
     piece = dataclasses.replace(piece, mask=mask)
     if isinstance(mask, Causal) and piece.query_start == piece.key_start:
-        return [dataclasses.replace(piece, mask=None, causal=True)]
+        corner = dataclasses.replace(piece, mask=None, causal=True)
+        return list(_triangle(corner, grain))
     if max(piece.rows, piece.columns) <= grain.small:
         return [piece]
     parts = [
@@ -199,6 +232,51 @@ def _simplest(piece: Piece, grain: Grain) -> list[Piece]:
     )
     small = max(piece.rows, piece.columns) <= grain.masked
     return [piece] if small and not gained else parts
+
+
+def _triangle(piece: Piece, grain: Grain) -> Iterator[Piece]:
+    """A causal rectangle, and if it is a square as two smaller ones and what
+    is whole below the first, as long as the grain wants it."""
+    side = grain.causal
+    if side is None or piece.rows != piece.columns or piece.rows < 2 * side:
+        yield piece
+        return
+    first, second = _halves(piece.rows, side)
+    for rows, columns in ((first, first), (second, first), (second, second)):
+        part = piece.part(rows, columns)
+        if rows == columns:
+            corner = dataclasses.replace(part, causal=True)
+            yield from _triangle(corner, grain)
+        else:
+            yield part
+
+
+def _diagonals(found: list[Piece]) -> list[Piece]:
+    """The same rectangles; equal ones along a diagonal are put together."""
+    groups: dict[Any, list[Piece]] = {}
+    for piece in found:
+        # One that has a mask of its own stays alone.
+        alone = None if piece.mask is None else len(groups)
+        across = piece.queries.start - piece.keys.start
+        key = alone, piece.rows, piece.columns, piece.causal, across
+        groups.setdefault(key, []).append(piece)
+    return [row for same in groups.values() for row in _evenly(same)]
+
+
+def _evenly(same: list[Piece]) -> Iterator[Piece]:
+    """Equal rectangles along a diagonal as rows of equal steps."""
+    same = sorted(same, key=lambda piece: piece.queries.start)
+    while same:
+        starts = [piece.queries.start - same[0].queries.start for piece in same]
+        step, count = (starts[1] if len(starts) > 1 else 0), 1
+        # Those whose rows or columns overlap are not added to at once.
+        if step >= max(same[0].rows, same[0].columns):
+            while count < len(same) and starts[count] == count * step:
+                count += 1
+        yield dataclasses.replace(
+            same[0], count=count, step=step if count > 1 else 0
+        )
+        same = same[count:]
 
 
 def _needed(mask: Mask, queries: Span, keys: Span) -> Mask:

@@ -1,12 +1,17 @@
-"""The ring on PyTorch: point-to-point transfers of `torch.distributed`."""
+"""The ring on PyTorch: point-to-point transfers of `torch.distributed`.
+
+On one machine's CPUs their contents go through `shared_memory`.
+"""
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from keras_ring.backends.torch.shared_memory import Note, SharedMemory
 from keras_ring.transport import Pending, Transport, check_permutation
 
 # Positions that travel together. The memory of transfers is bounded by it, and
@@ -15,6 +20,9 @@ PORTION = {"cpu": 2048, "gpu": 16384}
 
 # Offset of a tensor in a packed buffer, so that any dtype can be viewed there.
 ALIGNMENT = 16
+
+# Bytes from which on a message goes through shared memory, if there is any.
+SHARED = 1 << 14
 
 
 class RingTransport(Transport):
@@ -27,11 +35,18 @@ class RingTransport(Transport):
     Args:
         group: a process group of its own, made with the same timeout.
         timeout: seconds after which a transfer is given up.
+        memory: that all members see, if any.
     """
 
-    def __init__(self, group: dist.ProcessGroup, timeout: float):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        timeout: float,
+        memory: SharedMemory | None = None,
+    ):
         self.group = group
         self.timeout = timeout
+        self.memory = memory
         self.size = dist.get_world_size(group)
         on_gpu = dist.get_backend(group) == dist.Backend.NCCL
         self.portion = PORTION["gpu" if on_gpu else "cpu"]
@@ -104,31 +119,82 @@ class RingTransport(Transport):
         """Issue one message to `target` and one from `source`."""
         if target == self.index():
             return Pending(lambda: list(tensors))
-        sent, unpack = _pack(tensors)
+        _check_no_gradient(tensors)
+        layout = Layout(tensors)
+        if self.memory is not None and layout.size >= SHARED:
+            return self._through_memory(tensors, layout, target, source)
+        sent = layout.packed(tensors)
         received = torch.empty_like(sent)
+        works = self._issue(
+            (dist.isend, sent, target), (dist.irecv, received, source)
+        )
+
+        def finish() -> list[torch.Tensor]:
+            self._wait(works)
+            return layout.unpacked(received)
+
+        return Pending(finish)
+
+    def _through_memory(
+        self,
+        tensors: Sequence[torch.Tensor],
+        layout: "Layout",
+        target: int,
+        source: int,
+    ) -> Pending:
+        """`_start` with notes for messages; a message that found no memory
+        follows its note."""
+        memory: Any = self.memory
+        place, note = memory.outbox(target).take(layout.size)
+        if place is not None:
+            layout.pack(tensors, place)
+        sent = torch.tensor(note)
+        received = torch.empty_like(sent)
+        works = self._issue(
+            (dist.isend, sent, target), (dist.irecv, received, source)
+        )
+        if place is None:
+            message = layout.packed(tensors)
+            works += self._issue((dist.isend, message, target), tag=-note.slot)
+
+        def finish() -> list[torch.Tensor]:
+            self._wait(works)
+            arrived = Note(*received.tolist())
+            buffer = torch.empty(layout.size, dtype=torch.uint8)
+            if arrived.slot < 0:
+                missing = dist.irecv, buffer, source
+                self._wait(self._issue(missing, tag=-arrived.slot))
+            else:
+                with memory.inbox(source).message(arrived) as message:
+                    buffer.copy_(message)
+            return layout.unpacked(buffer)
+
+        return Pending(finish)
+
+    def _issue(
+        self, *transfers: tuple[Any, torch.Tensor, int], tag: int = 0
+    ) -> list[Any]:
+        """Start operations on buffers and members, all at once. Those of one
+        tag are received in the order in which they were sent."""
         with reporting(self.timeout):
-            works = dist.batch_isend_irecv(
+            works: list[Any] = dist.batch_isend_irecv(
                 [
                     dist.P2POp(
                         operation,
                         buffer,
                         dist.get_global_rank(self.group, peer),
                         self.group,
+                        tag,
                     )
-                    for operation, buffer, peer in (
-                        (dist.isend, sent, target),
-                        (dist.irecv, received, source),
-                    )
+                    for operation, buffer, peer in transfers
                 ]
             )
+        return works
 
-        def finish() -> list[torch.Tensor]:
-            with reporting(self.timeout):
-                for work in works:
-                    work.wait()
-            return unpack(received)
-
-        return Pending(finish)
+    def _wait(self, works: Sequence[Any]) -> None:
+        with reporting(self.timeout):
+            for work in works:
+                work.wait()
 
 
 @contextlib.contextmanager
@@ -148,33 +214,47 @@ def reporting(timeout: float) -> Iterator[None]:
         ) from error
 
 
-def _pack(
-    tensors: Sequence[torch.Tensor],
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], list[torch.Tensor]]]:
-    """One buffer of bytes, and what takes a received one apart again."""
-    _check_no_gradient(tensors)
-    if len(tensors) == 1:
-        only = tensors[0].detach().contiguous()
-        return only.reshape(-1).view(torch.uint8), lambda received: [
-            _from_bytes(received, only)
-        ]
-    sizes = [t.numel() * t.element_size() for t in tensors]
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + math.ceil(size / ALIGNMENT) * ALIGNMENT)
-    buffer = torch.empty(
-        starts[-1], dtype=torch.uint8, device=tensors[0].device
-    )
+class Layout:
+    """Where tensors lie in one message.
 
-    def unpack(received: torch.Tensor) -> list[torch.Tensor]:
+    Args:
+        tensors: of the shapes and dtypes of those that are sent.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]):
+        self.kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        self.starts, self.stops = [], []
+        self.size = 0
+        for tensor in tensors:
+            start = math.ceil(self.size / ALIGNMENT) * ALIGNMENT
+            self.size = start + tensor.numel() * tensor.element_size()
+            self.starts.append(start)
+            self.stops.append(self.size)
+
+    def pack(
+        self, tensors: Sequence[torch.Tensor], message: torch.Tensor
+    ) -> None:
+        """Write tensors to a buffer of bytes."""
+        for place, tensor in zip(self.unpacked(message), tensors, strict=True):
+            place.copy_(tensor)
+
+    def packed(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Tensors as a buffer of bytes; one alone may be its own."""
+        if len(tensors) == 1:
+            return _as_bytes(tensors[0])
+        device = tensors[0].device
+        message = torch.empty(self.size, dtype=torch.uint8, device=device)
+        self.pack(tensors, message)
+        return message
+
+    def unpacked(self, message: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors in a buffer of bytes, which they share."""
         return [
-            _from_bytes(received[start : start + size], tensor)
-            for tensor, start, size in zip(tensors, starts, sizes, strict=False)
+            message[start:stop].view(dtype).reshape(shape)
+            for start, stop, (dtype, shape) in zip(
+                self.starts, self.stops, self.kinds, strict=True
+            )
         ]
-
-    for place, tensor in zip(unpack(buffer), tensors, strict=True):
-        place.copy_(tensor)
-    return buffer, unpack
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
