@@ -233,11 +233,13 @@ class Ring:
             grad_query: Tensor | None,
         ) -> BlockGradients:
             key, value, *tensors = visiting
+            query, (out, lse, delta, grad_out) = own.query, own.rows
             some, block = self._block(own, starts, key, tensors)
             return self.kernel.branch(
                 some,
                 lambda: self.kernel.fold_backward(
-                    grad_query, own.query, key, value, *own.rows, block
+                    *(grad_query, query, key, value, out, lse, delta, grad_out),
+                    block,
                 ),
                 lambda: _no_gradients(
                     grad_query, own.query, key, value, block.scoring
@@ -455,8 +457,8 @@ def _no_gradients(
         slopes = zeros(ops.shape(scoring.slopes))
     if grad_query is None:
         grad_query = zeros(ops.shape(query))
-    grads = [zeros(ops.shape(t)) for t in (key, value)]
-    return BlockGradients(grad_query, *grads, bias, slopes)
+    grad_key, grad_value = (zeros(ops.shape(t)) for t in (key, value))
+    return BlockGradients(grad_query, grad_key, grad_value, bias, slopes)
 
 
 def _nothing(query: Tensor, value: Tensor) -> Partial:

@@ -48,24 +48,24 @@ def block_forward(
     """
     tiling = Tiling(primitives, query, key, block)
     dtype = tiling.dtype
-    read, write = primitives.read, primitives.write
     scaled = ops.cast(query, dtype) * block.scoring.scale
-    queries = primitives.store(tiling.cut_queries(scaled))
-    keys = primitives.store(tiling.cut_keys(key))
-    values = primitives.store(tiling.cut_keys(value))
+    queries = tiling.store_queries(scaled)
+    keys, values = tiling.store_keys(key), tiling.store_keys(value)
     rows = (tiling.pairs, tiling.rows)
     value_dim = ops.shape(value)[3]
 
     def query_tile(i, stores):
-        query_i = read(queries, i)
+        query_i = tiling.read_queries(queries, i)
+        count, needed = tiling.key_tiles(i)
 
-        def visit(j, state):
-            some, every = tiling.relation(i, j)
+        def visit(number, state):
+            j = needed(number)
+            top, total, acc = state
 
             def compute(masked):
-                top, total, acc = state
+                key_j = primitives.read(keys, j, axis=1)
                 scores, _ = tiling.scored(
-                    primitives.product("nrd,nsd->nrs", query_i, read(keys, j)),
+                    primitives.product("nrd,nsd->nrs", query_i, key_j),
                     *(i, j),
                     masked=masked,
                     turned=False,
@@ -76,24 +76,23 @@ def block_forward(
                 )
                 p = ops.exp(scores - reference[..., None])
                 decay = ops.exp(top - reference)
-                total = total * decay + ops.sum(p, axis=-1)
+                new_total = total * decay + ops.sum(p, axis=-1)
                 drop = tiling.dropped(i, j, turned=False)
                 p = p if drop is None else drop(p)
-                acc = acc * decay[..., None] + primitives.product(
-                    "nrs,nse->nre", p, read(values, j)
+                value_j = primitives.read(values, j, axis=1)
+                new_acc = acc * decay[..., None] + primitives.product(
+                    "nrs,nse->nre", p, value_j
                 )
-                return new_top, total, acc
+                return new_top, new_total, new_acc
 
             return primitives.branch(
-                some,
-                lambda: primitives.branch(
-                    every, lambda: compute(False), lambda: compute(True)
-                ),
-                lambda: state,
+                tiling.whole(i, j),
+                lambda: compute(False),
+                lambda: compute(True),
             )
 
         top, total, acc = primitives.loop(
-            tiling.keys.count,
+            count,
             visit,
             (
                 ops.full(rows, -float("inf"), dtype=dtype),
@@ -105,24 +104,17 @@ def block_forward(
         total = ops.where(empty, ops.ones_like(total), total)
         lse = ops.where(empty, top, top + ops.log(total))
         outs, lses = stores
-        return write(outs, i, acc / total[..., None]), write(lses, i, lse)
+        return (
+            tiling.write_queries(outs, i, acc / total[..., None]),
+            tiling.write_queries(lses, i, lse),
+        )
 
     outs, lses = primitives.loop(
         tiling.queries.count,
         query_tile,
-        (
-            primitives.store(
-                ops.zeros((tiling.queries.count, *rows, value_dim), dtype=dtype)
-            ),
-            primitives.store(
-                ops.zeros((tiling.queries.count, *rows), dtype=dtype)
-            ),
-        ),
+        (tiling.no_queries(value_dim), tiling.no_queries()),
     )
-    return Partial(
-        tiling.join_queries(primitives.stacked(outs)),
-        tiling.join_queries(primitives.stacked(lses)),
-    )
+    return Partial(tiling.join_queries(outs), tiling.join_queries(lses))
 
 
 def block_backward(
@@ -162,42 +154,45 @@ def block_backward(
     no_row = ops.full_like(lse, float("inf"))
     lse = ops.where(lse == -float("inf"), no_row, lse)
     scaled = ops.cast(query, dtype) * scoring.scale
-    queries = primitives.store(tiling.cut_queries(scaled))
-    lses = primitives.store(tiling.cut_queries(lse, fill=float("inf")))
-    deltas = primitives.store(tiling.cut_queries(delta))
-    grads_out = primitives.store(tiling.cut_queries(ops.cast(grad_out, dtype)))
-    keys = primitives.store(tiling.cut_keys(key))
-    values = primitives.store(tiling.cut_keys(value))
-    pairs, rows = tiling.pairs, tiling.rows
+    queries = tiling.store_queries(scaled)
+    lses = tiling.store_queries(lse, fill=float("inf"))
+    deltas = tiling.store_queries(delta)
+    grads_out = tiling.store_queries(ops.cast(grad_out, dtype))
+    keys, values = tiling.store_keys(key), tiling.store_keys(value)
+    pairs = tiling.pairs
     key_dim, value_dim = ops.shape(key)[3], ops.shape(value)[3]
 
     def key_tile(j, stores):
-        key_j, value_j = read(keys, j), read(values, j)
+        key_j, value_j = read(keys, j, axis=1), read(values, j, axis=1)
         # Transposed once per tile: with it four of the five products below
         # have their operands in the order that matrix units prefer.
         key_turned = ops.swapaxes(key_j, 1, 2)
 
-        def visit(i, state):
-            some, every = tiling.relation(i, j)
-            if some is False:
-                return state
+        count, needed = tiling.query_tiles(j)
+
+        def visit(number, state):
+            i = needed(number)
             grad_queries, grad_key, grad_value, extra = state
 
             def compute(masked):
-                query_i, grad_out_i = read(queries, i), read(grads_out, i)
+                query_i, grad_out_i = (
+                    tiling.read_queries(t, i) for t in (queries, grads_out)
+                )
                 scores, derivative = tiling.scored(
                     primitives.product("nsd,nrd->nsr", key_j, query_i),
                     *(i, j),
                     masked=masked,
                     turned=True,
                 )
-                p = ops.exp(scores - read(lses, i)[:, None])
+                p = ops.exp(scores - tiling.read_queries(lses, i)[:, None])
                 grad_p = primitives.product("nse,nre->nsr", value_j, grad_out_i)
                 drop = tiling.dropped(i, j, turned=True)
                 kept = p
                 if drop is not None:
                     kept, grad_p = drop(p), drop(grad_p)
-                grad_score = p * (grad_p - read(deltas, i)[:, None])
+                grad_score = p * (
+                    grad_p - tiling.read_queries(deltas, i)[:, None]
+                )
                 own = {}
                 if scoring.bias is not None:
                     own["bias"] = tiling.grad_bias(grad_score)
@@ -217,20 +212,13 @@ def block_backward(
                     own,
                 )
 
-            def nothing():
-                return zeros(key_dim, rows), grad_key, grad_value, no_extra()
-
             # Stores stay outside: a compiler may copy what passes through.
             grad_query, grad_key, grad_value, own = primitives.branch(
-                some,
-                lambda: primitives.branch(
-                    every, lambda: compute(False), lambda: compute(True)
-                ),
-                nothing,
+                tiling.whole(i, j),
+                lambda: compute(False),
+                lambda: compute(True),
             )
-            grad_queries = write(
-                grad_queries, i, read(grad_queries, i) + grad_query
-            )
+            grad_queries = tiling.add_turned(grad_queries, i, grad_query)
             extra = dict(extra)
             if scoring.bias is not None:
                 place = i * tiling.keys.count + j
@@ -241,7 +229,7 @@ def block_backward(
 
         grad_queries, grad_keys, grad_values, extra = stores
         grad_queries, grad_key, grad_value, extra = primitives.loop(
-            tiling.queries.count,
+            count,
             visit,
             (
                 grad_queries,
@@ -252,8 +240,8 @@ def block_backward(
         )
         return (
             grad_queries,
-            write(grad_keys, j, grad_key),
-            write(grad_values, j, grad_value),
+            write(grad_keys, j, grad_key, axis=1),
+            write(grad_values, j, grad_value, axis=1),
             extra,
         )
 
@@ -261,44 +249,31 @@ def block_backward(
         """Of one tile, for each sample and key head."""
         return ops.zeros((pairs, *shape), dtype=dtype)
 
-    def no_extra():
-        """The other gradients of a tile in which no pair counts."""
-        none = {}
-        if scoring.bias is not None:
-            batch, _, heads, _ = ops.shape(scoring.bias)
-            tile = (batch, tiling.queries.tile, heads, tiling.keys.tile)
-            none["bias"] = ops.zeros(tile, dtype=dtype)
-        if scoring.slopes is not None:
-            none["slopes"] = ops.zeros((tiling.heads,), dtype=dtype)
-        return none
-
-    def store(count, tile):
-        return primitives.store(
-            ops.zeros((count, *ops.shape(tile)), dtype=dtype)
-        )
-
-    extra = no_extra()
+    extra: dict[str, Any] = {}
     if scoring.bias is not None:
+        batch, _, heads, _ = ops.shape(scoring.bias)
         count = tiling.queries.count * tiling.keys.count
-        extra["bias"] = store(count, extra["bias"])
+        tile = batch, tiling.queries.tile, heads, tiling.keys.tile
+        extra["bias"] = primitives.store(ops.zeros((count, *tile), dtype=dtype))
+    if scoring.slopes is not None:
+        extra["slopes"] = ops.zeros((tiling.heads,), dtype=dtype)
     grad_queries, grad_keys, grad_values, extra = primitives.loop(
         tiling.keys.count,
         key_tile,
         (
-            store(tiling.queries.count, zeros(key_dim, rows)),
-            store(tiling.keys.count, zeros(tiling.keys.tile, key_dim)),
-            store(tiling.keys.count, zeros(tiling.keys.tile, value_dim)),
+            tiling.no_turned(key_dim),
+            tiling.no_keys(key_dim),
+            tiling.no_keys(value_dim),
             extra,
         ),
     )
-    grad_query = ops.swapaxes(primitives.stacked(grad_queries), 2, 3)
     bias = None
     if scoring.bias is not None:
         bias = tiling.join_bias(primitives.stacked(extra["bias"]))
     return BlockGradients(
-        tiling.join_queries(grad_query) * scoring.scale,
-        tiling.join_keys(primitives.stacked(grad_keys)),
-        tiling.join_keys(primitives.stacked(grad_values)),
+        tiling.join_turned(grad_queries) * scoring.scale,
+        tiling.join_keys(grad_keys),
+        tiling.join_keys(grad_values),
         bias,
         extra.get("slopes"),
     )

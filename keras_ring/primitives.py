@@ -15,7 +15,8 @@ class Primitives(abc.ABC):
     @abc.abstractmethod
     def loop(self, count: Any, body: Callable, carry: Any) -> Any:
         """`for i in range(count): carry = body(i, carry)`, not unrolled
-        in a compiled program. `carry` is a tuple of tensors and stores."""
+        in a compiled program. `count` is an int or an int32 scalar, `carry` a
+        tuple of tensors and stores."""
 
     @abc.abstractmethod
     def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
@@ -23,21 +24,22 @@ class Primitives(abc.ABC):
         Python bool decides at once."""
 
     @abc.abstractmethod
-    def store(self, tensor: Tensor) -> Any:
-        """Tiles `(count, ...)` that `read` and `write` work on."""
+    def store(self, tensor: Tensor, axis: int = 0) -> Any:
+        """Tiles that `read` and `write` work on, side by side along an axis.
+        Everything else is told the same axis."""
 
     @abc.abstractmethod
-    def read(self, store: Any, index: Any) -> Tensor:
-        """Tile `index` of a store."""
+    def read(self, store: Any, index: Any, axis: int = 0) -> Tensor:
+        """Tile `index` of a store, without the axis."""
 
     @abc.abstractmethod
-    def write(self, store: Any, index: Any, tile: Tensor) -> Any:
+    def write(self, store: Any, index: Any, tile: Tensor, axis: int = 0) -> Any:
         """The store with tile `index` replaced; the old one is not used
         again, so it may be overwritten."""
 
     @abc.abstractmethod
-    def stacked(self, store: Any) -> Tensor:
-        """The tiles of a store as one tensor `(count, ...)`."""
+    def stacked(self, store: Any, axis: int = 0) -> Tensor:
+        """The tiles of a store as one tensor, as `store` was given it."""
 
     @abc.abstractmethod
     def product(self, equation: str, left: Tensor, right: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ are never repeated.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -209,7 +210,10 @@ class Tiling:
         self.scoring = block.scoring
         self.primitives = primitives
         self.dtype = numerics.accumulation_dtype(query.dtype)
-        self.some, self.every = self._relations()
+        some, self.every = self._relations()
+        counts = self.queries.count, self.keys.count
+        self._by_query = _needed(some, counts)
+        self._by_key = _needed(some, counts, turned=True)
         carried = self.scoring.carried()
         self.stores = Carried(
             tuple(
@@ -219,64 +223,98 @@ class Tiling:
             carried.shared,
         )
 
-    def cut_queries(self, tensor: Tensor, fill: float = 0.0) -> Tensor:
-        """(B, H, Q, ...) -> (count, N, G * q, ...)."""
+    def store_queries(self, tensor: Tensor, fill: float = 0.0) -> Any:
+        """(B, H, Q, ...) -> a store of tiles (N, G, q, ...)."""
         rest = tuple(ops.shape(tensor)[3:])
         side = self.queries
         tensor = ops.reshape(
             side.cut(tensor, 2, fill),
             (self.pairs, self.group, side.count, side.tile, *rest),
         )
-        axes = (2, 0, 1, 3, *range(4, 4 + len(rest)))
-        return ops.reshape(
-            ops.transpose(tensor, axes),
-            (side.count, self.pairs, self.rows, *rest),
-        )
+        return self.primitives.store(tensor, axis=2)
 
-    def join_queries(self, tiles: Tensor) -> Tensor:
-        """(count, N, G * q, ...) -> (B, H, Q, ...)."""
-        rest = tuple(ops.shape(tiles)[3:])
+    def no_queries(self, *rest: Any) -> Any:
+        """A store of the same tiles, all zeros, to be written."""
+        side = self.queries
+        shape = (self.pairs, self.group, side.count, side.tile, *rest)
+        return self.primitives.store(ops.zeros(shape, dtype=self.dtype), axis=2)
+
+    def read_queries(self, store: Any, index: Any) -> Tensor:
+        """(N, r, ...): a tile, its groups side by side."""
+        tile = self.primitives.read(store, index, axis=2)
+        rest = tuple(ops.shape(tile)[3:])
+        return ops.reshape(tile, (self.pairs, self.rows, *rest))
+
+    def write_queries(self, store: Any, index: Any, tile: Tensor) -> Any:
+        rest = tuple(ops.shape(tile)[2:])
+        tile = ops.reshape(
+            tile, (self.pairs, self.group, self.queries.tile, *rest)
+        )
+        return self.primitives.write(store, index, tile, axis=2)
+
+    def join_queries(self, store: Any) -> Tensor:
+        """(B, H, Q, ...): the tiles of a store."""
+        tiles = self.primitives.stacked(store, axis=2)
+        rest = tuple(ops.shape(tiles)[4:])
         side = self.queries
         tiles = ops.reshape(
-            tiles, (side.count, self.pairs, self.group, side.tile, *rest)
-        )
-        axes = (1, 2, 0, 3, *range(4, 4 + len(rest)))
-        tiles = ops.reshape(
-            ops.transpose(tiles, axes),
-            (self.batch, self.heads, side.count, side.tile, *rest),
+            tiles, (self.batch, self.heads, side.count, side.tile, *rest)
         )
         return side.join(tiles, 2)
 
-    def cut_keys(self, tensor: Tensor) -> Tensor:
-        """(B, K, S, D) -> (count, N, s, D)."""
-        depth = ops.shape(tensor)[3]
-        tensor = ops.reshape(
-            self.keys.cut(tensor, 2),
-            (self.pairs, self.keys.count, self.keys.tile, depth),
-        )
-        return ops.transpose(tensor, (1, 0, 2, 3))
+    def no_turned(self, depth: Any) -> Any:
+        """A store of tiles (N, D, r), all zeros, to be added to."""
+        side = self.queries
+        shape = self.pairs, depth, self.group, side.count, side.tile
+        return self.primitives.store(ops.zeros(shape, dtype=self.dtype), axis=3)
 
-    def join_keys(self, tiles: Tensor) -> Tensor:
-        """(count, N, s, D) -> (B, K, S, D)."""
-        depth = ops.shape(tiles)[3]
+    def add_turned(self, store: Any, index: Any, tile: Tensor) -> Any:
+        old = self.primitives.read(store, index, axis=3)
+        tile = old + ops.reshape(tile, ops.shape(old))
+        return self.primitives.write(store, index, tile, axis=3)
+
+    def join_turned(self, store: Any) -> Tensor:
+        """(B, H, Q, D): the tiles of a store, turned."""
+        tiles, side = self.primitives.stacked(store, axis=3), self.queries
+        depth = ops.shape(tiles)[1]
         tiles = ops.reshape(
-            ops.transpose(tiles, (1, 0, 2, 3)),
-            (
-                self.batch,
-                self.key_heads,
-                self.keys.count,
-                self.keys.tile,
-                depth,
-            ),
+            ops.transpose(tiles, (0, 2, 3, 4, 1)),
+            (self.batch, self.heads, side.count, side.tile, depth),
         )
-        return self.keys.join(tiles, 2)
+        return side.join(tiles, 2)
 
-    def relation(self, query_index: Any, key_index: Any) -> tuple[Any, Any]:
-        """Whether some and whether every pair of a tile is allowed."""
-        return (
-            self._pick(self.some, query_index, key_index),
-            self._pick(self.every, query_index, key_index),
+    def store_keys(self, tensor: Tensor) -> Any:
+        """(B, K, S, D) -> a store of tiles (N, s, D)."""
+        side, depth = self.keys, ops.shape(tensor)[3]
+        tensor = ops.reshape(
+            side.cut(tensor, 2), (self.pairs, side.count, side.tile, depth)
         )
+        return self.primitives.store(tensor, axis=1)
+
+    def no_keys(self, depth: Any) -> Any:
+        """A store of the same tiles, all zeros, to be written."""
+        shape = self.pairs, self.keys.count, self.keys.tile, depth
+        return self.primitives.store(ops.zeros(shape, dtype=self.dtype), axis=1)
+
+    def join_keys(self, store: Any) -> Tensor:
+        """(B, K, S, D): the tiles of a store."""
+        tiles, side = self.primitives.stacked(store, axis=1), self.keys
+        depth = ops.shape(tiles)[3]
+        shape = self.batch, self.key_heads, side.count, side.tile, depth
+        return side.join(ops.reshape(tiles, shape), 2)
+
+    def key_tiles(self, query_index: Any) -> tuple[Any, Callable]:
+        """How many tiles of keys a tile of queries has pairs with, and a
+        function from their number to their index."""
+        return _listed(self._by_query, query_index)
+
+    def query_tiles(self, key_index: Any) -> tuple[Any, Callable]:
+        """How many tiles of queries a tile of keys has pairs with, likewise."""
+        return _listed(self._by_key, key_index)
+
+    def whole(self, query_index: Any, key_index: Any) -> Any:
+        """Whether every pair of a tile is allowed."""
+        return self._pick(self.every, query_index, key_index)
 
     def scored(
         self, products: Tensor, i: Any, j: Any, masked: bool, turned: bool
@@ -461,6 +499,62 @@ def _tiles(tensor: Tensor, side: Side) -> Tensor:
         tensor = ops.cast(tensor, "int8")
     tensor = side.cut(tensor, 1)
     return ops.transpose(tensor, (1, 0, *range(2, len(tensor.shape))))
+
+
+class Needed(NamedTuple):
+    """Which tiles of the other side each tile of a side has pairs with.
+
+    Attributes:
+        counts: int32 (tiles,): of how many; or one int for all.
+        order: int32 (tiles, others): those come first, in order; None if it
+            is all of them.
+    """
+
+    counts: Any
+    order: Any = None
+
+
+def _needed(some: Any, shape: tuple[Any, Any], turned: bool = False) -> Needed:
+    """For tiles of queries, or of keys if `turned`.
+
+    Args:
+        some: whether some pair of a tile is allowed: a bool, or an array
+            that broadcasts to `shape`.
+        shape: tiles of queries and of keys.
+    """
+    # A single tile may as well be computed when it has no pair.
+    alone = isinstance(shape[0], int) and shape == (1, 1)
+    if some is True or alone:
+        return Needed(shape[0 if turned else 1])
+    if isinstance(some, (bool, np.bool_)):
+        return Needed(shape[0 if turned else 1] if some else 0)
+    xp: Any = np if isinstance(some, np.ndarray) else ops
+    some = xp.broadcast_to(some, shape)
+    some = xp.transpose(some) if turned else some
+    places = xp.arange(some.shape[1], dtype="int32")
+    behind = xp.where(some, places, places + some.shape[1])
+    counts = (
+        xp.sum(some, axis=1, dtype="int32")
+        if xp is np
+        else ops.sum(ops.cast(some, "int32"), axis=1)
+    )
+    return Needed(counts, xp.argsort(behind, axis=1))
+
+
+def _listed(needed: Needed, index: Any) -> tuple[Any, Callable]:
+    counts, order = needed
+    if order is None:
+        return counts, lambda number: number
+    if isinstance(index, int) and isinstance(counts, np.ndarray):
+        return int(counts[index]), lambda number: _entry(order[index], number)
+    counts, order = (ops.convert_to_tensor(t) for t in (counts, order))
+    return counts[index], lambda number: order[index][number]
+
+
+def _entry(row: np.ndarray, number: Any) -> Any:
+    if isinstance(number, int):
+        return int(row[number])
+    return ops.convert_to_tensor(row)[number]
 
 
 def _reduced(relation: Any, plain: Any, traced: Any) -> Any:

@@ -16,14 +16,15 @@ from keras_ring.blockwise import BlockwiseKernel
 
 
 class Kernel(BlockwiseKernel):
-    """The blockwise kernel in `lax` loops; a store is an array of tiles."""
+    """The blockwise kernel in `lax` loops; a store is the array itself, so
+    that nothing is laid out anew for it."""
 
     def device(self, tensor: jax.Array) -> str | None:
         # The compiler decides where a tensor lies, among devices of one kind.
         return local.platform()
 
-    def loop(self, count: int, body: Callable, carry: Any) -> Any:
-        if count == 1:
+    def loop(self, count: Any, body: Callable, carry: Any) -> Any:
+        if isinstance(count, int) and count == 1:
             return body(0, carry)
         return lax.fori_loop(0, count, body, carry)
 
@@ -32,16 +33,18 @@ class Kernel(BlockwiseKernel):
             return yes() if predicate else no()
         return lax.cond(predicate, yes, no)
 
-    def store(self, tensor: jax.Array) -> jax.Array:
+    def store(self, tensor: jax.Array, axis: int = 0) -> jax.Array:
         return tensor
 
-    def read(self, store: jax.Array, index: Any) -> jax.Array:
-        return lax.dynamic_index_in_dim(store, index, keepdims=False)
+    def read(self, store: jax.Array, index: Any, axis: int = 0) -> jax.Array:
+        return lax.dynamic_index_in_dim(store, index, axis, keepdims=False)
 
-    def write(self, store: jax.Array, index: Any, tile: jax.Array) -> jax.Array:
-        return lax.dynamic_update_index_in_dim(store, tile, index, 0)
+    def write(
+        self, store: jax.Array, index: Any, tile: jax.Array, axis: int = 0
+    ) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(store, tile, index, axis)
 
-    def stacked(self, store: jax.Array) -> jax.Array:
+    def stacked(self, store: jax.Array, axis: int = 0) -> jax.Array:
         return store
 
     def product(

@@ -96,8 +96,8 @@ class Kernel(BlockwiseKernel):
         tensors = tf.cond(predicate, bare(yes), bare(no))
         return _dressed(structure[-1], tensors)
 
-    def store(self, tensor: tf.Tensor) -> Store:
-        tensor = tf.convert_to_tensor(tensor)
+    def store(self, tensor: tf.Tensor, axis: int = 0) -> Store:
+        tensor = _moved(tf.convert_to_tensor(tensor), axis, 0)
         handle = tf.raw_ops.TensorListFromTensor(
             tensor=tensor,
             element_shape=tf.constant(
@@ -107,7 +107,7 @@ class Kernel(BlockwiseKernel):
         )
         return Store(handle, tensor.shape[0], tensor.shape[1:], tensor.dtype)
 
-    def read(self, store: Store, index: Any) -> tf.Tensor:
+    def read(self, store: Store, index: Any, axis: int = 0) -> tf.Tensor:
         tile = tf.raw_ops.TensorListGetItem(
             input_handle=store.handle,
             index=index,
@@ -117,20 +117,22 @@ class Kernel(BlockwiseKernel):
         tile.set_shape(store.tile_shape)
         return tile
 
-    def write(self, store: Store, index: Any, tile: tf.Tensor) -> Store:
+    def write(
+        self, store: Store, index: Any, tile: tf.Tensor, axis: int = 0
+    ) -> Store:
         handle = tf.raw_ops.TensorListSetItem(
             input_handle=store.handle, index=index, item=tile
         )
         return dataclasses.replace(store, handle=handle)
 
-    def stacked(self, store: Store) -> tf.Tensor:
+    def stacked(self, store: Store, axis: int = 0) -> tf.Tensor:
         tensor = tf.raw_ops.TensorListStack(
             input_handle=store.handle,
             element_shape=_partial_shape(store.tile_shape),
             element_dtype=store.dtype,
         )
         tensor.set_shape([store.count, *store.tile_shape])
-        return tensor
+        return _moved(tensor, 0, axis)
 
     def product(
         self, equation: str, left: tf.Tensor, right: tf.Tensor
@@ -148,6 +150,15 @@ class Kernel(BlockwiseKernel):
             transpose_a=first[1] == shared,
             transpose_b=second[2] == shared,
         )
+
+
+def _moved(tensor: tf.Tensor, source: int, target: int) -> tf.Tensor:
+    """One axis moved to another place."""
+    if source == target:
+        return tensor
+    axes = list(range(tensor.shape.rank))
+    axes.insert(target, axes.pop(source))
+    return tf.transpose(tensor, axes)
 
 
 def _partial_shape(shape: tf.TensorShape) -> tf.Tensor:

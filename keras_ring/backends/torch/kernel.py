@@ -23,8 +23,8 @@ class Kernel(BlockwiseKernel):
     def device(self, tensor: torch.Tensor) -> str | None:
         return tensor.device.type
 
-    def loop(self, count: int, body: Callable, carry: Any) -> Any:
-        for i in range(count):
+    def loop(self, count: Any, body: Callable, carry: Any) -> Any:
+        for i in range(int(count)):
             carry = body(i, carry)
         return carry
 
@@ -50,20 +50,22 @@ class Kernel(BlockwiseKernel):
             )
         return super().block_forward(query, key, value, block)
 
-    def store(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
+    def store(self, tensor: torch.Tensor, axis: int = 0) -> torch.Tensor:
+        return tensor.movedim(axis, 0)
 
-    def read(self, store: torch.Tensor, index: int) -> torch.Tensor:
+    def read(
+        self, store: torch.Tensor, index: int, axis: int = 0
+    ) -> torch.Tensor:
         return store[index]
 
     def write(
-        self, store: torch.Tensor, index: int, tile: torch.Tensor
+        self, store: torch.Tensor, index: int, tile: torch.Tensor, axis: int = 0
     ) -> torch.Tensor:
         store[index] = tile
         return store
 
-    def stacked(self, store: torch.Tensor) -> torch.Tensor:
-        return store
+    def stacked(self, store: torch.Tensor, axis: int = 0) -> torch.Tensor:
+        return store.movedim(0, axis)
 
     def product(
         self, equation: str, left: torch.Tensor, right: torch.Tensor
