@@ -10,7 +10,13 @@ Tensor = Any
 
 
 class Primitives(abc.ABC):
-    """The control flow that the blockwise kernel needs of a framework."""
+    """The control flow that the blockwise kernel needs of a framework.
+
+    Attributes:
+        tile: positions of a tile at most; None for the usual number.
+    """
+
+    tile: int | None = None
 
     @abc.abstractmethod
     def loop(self, count: Any, body: Callable, carry: Any) -> Any:

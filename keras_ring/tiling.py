@@ -203,8 +203,9 @@ class Tiling:
         self.batch, self.heads, query_length, _ = ops.shape(query)
         _, self.key_heads, key_length, _ = ops.shape(key)
         self.group = self.heads // self.key_heads
-        self.queries = Side(block.query_starts, query_length, TILE)
-        self.keys = Side(block.key_starts, key_length, TILE)
+        limit = TILE if primitives.tile is None else min(TILE, primitives.tile)
+        self.queries = Side(block.query_starts, query_length, limit)
+        self.keys = Side(block.key_starts, key_length, limit)
         self.pairs = self.batch * self.key_heads
         self.rows = self.group * self.queries.tile
         self.scoring = block.scoring

@@ -9,6 +9,7 @@ from jax import lax
 
 from keras_ring import numerics
 from keras_ring.backends.jax import local
+from keras_ring.backends.jax.by_head import ByHeadKernel
 from keras_ring.backends.jax.cudnn import CuDnnKernel
 from keras_ring.backends.jax.splash import SplashKernel
 from keras_ring.backends.jax.triton import TritonKernel
@@ -60,9 +61,17 @@ class Kernel(BlockwiseKernel):
         )
 
 
+class CacheKernel(Kernel):
+    """The same in tiles of which one head's scores, with what is made of
+    them, fit into the cache of one core."""
+
+    tile = 256
+
+
 KERNEL = Kernel()
 # By preference; the last is the reference.
 KERNELS = (
+    ByHeadKernel(CacheKernel(), KERNEL),
     CuDnnKernel(KERNEL),
     TritonKernel(KERNEL),
     SplashKernel(KERNEL),

@@ -1,0 +1,130 @@
+"""The blockwise kernel one head after the other, for devices of one core.
+
+A CPU that stands for several devices has no threads left for the products of
+one of them. What counts then is that a tile stays in the cache: the scores of
+one head do, those of all heads do not. On a device that has more threads than
+heads in work it is the other way round, so this is not for a single one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+
+from keras_ring.backends.jax import local
+from keras_ring.kernel import BlockGradients, Kernel
+from keras_ring.numerics import Partial
+from keras_ring.tiling import Block
+
+
+class ByHeadKernel(Kernel):
+    """A kernel called for one sample and key/value head at a time.
+
+    Args:
+        tiles: the kernel for one head, with tiles that fit into a cache.
+        otherwise: computes the visits whose scores are more than masked
+            products, or whose masks carry tensors.
+    """
+
+    name = "by_head"
+
+    def __init__(self, tiles: Kernel, otherwise: Kernel):
+        self.tiles = tiles
+        self.otherwise = otherwise
+
+    def available(
+        self, device: str | None = None, dtype: str | None = None
+    ) -> bool:
+        del dtype  # It takes all of them.
+        if device not in (None, "cpu"):
+            return False
+        try:
+            return len(jax.devices("cpu")) > 1
+        except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
+            return False
+
+    def rounds(self, dtype: str) -> bool:
+        return False
+
+    def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
+        return self.otherwise.branch(predicate, yes, no)
+
+    def block_forward(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
+    ) -> Partial:
+        if not _fits(query, key, value, block):
+            return self.otherwise.block_forward(query, key, value, block)
+
+        def forward(block: Block, *tensors: jax.Array) -> tuple:
+            return tuple(self.tiles.block_forward(*tensors, block))
+
+        return Partial(*_each(forward, block, [query, key, value]))
+
+    def block_backward(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        out: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+        grad_out: jax.Array,
+        block: Block,
+    ) -> BlockGradients:
+        if not _fits(query, key, value, block):
+            return self.otherwise.block_backward(
+                query, key, value, out, lse, delta, grad_out, block
+            )
+
+        def backward(block: Block, *tensors: jax.Array) -> tuple:
+            found = self.tiles.block_backward(*tensors, block)
+            return found.query, found.key, found.value
+
+        tensors = [query, key, value, out, lse, delta, grad_out]
+        return BlockGradients(*_each(backward, block, tensors))
+
+
+def _fits(
+    query: jax.Array, key: jax.Array, value: jax.Array, block: Block
+) -> bool:
+    scoring, mask = block.scoring, block.scoring.mask
+    sizes = (*query.shape, *key.shape, *value.shape)
+    return (
+        all(isinstance(size, int) and size for size in sizes)
+        and scoring.only_products
+        and (mask is None or not any(mask.carried()))
+    )
+
+
+def _each(
+    function: Callable[..., tuple], block: Block, tensors: list[jax.Array]
+) -> list[jax.Array]:
+    """`function(block, *tensors)` for each sample and key/value head.
+
+    Args:
+        function: of (1, G, ...) for tensors of queries and (1, 1, ...) for
+            those of keys; its results are such tensors.
+        block: its starts may be traced.
+        tensors: (B, H, ...) or (B, K, ...), the second one of keys.
+    """
+    queries = len(block.query_starts)
+
+    def part(*arguments: Any) -> list[jax.Array]:
+        own, starts = arguments[: len(tensors)], arguments[len(tensors) :]
+        here = Block(starts[:queries], starts[queries:], block.scoring)
+        batch, key_heads = own[1].shape[:2]
+
+        def one(heads: tuple[jax.Array, ...]) -> tuple:
+            found = function(here, *(tensor[None] for tensor in heads))
+            return tuple(tensor[0] for tensor in found)
+
+        found = lax.map(
+            one,
+            tuple(t.reshape(batch * key_heads, -1, *t.shape[2:]) for t in own),
+        )
+        return [t.reshape(batch, -1, *t.shape[2:]) for t in found]
+
+    starts = [*block.query_starts, *block.key_starts]
+    found: list[jax.Array] = local.on_each_device(part, tensors, starts)
+    return found

@@ -1,0 +1,95 @@
+"""The blockwise kernel one head after the other: exact, and when it is used."""
+
+import jax
+import numpy as np
+import pytest
+
+import keras_ring
+from keras_ring import kernels, masks, tiling
+from keras_ring.backends.jax.by_head import ByHeadKernel
+from keras_ring.backends.jax.kernel import CacheKernel
+from keras_ring.tiling import Tiling
+from tests.kernel_choice import tensors
+from tests.visits import CASES, Case, Refusing, Visit
+
+# Those whose masks carry no tensors; others are left to another kernel.
+ALONE = sorted(
+    name
+    for name, case in CASES.items()
+    if case.kind in ("full", "causal", "window", "prefix")
+    and case.dtype != "float64"  # It is float32 here.
+)
+
+
+def by_head(otherwise):
+    return ByHeadKernel(CacheKernel(), otherwise)
+
+
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize(
+    "options",
+    [{"rest": 40}, {"pull": True}],
+    ids=["in-a-ring", "lse-has-a-gradient"],
+)
+def test_visits_are_exact(name, options):
+    Visit(CASES[name], **options).check(by_head(Refusing()))
+
+
+@pytest.mark.parametrize("name", ["padding", "segments", "pairs-per-head"])
+def test_masks_with_tensors_are_left_to_another_kernel(name):
+    visit = Visit(CASES[name])
+    with pytest.raises(AssertionError, match="not fused"):
+        visit.check(by_head(Refusing()))
+
+
+def test_one_head_at_a_time_in_small_tiles(monkeypatch):
+    seen = set()
+
+    class Watching(Tiling):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            seen.add((self.pairs, self.heads, self.queries.tile))
+
+    monkeypatch.setattr("keras_ring.blockwise.Tiling", Watching)
+    case = Case("causal", queries=512, keys=512, batch=3, heads=4, key_heads=2)
+    Visit(case).check(by_head(Refusing()))
+    assert seen == {(1, 2, 256)}
+    assert tiling.TILE > 256
+
+
+def test_it_is_for_cpus_that_stand_for_several_devices(automatic, monkeypatch):
+    kernel = kernels.choose("float32", "cpu")
+    assert kernel.name == "by_head"
+    assert not kernel.available("gpu")
+    one = jax.devices("cpu")[:1]
+    monkeypatch.setattr(jax, "devices", lambda *kind: one)
+    assert kernels.choose("float32", "cpu").name == "blockwise"
+
+
+def test_it_is_used_around_a_ring(automatic, monkeypatch):
+    """And batches that the compiler splits stay split."""
+    calls = []
+    forward = CacheKernel.block_forward
+
+    def counted(self, query, *others):
+        calls.append(query.shape[:2])
+        return forward(self, query, *others)
+
+    monkeypatch.setattr(CacheKernel, "block_forward", counted)
+    query, key, value = (
+        np.concatenate([t, t], axis=0) for t in tensors("float32")
+    )
+    ring = keras_ring.DistributedStrategy(data_parallel=2, sequence_parallel=2)
+    results = [
+        run(
+            lambda *t: keras_ring.ops.ring_attention(*t, mask=masks.Causal()),
+            query,
+            key,
+            value,
+        )
+        for run in (ring.run, lambda function, *t: function(*t))
+    ]
+    np.testing.assert_allclose(*results, atol=2e-6)
+    # The others are of the proof that the kernel agrees with the reference.
+    assert (1, 1) in calls
+    assert set(calls) <= {(1, 1), (1, kernels.HEADS // kernels.KEY_HEADS)}
