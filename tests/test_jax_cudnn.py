@@ -13,7 +13,9 @@ import pytest
 import keras_ring
 from keras_ring import backends, config, kernels, masks
 from keras_ring.backends.jax import cudnn
+from keras_ring.kernel import BlockGradients, Kernel
 from keras_ring.masks.by_position import Before
+from keras_ring.numerics import Partial
 from keras_ring.scoring import Scoring
 from keras_ring.tiling import Block
 from tests.kernel_choice import tensors
@@ -35,23 +37,16 @@ OTHERS = ["causal-beside", "causal-more-keys", "window", "padding", "pairs"]
 def traced(kernel):
     """The kernel as in a program that does not know where chunks lie."""
 
-    class Traced:
+    class Traced(Kernel):
+        branch = kernel.branch
+
         def block_forward(self, query, key, value, block):
             def function(query, key, value, starts):
                 return tuple(
                     kernel.block_forward(query, key, value, at(block, starts))
                 )
 
-            part = jax.jit(function)(query, key, value, places(block))
-            return type(
-                "Part",
-                (),
-                {
-                    "_asdict": lambda self: dict(
-                        zip(("out", "lse"), part, strict=True)
-                    )
-                },
-            )()
+            return Partial(*jax.jit(function)(query, key, value, places(block)))
 
         def block_backward(self, *arguments):
             *arrays, block = arguments
@@ -60,16 +55,7 @@ def traced(kernel):
                 grads = kernel.block_backward(*arrays, at(block, starts))
                 return grads.query, grads.key, grads.value
 
-            grads = jax.jit(function)(arrays, places(block))
-            return type(
-                "Grads",
-                (),
-                {
-                    "_asdict": lambda self: dict(
-                        zip(("query", "key", "value"), grads, strict=True)
-                    )
-                },
-            )()
+            return BlockGradients(*jax.jit(function)(arrays, places(block)))
 
     def places(block):
         return [
@@ -226,12 +212,15 @@ def test_wide_heads_have_no_room_for_a_column(pull, stand_in):
 
 
 def test_it_is_for_gpus_and_half_precision(automatic):
-    kernel = backends.load().kernel.KERNELS[0]
-    assert kernel.name == "cudnn"
+    (kernel,) = (
+        kernel
+        for kernel in backends.load().kernel.KERNELS
+        if kernel.name == "cudnn"
+    )
     assert not kernel.available("cpu", "bfloat16")
     assert not kernel.available("gpu", "float32")
     assert kernel.available("gpu", "float16") == (cudnn.FORWARD is not None)
-    assert kernels.choose("bfloat16", "cpu").name == "blockwise"
+    assert kernels.choose("bfloat16", "cpu").name == "by_head"
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match="must be that of a kernel"):
             config.set_kernel("cudnn")

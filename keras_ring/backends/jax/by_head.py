@@ -56,8 +56,9 @@ class ByHeadKernel(Kernel):
         if not _fits(query, key, value, block):
             return self.otherwise.block_forward(query, key, value, block)
 
-        def forward(block: Block, *tensors: jax.Array) -> tuple:
-            return tuple(self.tiles.block_forward(*tensors, block))
+        def forward(block: Block, *tensors: Any) -> tuple:
+            query, key, value = tensors
+            return tuple(self.tiles.block_forward(query, key, value, block))
 
         return Partial(*_each(forward, block, [query, key, value]))
 
@@ -77,8 +78,11 @@ class ByHeadKernel(Kernel):
                 query, key, value, out, lse, delta, grad_out, block
             )
 
-        def backward(block: Block, *tensors: jax.Array) -> tuple:
-            found = self.tiles.block_backward(*tensors, block)
+        def backward(block: Block, *tensors: Any) -> tuple:
+            query, key, value, out, lse, delta, grad_out = tensors
+            found = self.tiles.block_backward(
+                query, key, value, out, lse, delta, grad_out, block
+            )
             return found.query, found.key, found.value
 
         tensors = [query, key, value, out, lse, delta, grad_out]
