@@ -25,10 +25,12 @@ def set_kernel(name: str) -> None:
             "blockwise" on a small problem; or the name of one, which is then
             used without that check. "blockwise" is there on every backend.
             Fused kernels leave to it what they cannot compute. PyTorch has
-            "flash" on CPUs, and on CUDA devices "cudnn" and "cuda_flash" in
-            half precision and "efficient" in float32 as well. JAX has "cudnn"
-            on GPUs in half precision, and by name only "triton" on GPUs and
-            "splash" on TPUs, which have not been measured.
+            "flash" on CPUs and, where its products are far ahead, "onednn" in
+            float32 and half precision; on CUDA devices "cudnn" and
+            "cuda_flash" in half precision and "efficient" in float32 as well.
+            JAX has "by_head" on a CPU that stands for several devices,
+            "cudnn" on GPUs in half precision, and by name only "triton" on
+            GPUs and "splash" on TPUs, which have not been measured.
 
     Returns:
         None.

@@ -50,6 +50,9 @@ class _Cuda:
             hasattr(torch.ops.aten, name) for name in names
         )
 
+    def pays(self) -> bool:
+        return True
+
     def dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         return dtype if dtype in self.dtypes else None
 

@@ -40,6 +40,9 @@ class CpuFlash:
     def there(self) -> bool:
         return all(hasattr(torch.ops.aten, n) for n in (FORWARD, BACKWARD))
 
+    def pays(self) -> bool:
+        return True
+
     def dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         found: torch.dtype = accumulation_dtype(dtype)
         return found
