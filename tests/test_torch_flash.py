@@ -168,7 +168,9 @@ def test_an_operation_that_is_not_there_is_not_offered(automatic, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert kernels.choose("float32", "cpu").name == "blockwise"
-    with pytest.raises(ValueError, match="one of 'auto', 'blockwise'"):
+    with pytest.raises(
+        ValueError, match="one of 'auto', 'onednn', 'blockwise'"
+    ):
         config.set_kernel("flash")
 
 

@@ -37,10 +37,9 @@ def message(rank, number):
 
 
 def check_arrives(ring, refused=()):
-    """Several messages at once, in any order, twice around."""
+    """Several messages at once, in any order, three times."""
     outbox = ring.memory.outbox((ring.index() + 1) % ring.size)
-    slots = 0
-    for _ in range(2):
+    for _ in range(3):
         pending = [
             ring.start_shift(message(ring.index(), number))
             for number in range(len(LENGTHS))
@@ -53,11 +52,10 @@ def check_arrives(ring, refused=()):
                 assert have.dtype == want.dtype
                 assert torch.equal(have, want)
         distributed.barrier(group=ring.group)
-        # As many as were under way at once, and no more the second time.
-        assert slots in (0, len(outbox.slots))
-        slots = len(outbox.slots)
-    assert slots == (0 if ring.index() in refused else len(LENGTHS) - 1)
-    assert all(slot.free for slot in outbox.slots.values())
+        # No more than were under way at once, however often.
+        assert len(outbox.slots) <= len(LENGTHS) - 1
+        assert bool(outbox.slots) == (ring.index() not in refused)
+        assert all(slot.free for slot in outbox.slots.values())
 
 
 def own_files():
