@@ -103,17 +103,22 @@ class VirtualRing:
             return tuple(kernel.block_forward(query, key, value, block))
 
         def forward(query, key, value, part, starts):
-            new = numerics.Partial(*first(query, key, value, starts))
-            return tuple(numerics.merge(numerics.Partial(*part), new))
+            block = _block(*starts, mask, scale)
+            part = numerics.Partial(*part)
+            return tuple(kernel.fold(part, query, key, value, block))
 
         def delta(out, lse, grad_out):
-            return numerics.row_delta(out, grad_out, ops.zeros_like(lse))
+            return kernel.row_delta(out, grad_out, ops.zeros_like(lse))
 
         def backward(query, key, value, rows, grads, starts):
             block = _block(*starts, mask, scale)
-            share = kernel.block_backward(query, key, value, *rows, block)
-            return tuple(
-                have + new for have, new in zip(grads, share[:3], strict=True)
+            grad_query, *others = grads
+            share = kernel.fold_backward(
+                grad_query, query, key, value, *rows, block
+            )
+            return share.query, *(
+                kernel.add(have, new)
+                for have, new in zip(others, share[1:3], strict=True)
             )
 
         self._first, self._forward = compiled(first), compiled(forward)
