@@ -7,7 +7,7 @@ import pytest
 import torch
 from keras import ops
 
-from keras_ring import masks, numerics
+from keras_ring import backends, masks, numerics
 from keras_ring.backends.torch.flash import CpuFlash
 from keras_ring.backends.torch.fused import FusedKernel
 from keras_ring.backends.torch.pieces import COARSE, FINE, pieces
@@ -59,36 +59,50 @@ def test_every_pair_is_computed_once(mask, starts, length, grain):
     np.testing.assert_array_equal(covered(found, length), allowed)
 
 
-def test_a_causal_chunk_takes_few_calls():
-    """Of equal squares along diagonals, those of 256 first."""
-    found = pieces(block((0,), masks.Causal()), 4096, 4096)
-    assert [(p.rows, p.count, p.causal) for p in found] == [
-        (256, 16, True),
-        *((256, 8, False), (512, 4, False)),
-        *((1024, 2, False), (2048, 1, False)),
-    ]
-    assert found[0].covers(4096, 4096)
-    # Two parts in the order in which an odd member has them.
-    found = pieces(block((FAR, 0), masks.Causal()), 1024, 1024)
-    assert [(p.rows, p.count) for p in found] == [
-        *((256, 4), (512, 1), (256, 2)),
-    ] or [(p.rows, p.count) for p in found] == [(256, 4), (256, 2), (512, 1)]
-    (whole,) = pieces(block((0,), masks.Causal()), 4096, 4096, COARSE)
-    assert (whole.rows, whole.causal) == (4096, True)
+def test_equal_rectangles_along_a_diagonal_are_one_call():
+    (whole,) = pieces(block((0,), masks.Causal()), 1024, 1024)
+    assert (whole.rows, whole.count, whole.causal) == (1024, 1, True)
+    # Two parts, in the order in which an odd member has them: the squares of
+    # both come first, since they cover the chunk.
+    both, between = pieces(block((FAR, 0), masks.Causal()), 1024, 1024)
+    assert (both.rows, both.count, both.step) == (512, 2, 512)
+    assert both.covers(1024, 1024)
+    assert (between.queries, between.keys) == (slice(0, 512), slice(512, 1024))
+    assert not between.covers(1024, 1024)
 
 
-@pytest.mark.parametrize("length", [1024, 1100])
+@pytest.mark.parametrize("starts", [(0, 5000), (5000, 0)])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
-@pytest.mark.parametrize("options", [{"rest": 40}, {"pull": True}])
-def test_squares_along_a_diagonal_are_exact(length, heads, options):
-    """As samples of one call, in a batch of several."""
-    case = Case(
-        "causal",
-        **{"queries": length, "keys": length, "batch": 2},
-        **dict(zip(("heads", "key_heads"), heads, strict=True)),
-    )
+def test_squares_along_a_diagonal_are_exact(starts, heads):
+    """As samples of one call, in a batch of several, with what the reference
+    makes of the same visit."""
     kernel = FusedKernel("flash", Refusing(), CpuFlash())
-    Visit(case, **options).check(kernel)
+    reference = backends.load().kernel.KERNEL
+    visit = block(starts, masks.Causal())
+    draw = torch.Generator().manual_seed(0)
+
+    def tensor(number):
+        shape = 2, 600, number, 8
+        return torch.randn(shape, generator=draw).transpose(1, 2)
+
+    query, grad_out = tensor(heads[0]), tensor(heads[0])
+    key, value = tensor(heads[1]), tensor(heads[1])
+    found, wanted = (
+        k.block_forward(query, key, value, visit) for k in (kernel, reference)
+    )
+    for have, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(have, want, rtol=2e-5, atol=2e-5)
+    out, lse = wanted
+    grads = [
+        k.block_backward(
+            *(query, key, value, out, lse),
+            numerics.row_delta(out, grad_out, 0.0),
+            *(grad_out, visit),
+        )
+        for k in (kernel, reference)
+    ]
+    for have, want in itertools.islice(zip(*grads, strict=True), 3):
+        torch.testing.assert_close(have, want, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", ["full", "causal", "window"])

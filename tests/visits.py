@@ -53,7 +53,7 @@ CASES = {
     "wide-values": Case(value_dim=20, calls=1),
     "narrow-values": Case(value_dim=4, calls=1),
     "causal": Case("causal", calls=1),
-    "causal-long": Case("causal", **LONG, calls=5),
+    "causal-long": Case("causal", **LONG, calls=1),
     "causal-grouped": Case("causal", heads=4, key_heads=1, calls=1),
     "causal-more-keys": Case("causal", queries=290, keys=600, calls=1),
     "causal-more-queries": Case("causal", queries=600, keys=290, calls=1),

@@ -45,8 +45,7 @@ class OneDnn:
     masks = True
     square = False
     grouped = True
-    # Causal tiles are left out here: a call for each square costs more.
-    grain = FINE._replace(causal=None)
+    grain = FINE
     fewest = 1
 
     def there(self) -> bool:

@@ -28,19 +28,15 @@ class Grain(NamedTuple):
         small: rectangles up to this side are not halved any more.
         masked: up to this side, one that needs its mask everywhere is
             computed at once.
-        causal: squares of a causal mask are halved, to no less than this
-            side; None if the operation itself leaves out what they hide.
     """
 
     small: int
     masked: int
-    causal: int | None
 
 
 # On CPUs a call costs next to nothing, and on GPUs as much as the products of
-# a rectangle that does not fill them. PyTorch's operation for CPUs computes
-# 512 columns at once, whatever a causal mask leaves of them.
-FINE, COARSE = Grain(256, 1024, 256), Grain(1024, 2048, None)
+# a rectangle that does not fill them.
+FINE, COARSE = Grain(256, 1024), Grain(1024, 2048)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -217,8 +213,7 @@ def _simplest(piece: Piece, grain: Grain) -> list[Piece]:
     mask = _needed(mask, *piece.spans())
     piece = dataclasses.replace(piece, mask=mask)
     if isinstance(mask, Causal) and piece.query_start == piece.key_start:
-        corner = dataclasses.replace(piece, mask=None, causal=True)
-        return list(_triangle(corner, grain))
+        return [dataclasses.replace(piece, mask=None, causal=True)]
     if max(piece.rows, piece.columns) <= grain.small:
         return [piece]
     parts = [
@@ -232,23 +227,6 @@ def _simplest(piece: Piece, grain: Grain) -> list[Piece]:
     )
     small = max(piece.rows, piece.columns) <= grain.masked
     return [piece] if small and not gained else parts
-
-
-def _triangle(piece: Piece, grain: Grain) -> Iterator[Piece]:
-    """A causal rectangle, and if it is a square as two smaller ones and what
-    is whole below the first, as long as the grain wants it."""
-    side = grain.causal
-    if side is None or piece.rows != piece.columns or piece.rows < 2 * side:
-        yield piece
-        return
-    first, second = _halves(piece.rows, side)
-    for rows, columns in ((first, first), (second, first), (second, second)):
-        part = piece.part(rows, columns)
-        if rows == columns:
-            corner = dataclasses.replace(part, causal=True)
-            yield from _triangle(corner, grain)
-        else:
-            yield part
 
 
 def _diagonals(found: list[Piece]) -> list[Piece]:
