@@ -220,7 +220,7 @@ def test_it_is_for_gpus_and_half_precision(automatic):
     assert not kernel.available("cpu", "bfloat16")
     assert not kernel.available("gpu", "float32")
     assert kernel.available("gpu", "float16") == (cudnn.FORWARD is not None)
-    assert kernels.choose("bfloat16", "cpu").name == "by_head"
+    assert kernels.choose("bfloat16", "cpu").name != "cudnn"
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match="must be that of a kernel"):
             config.set_kernel("cudnn")

@@ -111,7 +111,7 @@ def test_it_is_there_by_name_only(automatic, monkeypatch):
     assert not there.available("tpu", "bfloat16")
     assert not there.available(dtype="float32")
     assert "splash" in [k.name for k in backends.load().kernel.KERNELS]
-    assert kernels.choose("bfloat16", "cpu").name == "blockwise"
+    assert kernels.choose("bfloat16", "cpu").name != "splash"
 
 
 def test_the_names_are_there():
