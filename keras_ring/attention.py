@@ -132,7 +132,7 @@ class Ring:
         visiting = self._first_visit(first, portion, key, value)
         if not partials:
             # A loop that is compiled carries tensors from the start.
-            begin = first == last or self.transport.unrolled
+            begin = first == last or self.transport.eager
             partials.extend(
                 None if begin else _nothing(own.query, value) for own in queries
             )
@@ -275,9 +275,8 @@ class Ring:
 
         visiting = self._first_visit(first, portion, key, value)
         home: list[Tensor] = []
-        if first == 0 < last and (self.transport.unrolled or last == 1):
+        if first == 0 < last and self.transport.eager:
             # The own chunk is at home: its gradients wait for the others'.
-            # In a compiled loop this were one more copy of the visit.
             arriving = self.transport.start_shift(visiting)
             home = meet(first, visiting, staying)
             visiting, first = arriving.wait(), 1

@@ -524,7 +524,7 @@ def _needed(some: Any, shape: tuple[Any, Any], turned: bool = False) -> Needed:
         shape: tiles of queries and of keys.
     """
     # A single tile may as well be computed when it has no pair.
-    alone = isinstance(shape[0], int) and shape == (1, 1)
+    alone = all(isinstance(count, int) and count == 1 for count in shape)
     if some is True or alone:
         return Needed(shape[0 if turned else 1])
     if isinstance(some, (bool, np.bool_)):
@@ -532,8 +532,9 @@ def _needed(some: Any, shape: tuple[Any, Any], turned: bool = False) -> Needed:
     xp: Any = np if isinstance(some, np.ndarray) else ops
     some = xp.broadcast_to(some, shape)
     some = xp.transpose(some) if turned else some
-    places = xp.arange(some.shape[1], dtype="int32")
-    behind = xp.where(some, places, places + some.shape[1])
+    others = shape[0 if turned else 1]
+    places = xp.arange(others, dtype="int32")
+    behind = xp.where(some, places, places + others)
     counts = (
         xp.sum(some, axis=1, dtype="int32")
         if xp is np

@@ -48,13 +48,13 @@ class Transport(abc.ABC):
             what is sent and received takes memory for as long as something
             refers to it; None where a compiler plans the memory of the
             whole program.
-        unrolled: whether `repeat` calls its body for every hop, and not once
-            for all of them.
+        eager: whether movements run where they are called, one after the
+            other, and are not part of a program.
     """
 
     size: int
     portion: int | None = None
-    unrolled: bool = True
+    eager: bool = False
 
     @abc.abstractmethod
     def index(self) -> Any:

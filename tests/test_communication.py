@@ -29,7 +29,7 @@ class Counting(Transport):
 
     def __init__(self, transport, portion=None):
         self.transport, self.size = transport, transport.size
-        self.portion, self.unrolled = portion, transport.unrolled
+        self.portion, self.eager = portion, transport.eager
         self.sent, self.times, self.largest = 0, 1, 0
 
     def index(self):
@@ -118,7 +118,7 @@ def measured(size, dtype, mask, portion=None, balanced=False):
         )
         sent["backward"], sent["largest"] = counting.sent, counting.largest
         sent["queries"] = kernel.most
-        sent["unrolled"] = counting.unrolled
+        sent["eager"] = counting.eager
         return ops.concatenate(
             [ops.transpose(g, (0, 2, 1, 3)) for g in grads[:3]], axis=2
         )
@@ -143,10 +143,9 @@ def check_bytes(size, dtype, mask, hops):
     entries = 2 * BATCH * CHUNK * KEY_HEADS * DIM  # Keys and values.
     moved = entries * BYTES[dtype] * hops
     assert sent["forward"] == moved
-    # The gradients end at their owner, where those of the first visit are
-    # unless a compiled loop has them travel; they do in the accumulation
-    # dtype.
-    further = hops > 1 and not sent["unrolled"]
+    # The gradients end at their owner, where those of the first visit wait
+    # unless they are part of a program; they travel in the accumulation dtype.
+    further = hops > 0 and not sent["eager"]
     assert sent["backward"] == moved + 4 * entries * (hops + further)
 
 

@@ -226,10 +226,12 @@ def check_transit():
         ring.run(differentiate, x)
         assert set(sent) == {keys_and_values, gradients}
     if keras.backend.backend() != "jax":
-        # Two hops of the one in each direction, and one and the way home of
-        # the other. (On JAX a loop has one hop, whose dtypes stay the same.)
+        # Two hops of the one in each direction, and two and the way home of
+        # the other, or one less where the own ones stay at home. (On JAX a
+        # loop has one hop, whose dtypes stay the same.)
         counts = collections.Counter(sent)
-        assert counts[keys_and_values] == counts[gradients] * 2
+        hops = 2 if transport.eager else 3
+        assert counts[keys_and_values] * hops == counts[gradients] * 4
 
 
 def test_keys_and_values_travel_in_half_precision(on_devices):

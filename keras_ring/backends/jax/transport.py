@@ -16,8 +16,6 @@ class RingTransport(Transport):
     starts them early and waits for them late.
     """
 
-    unrolled = False
-
     def __init__(self, axis: str, size: int):
         self.axis = axis
         self.size = size

@@ -38,6 +38,8 @@ class RingTransport(Transport):
         memory: that all members see, if any.
     """
 
+    eager = True
+
     def __init__(
         self,
         group: dist.ProcessGroup,
