@@ -318,7 +318,9 @@ class Ring:
         if share.slopes is not None:
             found["slopes"] = share.slopes
             if staying:
-                found["slopes"] = staying["slopes"] + share.slopes
+                found["slopes"] = self.kernel.add(
+                    staying["slopes"], share.slopes
+                )
         if share.bias is not None:
             # Padding of the keys may make their chunks reach past the bias.
             shape = *ops.shape(share.bias)[:3], length * self.transport.size

@@ -51,15 +51,16 @@ def block_forward(
     scaled = ops.cast(query, dtype) * block.scoring.scale
     queries = tiling.store_queries(scaled)
     keys, values = tiling.store_keys(key), tiling.store_keys(value)
+    needed = tiling.needed()
     rows = (tiling.pairs, tiling.rows)
     value_dim = ops.shape(value)[3]
 
     def query_tile(i, stores):
         query_i = tiling.read_queries(queries, i)
-        count, needed = tiling.key_tiles(i)
+        count, key_tile = needed.of(i)
 
         def visit(number, state):
-            j = needed(number)
+            j = key_tile(number)
             top, total, acc = state
 
             def compute(masked):
@@ -159,6 +160,7 @@ def block_backward(
     deltas = tiling.store_queries(delta)
     grads_out = tiling.store_queries(ops.cast(grad_out, dtype))
     keys, values = tiling.store_keys(key), tiling.store_keys(value)
+    needed = tiling.needed(turned=True)
     pairs = tiling.pairs
     key_dim, value_dim = ops.shape(key)[3], ops.shape(value)[3]
 
@@ -167,11 +169,10 @@ def block_backward(
         # Transposed once per tile: with it four of the five products below
         # have their operands in the order that matrix units prefer.
         key_turned = ops.swapaxes(key_j, 1, 2)
-
-        count, needed = tiling.query_tiles(j)
+        count, query_tile = needed.of(j)
 
         def visit(number, state):
-            i = needed(number)
+            i = query_tile(number)
             grad_queries, grad_key, grad_value, extra = state
 
             def compute(masked):

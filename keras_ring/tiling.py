@@ -211,10 +211,7 @@ class Tiling:
         self.scoring = block.scoring
         self.primitives = primitives
         self.dtype = numerics.accumulation_dtype(query.dtype)
-        some, self.every = self._relations()
-        counts = self.queries.count, self.keys.count
-        self._by_query = _needed(some, counts)
-        self._by_key = _needed(some, counts, turned=True)
+        self.some, self.every = self._relations()
         carried = self.scoring.carried()
         self.stores = Carried(
             tuple(
@@ -304,14 +301,11 @@ class Tiling:
         shape = self.batch, self.key_heads, side.count, side.tile, depth
         return side.join(ops.reshape(tiles, shape), 2)
 
-    def key_tiles(self, query_index: Any) -> tuple[Any, Callable]:
-        """How many tiles of keys a tile of queries has pairs with, and a
-        function from their number to their index."""
-        return _listed(self._by_query, query_index)
-
-    def query_tiles(self, key_index: Any) -> tuple[Any, Callable]:
-        """How many tiles of queries a tile of keys has pairs with, likewise."""
-        return _listed(self._by_key, key_index)
+    def needed(self, turned: bool = False) -> "Needed":
+        """Which tiles of keys each tile of queries has pairs with; if `turned`
+        which tiles of queries each tile of keys has pairs with."""
+        counts = self.queries.count, self.keys.count
+        return _needed(self.some, counts, turned)
 
     def whole(self, query_index: Any, key_index: Any) -> Any:
         """Whether every pair of a tile is allowed."""
@@ -514,8 +508,20 @@ class Needed(NamedTuple):
     counts: Any
     order: Any = None
 
+    def of(self, index: Any) -> tuple[Any, Callable]:
+        """How many a tile has pairs with, and a function from their number to
+        their index."""
+        counts, order = self
+        if order is None:
+            return counts, lambda number: number
+        if isinstance(index, int) and isinstance(counts, np.ndarray):
+            row = order[index]
+            return int(counts[index]), lambda number: _entry(row, number)
+        counts, order = (ops.convert_to_tensor(t) for t in (counts, order))
+        return counts[index], lambda number: order[index][number]
 
-def _needed(some: Any, shape: tuple[Any, Any], turned: bool = False) -> Needed:
+
+def _needed(some: Any, shape: tuple[Any, Any], turned: bool) -> Needed:
     """For tiles of queries, or of keys if `turned`.
 
     Args:
@@ -525,14 +531,12 @@ def _needed(some: Any, shape: tuple[Any, Any], turned: bool = False) -> Needed:
     """
     # A single tile may as well be computed when it has no pair.
     alone = all(isinstance(count, int) and count == 1 for count in shape)
-    if some is True or alone:
-        return Needed(shape[0 if turned else 1])
-    if isinstance(some, (bool, np.bool_)):
-        return Needed(shape[0 if turned else 1] if some else 0)
+    others = shape[0 if turned else 1]
+    if alone or isinstance(some, (bool, np.bool_)):
+        return Needed(others if alone or some else 0)
     xp: Any = np if isinstance(some, np.ndarray) else ops
     some = xp.broadcast_to(some, shape)
     some = xp.transpose(some) if turned else some
-    others = shape[0 if turned else 1]
     places = xp.arange(others, dtype="int32")
     behind = xp.where(some, places, places + others)
     counts = (
@@ -541,16 +545,6 @@ def _needed(some: Any, shape: tuple[Any, Any], turned: bool = False) -> Needed:
         else ops.sum(ops.cast(some, "int32"), axis=1)
     )
     return Needed(counts, xp.argsort(behind, axis=1))
-
-
-def _listed(needed: Needed, index: Any) -> tuple[Any, Callable]:
-    counts, order = needed
-    if order is None:
-        return counts, lambda number: number
-    if isinstance(index, int) and isinstance(counts, np.ndarray):
-        return int(counts[index]), lambda number: _entry(order[index], number)
-    counts, order = (ops.convert_to_tensor(t) for t in (counts, order))
-    return counts[index], lambda number: order[index][number]
 
 
 def _entry(row: np.ndarray, number: Any) -> Any:

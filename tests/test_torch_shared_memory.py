@@ -1,6 +1,7 @@
 """Messages through memory that the processes of one machine share."""
 
 import errno
+import mmap
 import os
 import platform
 import secrets
@@ -144,3 +145,29 @@ def test_a_slot_is_free_when_its_message_was_copied():
         assert found.tolist() == [3] * 200
     assert sorted(inbox.slots) == [1, 3]
     Inbox(name)._opened(2)
+
+
+@pytest.mark.parametrize("where", [(os, "posix_fallocate"), (mmap, "mmap")])
+def test_where_memory_runs_out_nothing_is_left_and_a_slot_goes(
+    where, monkeypatch
+):
+    """Here and there, although the message itself goes another way."""
+    name = f"keras_ring-test-{secrets.token_hex(8)}"
+    outbox, inbox = Outbox(name), Inbox(name)
+    with inbox.message(outbox.take(100)[1]):
+        pass
+
+    def full(*arguments):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, full)
+        place, note = outbox.take(200)
+    assert place is None
+    assert (note.slot, note.gone) == (-1, 0)
+    inbox.forget(note)
+    assert outbox.slots == inbox.slots == {}
+    assert list(shared_memory.FOLDER.glob(f"{name}-*")) == []
+    # There is some again.
+    with inbox.message(outbox.take(200)[1]) as found:
+        assert found.numel() == 200

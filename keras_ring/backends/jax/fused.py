@@ -127,14 +127,9 @@ class FusedKernel(Kernel):
         self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
     ) -> bool:
         """Whether calls may be able to compute a visit."""
-        scoring, mask = block.scoring, block.scoring.mask
-        sizes = (*query.shape, *key.shape, *value.shape)
         return (
-            all(isinstance(size, int) and size for size in sizes)
-            and scoring.scale > 0
-            and scoring.only_products
-            # What a mask carries would be masked pair by pair.
-            and (mask is None or not any(mask.carried()))
+            by_place(query, key, value, block)
+            and block.scoring.scale > 0
             and self.fits(query, key, value, block)
         )
 
@@ -241,6 +236,21 @@ class FusedKernel(Kernel):
                 query, key, value, out, lse, delta, grad_out, block
             ),
         )
+
+
+def by_place(
+    query: jax.Array, key: jax.Array, value: jax.Array, block: Block
+) -> bool:
+    """Whether a visit, of sizes that are known, has scores that are scaled
+    products and are masked by their places: what a mask carries would have to
+    be cut along with the tensors."""
+    mask = block.scoring.mask
+    sizes = (*query.shape, *key.shape, *value.shape)
+    return (
+        all(isinstance(size, int) and size for size in sizes)
+        and block.scoring.only_products
+        and (mask is None or not any(mask.carried()))
+    )
 
 
 def _beside_causal(mask: Mask | None) -> list[Mask] | None:

@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from keras_ring.backends.torch.fused import Call, added
+from keras_ring.backends.torch.fused import Call, Operation, added
 from keras_ring.backends.torch.pieces import COARSE
 
 HALF = (torch.float16, torch.bfloat16)
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class _Cuda:
+class _Cuda(Operation):
     """What the `Operation`s for GPUs have in common; they differ in `name`,
     that of the operation, and in what it is called with."""
 
@@ -38,9 +38,7 @@ class _Cuda:
     widest: float = 256
     masks = False
     square = True
-    grouped = True
     grain = COARSE
-    fewest = 1
     name: str
     dtypes: tuple[torch.dtype, ...] = HALF
 
@@ -49,9 +47,6 @@ class _Cuda:
         return torch.cuda.is_available() and all(
             hasattr(torch.ops.aten, name) for name in names
         )
-
-    def pays(self) -> bool:
-        return True
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         return dtype if dtype in self.dtypes else None

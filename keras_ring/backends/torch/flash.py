@@ -14,34 +14,28 @@ It is private, so its presence is checked here and its results in
   computed in float32.
 """
 
-import math
-
 import torch
 
-from keras_ring.backends.torch.fused import Call, accumulation_dtype, added
+from keras_ring.backends.torch.fused import (
+    Call,
+    Operation,
+    accumulation_dtype,
+    added,
+)
 from keras_ring.backends.torch.pieces import FINE
 
 FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 
 
-class CpuFlash:
-    """An `Operation` of `fused`."""
+class CpuFlash(Operation):
+    """For any dtype; half precision in float32."""
 
     device = "cpu"
-    multiple = 1
-    widest = math.inf
-    masks = True
-    square = False
-    grouped = True
     grain = FINE
-    fewest = 1
 
     def there(self) -> bool:
         return all(hasattr(torch.ops.aten, n) for n in (FORWARD, BACKWARD))
-
-    def pays(self) -> bool:
-        return True
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         found: torch.dtype = accumulation_dtype(dtype)

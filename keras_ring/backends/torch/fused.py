@@ -7,9 +7,11 @@ and 4). Which operation that is, and what has to be kept from it, is said
 where it is called: `flash` for CPUs, `cuda` for GPUs.
 """
 
+import abc
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,7 +37,7 @@ class Call(NamedTuple):
     scale: float
 
 
-class Operation(Protocol):
+class Operation(abc.ABC):
     """A fused forward and its gradient, as PyTorch has them.
 
     Legend: B batch, H query heads, K key/value heads, R rows and C columns of
@@ -53,23 +55,27 @@ class Operation(Protocol):
     """
 
     device: str
-    multiple: int
-    widest: float
-    masks: bool
-    square: bool
-    grouped: bool
+    multiple: int = 1
+    widest: float = math.inf
+    masks: bool = True
+    square: bool = False
+    grouped: bool = True
     grain: Grain
-    fewest: int
+    fewest: int = 1
 
+    @abc.abstractmethod
     def there(self) -> bool:
         """Whether this release has its private names."""
 
     def pays(self) -> bool:
         """Whether it is worth more than the kernels behind it, here."""
+        return True
 
+    @abc.abstractmethod
     def dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         """What it computes tensors of a dtype in; None if it does not."""
 
+    @abc.abstractmethod
     def forward(
         self,
         query: torch.Tensor,
@@ -81,6 +87,7 @@ class Operation(Protocol):
         and its log-sum-exp (B, H, R), whatever they hold in rows that see
         nothing."""
 
+    @abc.abstractmethod
     def backward(
         self,
         grad_out: torch.Tensor,
@@ -190,7 +197,9 @@ class FusedKernel(Kernel):
                 partial = _nothing(query, values, accumulate)
             part = Partial(*(apart(t, piece) for t in part))
             merge(Partial(*(rows(t, piece) for t in partial)), part)
-        return partial or _nothing(query, values, accumulate)
+        if partial is None:
+            return _nothing(query, values, accumulate)
+        return partial
 
     def block_backward(
         self,
@@ -246,6 +255,10 @@ class FusedKernel(Kernel):
         tensors = grad_out, query, key, value, out, lse
         widths = key_width, key_width, value_width
         grads: list[Any] = [grad_query, None, None]
+
+        def empty(i: int) -> torch.Tensor:
+            return _zeros(tensors[1 + i], widths[i], accumulate)
+
         for piece in self._pieces(block, query.shape[2], key.shape[2]):
             shares = self._backward(piece, *tensors, block)
             covers = piece.covers(query.shape[2], key.shape[2])
@@ -257,16 +270,11 @@ class FusedKernel(Kernel):
                     grads[i] = joined(share.to(accumulate), piece)
                     continue
                 if grads[i] is None:
-                    grads[i] = _zeros(tensors[1 + i], widths[i], accumulate)
+                    grads[i] = empty(i)
                 total = side(grads[i], piece)
                 total += apart(share, piece)
         return BlockGradients(
-            *(
-                _zeros(tensors[1 + i], widths[i], accumulate)
-                if grad is None
-                else grad
-                for i, grad in enumerate(grads)
-            )
+            *(empty(i) if g is None else g for i, g in enumerate(grads))
         )
 
     def add(self, total: torch.Tensor, share: torch.Tensor) -> torch.Tensor:

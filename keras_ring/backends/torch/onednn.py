@@ -19,13 +19,13 @@ few milliseconds shows that its products are far ahead.
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
-from keras_ring.backends.torch.fused import Call, accumulation_dtype
+from keras_ring.backends.torch.fused import Call, Operation, accumulation_dtype
 from keras_ring.backends.torch.pieces import FINE
 
 # Rows and columns of a tile: of queries and of keys. One head's scores stay
@@ -36,17 +36,11 @@ FORWARD, BACKWARD = (256, 512), (512, 512)
 MARGIN = 1.4
 
 
-class OneDnn:
-    """An `Operation` of `fused`."""
+class OneDnn(Operation):
+    """For float32 and what is accumulated in it."""
 
     device = "cpu"
-    multiple = 1
-    widest = math.inf
-    masks = True
-    square = False
-    grouped = True
     grain = FINE
-    fewest = 1
 
     def there(self) -> bool:
         return _linear() is not None
@@ -133,28 +127,22 @@ def _forward(
     query = (query * (call.scale * math.log2(math.e))).contiguous()
     key, value_turned = key.contiguous(), value.contiguous().t()
     for rows in _tiles(query.shape[0], FORWARD[0]):
-        top = total = acc = None
+        # Of the lowest number: what is hidden is below it, and no difference
+        # of two infinities is taken in a row that saw nothing so far.
+        lowest = torch.finfo(query.dtype).min
+        top = query.new_full((query[rows].shape[0], 1), lowest)
+        total = torch.zeros_like(top)
+        acc = query.new_zeros((query[rows].shape[0], value.shape[1]))
         for columns in _tiles(key.shape[0], FORWARD[1], _end(call, rows)):
             scores = linear(query[rows], key[columns])
             _hide(scores, call, rows, columns, -math.inf)
-            new_top = scores.amax(1, keepdim=True)
-            if call.mask is not None:
-                # Of a row that saw nothing so far: no difference of two inf.
-                new_top.clamp_(min=torch.finfo(new_top.dtype).min)
-            if top is not None:
-                new_top = torch.maximum(top, new_top)
+            new_top = torch.maximum(top, scores.amax(1, keepdim=True))
+            decay = (top - new_top).exp2_()
             p = scores.sub_(new_top).exp2_()
-            share = p.sum(1, keepdim=True)
+            total = p.sum(1, keepdim=True).addcmul_(total, decay)
             product = linear(p, value_turned[:, columns])
-            if top is None:
-                total, acc = share, product
-            else:
-                decay = (top - new_top).exp2_()
-                total = share.addcmul_(total, decay)
-                acc = product.addcmul_(acc, decay)
+            acc = product.addcmul_(acc, decay)
             top = new_top
-        if top is None or total is None or acc is None:
-            raise ValueError("A rectangle without columns was not expected.")
         out[rows] = acc.div_(total)
         lse[rows] = total.log2_().add_(top).mul_(math.log(2.0))[:, 0]
 
@@ -224,7 +212,7 @@ def _end(call: Call, rows: slice) -> float:
     return rows.stop if call.causal else math.inf
 
 
-def _tiles(length: int, tile: int, end: float = math.inf) -> Iterable[slice]:
+def _tiles(length: int, tile: int, end: float = math.inf) -> list[slice]:
     return [
         slice(start, min(start + tile, length))
         for start in range(0, int(min(length, end)), tile)

@@ -79,18 +79,11 @@ class Piece:
         """Whether every query and every key of the chunks is in exactly one
         of the `count` rectangles."""
         start = self.queries.start, self.keys.start
-        if self.count == 1:
-            return (*start, self.rows, self.columns) == (0, 0, queries, keys)
-        all_rows, all_columns = (
-            self.count * self.rows,
-            self.count * self.columns,
+        side_by_side = self.count == 1 or (
+            self.step == self.rows == self.columns
         )
-        return (*start, all_rows, all_columns) == (
-            0,
-            0,
-            queries,
-            keys,
-        ) and self.step == self.rows == self.columns
+        lengths = self.count * self.rows, self.count * self.columns
+        return side_by_side and (start, lengths) == ((0, 0), (queries, keys))
 
     def spans(self) -> tuple[Span, Span]:
         """The positions of the rectangle as one tile."""

@@ -35,15 +35,12 @@ class Slot:
     """Memory that two processes have mapped.
 
     Args:
-        descriptor: of its file, which is closed.
+        descriptor: of its file, which may be closed afterwards.
         size: bytes of the file.
     """
 
     def __init__(self, descriptor: int, size: int):
-        try:
-            memory = mmap.mmap(descriptor, size)
-        finally:
-            os.close(descriptor)
+        memory = mmap.mmap(descriptor, size)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         self.copied = whole[:8].view(torch.int64)
         self.message = whole[HEADER:]
@@ -118,11 +115,12 @@ class Outbox:
         try:
             # Now, or what is written later ends the process if it is full.
             os.posix_fallocate(descriptor, 0, size)
+            self.slots[number] = Slot(descriptor, size)
         except OSError:
-            os.close(descriptor)
             path.unlink()
             raise
-        self.slots[number] = Slot(descriptor, size)
+        finally:
+            os.close(descriptor)
 
 
 class Inbox:
@@ -136,10 +134,14 @@ class Inbox:
         self.name = name
         self.slots: dict[int, Slot] = {}
 
+    def forget(self, note: Note) -> None:
+        """Let go of the slot that is no more, if the message is elsewhere."""
+        self.slots.pop(note.gone, None)
+
     @contextlib.contextmanager
     def message(self, note: Note) -> Iterator[torch.Tensor]:
         """The bytes of a message, which are the sender's again after it."""
-        self.slots.pop(note.gone, None)
+        self.forget(note)
         if note.slot not in self.slots:
             self.slots[note.slot] = self._opened(note.slot)
         slot = self.slots[note.slot]
@@ -152,7 +154,10 @@ class Inbox:
         # From here on it is there for as long as one of the two processes,
         # and leaves nothing behind, however they end.
         path.unlink()
-        return Slot(descriptor, os.fstat(descriptor).st_size)
+        try:
+            return Slot(descriptor, os.fstat(descriptor).st_size)
+        finally:
+            os.close(descriptor)
 
 
 class SharedMemory:

@@ -163,11 +163,13 @@ class RingTransport(Transport):
             self._wait(works)
             arrived = Note(*received.tolist())
             buffer = torch.empty(layout.size, dtype=torch.uint8)
+            inbox = memory.inbox(source)
             if arrived.slot < 0:
+                inbox.forget(arrived)
                 missing = dist.irecv, buffer, source
                 self._wait(self._issue(missing, tag=-arrived.slot))
             else:
-                with memory.inbox(source).message(arrived) as message:
+                with inbox.message(arrived) as message:
                     buffer.copy_(message)
             return layout.unpacked(buffer)
 
