@@ -8,6 +8,7 @@ import torch
 from keras_ring.backends.torch.cuda import CudaFlash, CuDnn, Efficient
 from keras_ring.backends.torch.flash import CpuFlash
 from keras_ring.backends.torch.fused import FusedKernel, accumulation_dtype
+from keras_ring.backends.torch.native import TorchNativeKernel
 from keras_ring.backends.torch.onednn import OneDnn
 from keras_ring.blockwise import BlockwiseKernel
 from keras_ring.numerics import Partial
@@ -78,6 +79,7 @@ class Kernel(BlockwiseKernel):
 KERNEL = Kernel()
 # By preference; the last is the reference.
 KERNELS = (
+    TorchNativeKernel(KERNEL),
     FusedKernel("onednn", KERNEL, OneDnn()),
     FusedKernel("flash", KERNEL, CpuFlash()),
     FusedKernel("cudnn", KERNEL, CuDnn(), Efficient()),

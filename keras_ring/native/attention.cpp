@@ -1,0 +1,541 @@
+// Exact attention over one visiting chunk on a CPU.
+//
+// Online softmax over tiles of keys (Dao et al. 2022, arXiv 2205.14135,
+// algorithms 1 and 4). A few rows of queries at a time meet a tile of keys, so
+// that their scores never leave the innermost cache; every product is the
+// same small one, of numbers spread over a register with rows of a packed
+// matrix. Vectors are the compiler's, as wide as the processor's.
+
+#include "attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <vector>
+
+namespace {
+
+// Numbers in a vector, and vectors and rows of a product that fit into the
+// registers with what is multiplied.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ACROSS = 4, DOWN = 6;
+#elif defined(__AVX__)
+constexpr int LANES = 8, ACROSS = 2, DOWN = 6;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, ACROSS = 4, DOWN = 6;
+#else
+constexpr int LANES = 4, ACROSS = 2, DOWN = 6;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+using Index = int64_t;
+
+// Keys that are packed at a time, and in the backward queries.
+constexpr Index FORWARD_KEYS = 256, BACKWARD_KEYS = 256, ROWS = 96;
+// Rows of packed keys do not all begin in the same places of a cache.
+constexpr Index GAP = LANES;
+
+constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
+constexpr float NEVER = -std::numeric_limits<float>::infinity();
+
+Index up(Index number) { return (number + LANES - 1) / LANES * LANES; }
+Index down(Index number) { return number / LANES * LANES; }
+
+inline Vector load(const float* from) {
+  Vector found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
+}
+
+inline void store(float* to, Vector vector) {
+  std::memcpy(to, &vector, sizeof vector);
+}
+
+inline Vector all(float number) { return Vector{} + number; }
+
+// 2^x to float32's precision; 0 below -127, and what is no number stays none.
+inline Vector exp2(Vector x) {
+  const Vector lowest = all(-127.0f), magic = all(12582912.0f);
+  x = x < lowest ? lowest : x;
+  const Vector shifted = x + magic;  // The nearest integer, in the low bits.
+  const Vector f = x - (shifted - magic);
+  Vector p = all(1.535336188319500e-4f);
+  p = p * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.0f;
+  return (Vector)((Integers)p + ((Integers)shifted << 23));
+}
+
+// c (M, N vectors) = a (M, depth) b (depth, N vectors), added to c with ADD.
+// `a` has any strides; rows of `b` and `c` lie `b_row` and `c_row` apart.
+template <int M, int N, bool ADD>
+inline void block(const float* a, Index a_row, Index a_column, const float* b,
+                  Index b_row, float* c, Index c_row, Index depth) {
+  Vector sums[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n)
+      sums[m][n] = ADD ? load(c + m * c_row + n * LANES) : Vector{};
+  for (Index k = 0; k < depth; ++k) {
+    Vector right[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) right[n] = load(b + k * b_row + n * LANES);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Vector left = all(a[m * a_row + k * a_column]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[m][n] += left * right[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(c + m * c_row + n * LANES, sums[m][n]);
+}
+
+// The same with up to M rows and any number of vectors.
+template <int M, bool ADD>
+void rows_of(Index rows, Index columns, const float* a, Index a_row,
+             Index a_column, const float* b, Index b_row, float* c,
+             Index c_row, Index depth) {
+  if (rows < M) {
+    if constexpr (M > 1)
+      rows_of<M - 1, ADD>(rows, columns, a, a_row, a_column, b, b_row, c,
+                          c_row, depth);
+    return;
+  }
+  Index done = 0;
+  for (; columns - done >= ACROSS * LANES; done += ACROSS * LANES)
+    block<M, ACROSS, ADD>(a, a_row, a_column, b + done, b_row, c + done, c_row,
+                          depth);
+  if constexpr (ACROSS > 2)
+    for (; columns - done >= 2 * LANES; done += 2 * LANES)
+      block<M, 2, ADD>(a, a_row, a_column, b + done, b_row, c + done, c_row,
+                       depth);
+  for (; done < columns; done += LANES)
+    block<M, 1, ADD>(a, a_row, a_column, b + done, b_row, c + done, c_row,
+                     depth);
+}
+
+// c (rows, columns) = a (rows, depth) b (depth, columns), added with ADD;
+// `rows` up to DOWN, `columns` whole vectors.
+template <bool ADD>
+void product(Index rows, Index columns, const float* a, Index a_row,
+             Index a_column, const float* b, Index b_row, float* c, Index c_row,
+             Index depth) {
+  rows_of<DOWN, ADD>(rows, columns, a, a_row, a_column, b, b_row, c, c_row,
+                     depth);
+}
+
+// Memory that a thread keeps, for what fits into a cache.
+class Scratch {
+ public:
+  // All that `take` gave before is free again.
+  void begin(Index numbers) {
+    if (static_cast<Index>(memory_.size()) < numbers) memory_.resize(numbers);
+    used_ = 0;
+  }
+  float* take(Index numbers) {
+    float* found = memory_.data() + used_;
+    used_ += up(numbers);
+    return found;
+  }
+
+ private:
+  std::vector<float> memory_;
+  Index used_ = 0;
+};
+
+thread_local Scratch scratch;
+
+// One head: rows that lie `row` apart.
+struct Matrix {
+  float* data;
+  Index row;
+  float* at(Index i) const { return data + i * row; }
+};
+
+Matrix head(const keras_ring_tensor& tensor, Index sample, Index number) {
+  return {tensor.data + sample * tensor.batch + number * tensor.head,
+          tensor.row};
+}
+
+// to (columns, rows) = from (rows, columns), with zeros behind up to `padded`.
+void turn(const Matrix& from, Index rows, Index columns, float* to, Index to_row,
+          Index padded) {
+  for (Index i = 0; i < rows; ++i)
+    for (Index j = 0; j < columns; ++j) to[j * to_row + i] = from.at(i)[j];
+  for (Index j = 0; j < columns; ++j)
+    std::fill(to + j * to_row + rows, to + j * to_row + padded, 0.0f);
+}
+
+// to (padded rows, padded columns) = from (rows, columns), zeros elsewhere.
+void copy(const Matrix& from, Index rows, Index columns, float* to,
+          Index padded_rows, Index padded_columns, float factor = 1.0f) {
+  for (Index i = 0; i < rows; ++i) {
+    float* row = to + i * padded_columns;
+    for (Index j = 0; j < columns; ++j) row[j] = from.at(i)[j] * factor;
+    std::fill(row + columns, row + padded_columns, 0.0f);
+  }
+  std::fill(to + rows * padded_columns, to + padded_rows * padded_columns,
+            0.0f);
+}
+
+// Which columns of a tile its rows see: those of row i from `first(i)` to
+// before `end(i)`, both growing with i.
+struct Band {
+  Index apart;  // Position of the first query less that of the first key.
+  Index least, most, columns;
+  Index first(Index i) const { return within(apart + i - most); }
+  Index end(Index i) const { return within(apart + i - least + 1); }
+  Index within(Index column) const {
+    return std::min(std::max<Index>(column, 0), columns);
+  }
+};
+
+// A tile that is contiguous in queries and in keys.
+struct Range {
+  Index begin, end, position;
+  Index size() const { return end - begin; }
+};
+
+// The parts of a side, cut into tiles.
+std::vector<Range> ranges(Index length, Index parts, const int32_t* starts,
+                          Index tile) {
+  std::vector<Range> found;
+  const Index part = length / parts;
+  for (Index p = 0; p < parts; ++p)
+    for (Index i = 0; i < part; i += tile)
+      found.push_back({p * part + i, p * part + std::min(i + tile, part),
+                       starts[p] + i});
+  return found;
+}
+
+Band band(const keras_ring_visit& visit, const Range& rows,
+          const Range& columns) {
+  const Index there = std::max<Index>(visit.stop - columns.position, 0);
+  return {rows.position - columns.position, visit.least, visit.most,
+          std::min(columns.size(), there)};
+}
+
+// Call a function for each sample and key head, in threads.
+template <class Function>
+void each(const keras_ring_visit& visit, const Function& function) {
+  const Index count = visit.batch * visit.key_heads;
+  std::atomic<Index> next{0};
+  auto work = [&] {
+    for (Index i = next++; i < count; i = next++)
+      function(i / visit.key_heads, i % visit.key_heads);
+  };
+  std::vector<std::thread> helpers;
+  const Index threads = std::min<Index>(visit.threads, count);
+  for (Index i = 1; i < threads; ++i) helpers.emplace_back(work);
+  work();
+  for (auto& helper : helpers) helper.join();
+}
+
+inline void hide(float* row, Index begin, Index first, Index end, Index stop) {
+  std::fill(row + begin, row + std::max(first, begin), NEVER);
+  std::fill(row + std::min(end, stop), row + stop, NEVER);
+}
+
+// A few rows of queries and a tile of keys.
+void forward_rows(Index rows, const Band& band, Index from, Index width,
+                  Index value_width, const float* query, Index query_row,
+                  const float* key_turned, Index key_row, const float* value,
+                  float factor, float* scores, float* out, float* top,
+                  float* total) {
+  const Index first = down(band.first(from));
+  const Index stop = up(band.end(from + rows - 1));
+  if (first >= stop) return;
+  const Index columns = stop - first;
+  product<false>(rows, columns, query, query_row, 1, key_turned + first,
+                 key_row, scores, FORWARD_KEYS, width);
+  for (Index i = 0; i < rows; ++i) {
+    float* row = scores + i * FORWARD_KEYS;
+    const Index begin = band.first(from + i), end = band.end(from + i);
+    hide(row - first, first, begin, end, stop);
+    Vector most = load(row);
+    for (Index j = LANES; j < columns; j += LANES) {
+      const Vector next = load(row + j);
+      most = most < next ? next : most;
+    }
+    float highest = most[0];
+    for (int j = 1; j < LANES; ++j) highest = std::max(highest, most[j]);
+    // Of the lowest number: no difference of two infinities is taken in a row
+    // that saw nothing so far.
+    const float new_top = std::max(
+        {top[i], highest * factor, std::numeric_limits<float>::lowest()});
+    const Vector minus = all(-new_top), by = all(factor);
+    Vector sum{};
+    for (Index j = 0; j < columns; j += LANES) {
+      const Vector p = exp2(load(row + j) * by + minus);
+      store(row + j, p);
+      sum += p;
+    }
+    float row_sum = 0.0f;
+    for (int j = 0; j < LANES; ++j) row_sum += sum[j];
+    if (new_top != top[i]) {
+      const float decay = std::exp2(top[i] - new_top);
+      total[i] *= decay;
+      for (Index j = 0; j < value_width; j += LANES)
+        store(out + i * value_width + j, load(out + i * value_width + j) * decay);
+      top[i] = new_top;
+    }
+    total[i] += row_sum;
+  }
+  product<true>(rows, value_width, scores, FORWARD_KEYS, 1,
+                value + first * value_width, value_width, out, value_width,
+                columns);
+}
+
+void forward_head(const keras_ring_visit& visit, const Matrix& query,
+                  const Matrix& out, const Matrix& lse, const Range& keys,
+                  const std::vector<Range>& queries, const float* key_turned,
+                  Index key_row, const float* value, float* scores, float* sums,
+                  bool go_on) {
+  const Index value_width = up(visit.value_width);
+  const float factor = visit.scale * LOG2E;
+  for (const Range& tile : queries) {
+    const Band seen = band(visit, tile, keys);
+    for (Index i = 0; i < tile.size(); i += DOWN) {
+      const Index rows = std::min<Index>(DOWN, tile.size() - i);
+      const Index row = tile.begin + i;
+      const bool some = seen.first(i) < seen.end(i + rows - 1);
+      if (go_on && !some) continue;
+      float top[DOWN], total[DOWN];
+      for (Index r = 0; r < rows; ++r) {
+        const float before = go_on ? *lse.at(row + r) : NEVER;
+        const bool there = before != NEVER;
+        top[r] = there ? before * LOG2E : std::numeric_limits<float>::lowest();
+        total[r] = there ? 1.0f : 0.0f;
+        float* sum = sums + r * value_width;
+        std::fill(sum, sum + value_width, 0.0f);
+        if (there)
+          std::copy(out.at(row + r), out.at(row + r) + visit.value_width, sum);
+      }
+      if (some)
+        forward_rows(rows, seen, i, visit.width, value_width, query.at(row),
+                     query.row, key_turned, key_row, value, factor, scores,
+                     sums, top, total);
+      for (Index r = 0; r < rows; ++r) {
+        const bool there = total[r] != 0.0f;
+        const float by = there ? 1.0f / total[r] : 0.0f;
+        for (Index j = 0; j < visit.value_width; ++j)
+          out.at(row + r)[j] = sums[r * value_width + j] * by;
+        *lse.at(row + r) =
+            there ? (top[r] + std::log2(total[r])) * LN2 : NEVER;
+      }
+    }
+  }
+}
+
+// What a few rows of queries and a tile of keys have: scores become
+// probabilities, and the gradient of these that of the scores.
+void backward_rows(Index rows, const Band& band, Index from, Index first,
+                   Index stop, float* p, float* grad, Index p_row,
+                   const float* minus_lse, const float* delta) {
+  for (Index i = 0; i < rows; ++i) {
+    float *row = p + i * p_row, *grad_row = grad + i * p_row;
+    hide(row, first, band.first(from + i), band.end(from + i), stop);
+    const Vector minus = all(minus_lse[from + i]), less = all(delta[from + i]);
+    for (Index j = first; j < stop; j += LANES) {
+      const Vector here = exp2(load(row + j) + minus);
+      store(row + j, here);
+      store(grad_row + j, here * (load(grad_row + j) - less));
+    }
+  }
+}
+
+// The first row from `row` on for which `found` holds.
+template <class Function>
+Index search(Index row, Index rows, const Function& found) {
+  while (row < rows && !found(row)) ++row;
+  return row;
+}
+
+}  // namespace
+
+extern "C" void keras_ring_forward(const keras_ring_visit* visit,
+                                   const keras_ring_tensor* query,
+                                   const keras_ring_tensor* key,
+                                   const keras_ring_tensor* value,
+                                   const keras_ring_tensor* out,
+                                   const keras_ring_tensor* lse,
+                                   int32_t go_on) {
+  const auto queries = ranges(visit->queries, visit->query_parts,
+                              visit->query_starts, visit->queries);
+  const auto keys = ranges(visit->keys, visit->key_parts, visit->key_starts,
+                           FORWARD_KEYS);
+  const Index value_width = up(visit->value_width);
+  const Index key_row = FORWARD_KEYS + GAP;
+  const Index group = visit->heads / visit->key_heads;
+  each(*visit, [&](Index sample, Index shared) {
+    scratch.begin(up(visit->width * key_row) +
+                  up(FORWARD_KEYS * value_width) + up(DOWN * FORWARD_KEYS) +
+                  up(DOWN * value_width));
+    float* key_turned = scratch.take(visit->width * key_row);
+    float* values = scratch.take(FORWARD_KEYS * value_width);
+    float* scores = scratch.take(DOWN * FORWARD_KEYS);
+    float* sums = scratch.take(DOWN * value_width);
+    const Matrix own_key = head(*key, sample, shared);
+    const Matrix own_value = head(*value, sample, shared);
+    bool more = go_on;
+    for (const Range& tile : keys) {
+      const Index padded = up(tile.size());
+      turn({own_key.at(tile.begin), own_key.row}, tile.size(), visit->width,
+           key_turned, key_row, padded);
+      copy({own_value.at(tile.begin), own_value.row}, tile.size(),
+           visit->value_width, values, padded, value_width);
+      for (Index h = shared * group; h < (shared + 1) * group; ++h)
+        forward_head(*visit, head(*query, sample, h), head(*out, sample, h),
+                     head(*lse, sample, h), tile, queries, key_turned, key_row,
+                     values, scores, sums, more);
+      more = true;
+    }
+  });
+}
+
+extern "C" void keras_ring_backward(
+    const keras_ring_visit* visit, const keras_ring_tensor* query,
+    const keras_ring_tensor* key, const keras_ring_tensor* value,
+    const keras_ring_tensor* lse, const keras_ring_tensor* delta,
+    const keras_ring_tensor* grad_out, const keras_ring_tensor* grad_query,
+    const keras_ring_tensor* grad_key, const keras_ring_tensor* grad_value,
+    int32_t go_on) {
+  const auto queries =
+      ranges(visit->queries, visit->query_parts, visit->query_starts, ROWS);
+  const auto keys = ranges(visit->keys, visit->key_parts, visit->key_starts,
+                           BACKWARD_KEYS);
+  const Index D = visit->width, E = visit->value_width;
+  const Index width = up(D), value_width = up(E);
+  const Index key_row = BACKWARD_KEYS + GAP;
+  const Index group = visit->heads / visit->key_heads;
+  each(*visit, [&](Index sample, Index shared) {
+    scratch.begin((D + E) * key_row + 2 * BACKWARD_KEYS * width +
+                  BACKWARD_KEYS * value_width + 2 * ROWS * width +
+                  ROWS * value_width + 2 * ROWS * key_row + 2 * up(ROWS) +
+                  16 * LANES);
+    float* key_turned = scratch.take(D * key_row);
+    float* value_turned = scratch.take(E * key_row);
+    float* keys_here = scratch.take(BACKWARD_KEYS * width);
+    float* key_sums = scratch.take(BACKWARD_KEYS * width);
+    float* value_sums = scratch.take(BACKWARD_KEYS * value_width);
+    float* scaled = scratch.take(ROWS * width);
+    float* query_sums = scratch.take(ROWS * width);
+    float* grads_out = scratch.take(ROWS * value_width);
+    float* p = scratch.take(ROWS * key_row);
+    float* grad_scores = scratch.take(ROWS * key_row);
+    float* minus_lse = scratch.take(ROWS);
+    float* deltas = scratch.take(ROWS);
+    const Matrix own_key = head(*key, sample, shared);
+    const Matrix own_value = head(*value, sample, shared);
+    bool more = go_on;
+    for (const Range& tile : keys) {
+      const Index padded = up(tile.size());
+      const Matrix tile_key{own_key.at(tile.begin), own_key.row};
+      const Matrix tile_value{own_value.at(tile.begin), own_value.row};
+      turn(tile_key, tile.size(), D, key_turned, key_row, padded);
+      turn(tile_value, tile.size(), E, value_turned, key_row, padded);
+      copy(tile_key, tile.size(), D, keys_here, padded, width);
+      std::fill(key_sums, key_sums + padded * width, 0.0f);
+      std::fill(value_sums, value_sums + padded * value_width, 0.0f);
+      for (Index h = shared * group; h < (shared + 1) * group; ++h) {
+        const Matrix all_queries = head(*query, sample, h);
+        const Matrix all_grads = head(*grad_out, sample, h);
+        const Matrix all_lse = head(*lse, sample, h);
+        const Matrix all_deltas = head(*delta, sample, h);
+        const Matrix grad = head(*grad_query, sample, h);
+        for (const Range& part : queries) {
+          const Band seen = band(*visit, part, tile);
+          const Index rows = part.size();
+          if (seen.first(0) >= seen.end(rows - 1)) {
+            if (!more)
+              for (Index i = part.begin; i < part.end; ++i)
+                std::fill(grad.at(i), grad.at(i) + D, 0.0f);
+            continue;
+          }
+          const bool whole =
+              seen.first(rows - 1) == 0 && seen.end(0) == tile.size();
+          copy({all_queries.at(part.begin), all_queries.row}, rows, D, scaled,
+               rows, width, visit->scale * LOG2E);
+          copy({all_grads.at(part.begin), all_grads.row}, rows, E, grads_out,
+               rows, value_width);
+          for (Index i = 0; i < rows; ++i) {
+            const float l = *all_lse.at(part.begin + i);
+            minus_lse[i] = l == NEVER ? NEVER : -l * LOG2E;
+            deltas[i] = *all_deltas.at(part.begin + i);
+          }
+          for (Index i = 0; i < rows; i += DOWN) {
+            const Index some = std::min<Index>(DOWN, rows - i);
+            const Index first = down(seen.first(i));
+            const Index stop =
+                std::max(first, up(seen.end(i + some - 1)));
+            float *row = p + i * key_row, *grad_row = grad_scores + i * key_row;
+            if (first < stop) {
+              product<false>(some, stop - first, scaled + i * width, width, 1,
+                             key_turned + first, key_row, row + first, key_row,
+                             D);
+              product<false>(some, stop - first, grads_out + i * value_width,
+                             value_width, 1, value_turned + first, key_row,
+                             grad_row + first, key_row, E);
+              backward_rows(some, seen, i, first, stop, row, grad_row, key_row,
+                            minus_lse, deltas);
+            }
+            if (!whole)
+              for (Index r = 0; r < some; ++r)
+                for (float* side : {row + r * key_row, grad_row + r * key_row}) {
+                  std::fill(side, side + first, 0.0f);
+                  std::fill(side + stop, side + padded, 0.0f);
+                }
+            float* sums = query_sums + i * width;
+            product<false>(some, width, grad_row + first, key_row, 1,
+                           keys_here + first * width, width, sums, width,
+                           stop - first);
+            for (Index r = 0; r < some; ++r) {
+              float* to = grad.at(part.begin + i + r);
+              const float* from = sums + r * width;
+              if (more)
+                for (Index j = 0; j < D; ++j) to[j] += from[j] * visit->scale;
+              else
+                for (Index j = 0; j < D; ++j) to[j] = from[j] * visit->scale;
+            }
+          }
+          Index row = 0;
+          for (Index j = 0; j < tile.size(); j += DOWN) {
+            const Index some = std::min<Index>(DOWN, tile.size() - j);
+            // The rows that see one of these columns.
+            row = search(row, rows, [&](Index i) { return seen.end(i) > j; });
+            const Index stop = whole ? rows : search(row, rows, [&](Index i) {
+              return seen.first(i) >= j + some;
+            });
+            product<true>(some, value_width, p + row * key_row + j, 1, key_row,
+                          grads_out + row * value_width, value_width,
+                          value_sums + j * value_width, value_width,
+                          stop - row);
+            product<true>(some, width, grad_scores + row * key_row + j, 1,
+                          key_row, scaled + row * width, width,
+                          key_sums + j * width, width, stop - row);
+          }
+        }
+      }
+      more = true;
+      const Matrix key_grad = head(*grad_key, sample, shared);
+      const Matrix value_grad = head(*grad_value, sample, shared);
+      for (Index i = 0; i < tile.size(); ++i) {
+        for (Index j = 0; j < D; ++j)
+          key_grad.at(tile.begin + i)[j] = key_sums[i * width + j] * LN2;
+        std::copy(value_sums + i * value_width, value_sums + i * value_width + E,
+                  value_grad.at(tile.begin + i));
+      }
+    }
+  });
+}

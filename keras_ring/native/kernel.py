@@ -1,0 +1,234 @@
+"""The C++ attention as a kernel, as far as it is the same on each backend."""
+
+import abc
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_ring.kernel import BlockGradients, Kernel
+from keras_ring.masks import Causal, Mask, SlidingWindow
+from keras_ring.masks.by_position import Before
+from keras_ring.masks.mask import And
+from keras_ring.native.library import Unavailable
+from keras_ring.numerics import Partial
+from keras_ring.tiling import Block
+
+Tensor = Any
+
+# Further apart than any two positions.
+FAR = 2**40
+
+
+class Band(NamedTuple):
+    """The pairs that count: those with
+    `least <= query position - key position <= most` and a key before the
+    position `stop`."""
+
+    least: int = -FAR
+    most: int = FAR
+    stop: int = FAR
+
+    def both(self, other: "Band") -> "Band":
+        """The pairs that count in both."""
+        return Band(
+            max(self.least, other.least),
+            min(self.most, other.most),
+            min(self.stop, other.stop),
+        )
+
+
+class NativeKernel(Kernel):
+    """float32 attention with a `Band` of pairs in one call, which adds to what
+    was there before.
+
+    A subclass says how its framework calls the library.
+
+    Args:
+        otherwise: computes the visits that do not fit: of other dtypes,
+            masks and scores, and of sizes that are not known.
+    """
+
+    name = "native"
+
+    def __init__(self, otherwise: Kernel):
+        self.otherwise = otherwise
+
+    @abc.abstractmethod
+    def load(self) -> None:
+        """Compile and load the library, once.
+
+        Raises:
+            Unavailable: if that does not work here.
+        """
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        partial: Partial | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        block: Block,
+        band: Band,
+    ) -> Partial:
+        """`Kernel.fold` of what fits."""
+
+    @abc.abstractmethod
+    def backward(
+        self,
+        grad_query: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        grad_out: Tensor,
+        block: Block,
+        band: Band,
+    ) -> BlockGradients:
+        """`Kernel.fold_backward` of what fits."""
+
+    def here(self) -> bool:
+        """Whether it is preferred in this process, apart from device and
+        dtype."""
+        return True
+
+    def available(
+        self, device: str | None = None, dtype: str | None = None
+    ) -> bool:
+        if device not in (None, "cpu") or dtype not in (None, "float32"):
+            return False
+        return self.here() and self.loads()
+
+    def loads(self) -> bool:
+        """Whether there is a library; a compiler that fails is told of."""
+        try:
+            self.load()
+        except Unavailable as error:
+            _tell(str(error))
+            return False
+        return True
+
+    def rounds(self, dtype: str) -> bool:
+        return False
+
+    def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
+        return self.otherwise.branch(predicate, yes, no)
+
+    def block_forward(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    ) -> Partial:
+        return self.fold(None, query, key, value, block)
+
+    def fold(
+        self,
+        partial: Partial | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        block: Block,
+    ) -> Partial:
+        band = self._band(query, key, value, block)
+        if band is None:
+            return self.otherwise.fold(partial, query, key, value, block)
+        return self.forward(partial, query, key, value, block, band)
+
+    def block_backward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        grad_out: Tensor,
+        block: Block,
+    ) -> BlockGradients:
+        return self.fold_backward(
+            None, query, key, value, out, lse, delta, grad_out, block
+        )
+
+    def fold_backward(
+        self,
+        grad_query: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        grad_out: Tensor,
+        block: Block,
+    ) -> BlockGradients:
+        band = self._band(query, key, value, block)
+        if band is None:
+            return self.otherwise.fold_backward(
+                *(grad_query, query, key, value, out, lse, delta, grad_out),
+                block,
+            )
+        del out  # Already in delta.
+        return self.backward(
+            *(grad_query, query, key, value, lse, delta, grad_out, block, band)
+        )
+
+    def _band(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    ) -> Band | None:
+        """None for a visit that does not fit."""
+        tensors = query, key, value
+        fits = (
+            block.scoring.only_products
+            and all(dtype_of(t) == "float32" for t in tensors)
+            and all(
+                isinstance(size, int) and size for t in tensors for size in t.shape
+            )
+        )
+        return band(block.scoring.mask) if fits else None
+
+
+def dtype_of(tensor: Tensor) -> str:
+    found: str = keras.backend.standardize_dtype(tensor.dtype)
+    return found
+
+
+def band(mask: Mask | None) -> Band | None:
+    """The pairs of a mask; None if they are no band."""
+    match mask:
+        case None:
+            return Band()
+        case Causal():
+            return Band(least=0)
+        case SlidingWindow(size=size):
+            return Band(1 - size, size - 1)
+        case Before(limit=int(limit), queries=False):
+            return Band(stop=limit)
+        case And(first=first, second=second):
+            sides = band(first), band(second)
+            if sides[0] is not None and sides[1] is not None:
+                return sides[0].both(sides[1])
+    return None
+
+
+def threads() -> int:
+    """As many as this process has cores for."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_told: set[str] = set()
+
+
+def _tell(why: str) -> None:
+    """Warn once of a compiler that is there and fails; that there is none is
+    nothing to be told of."""
+    if "failed" in why and why not in _told:
+        _told.add(why)
+        warnings.warn(
+            f"The attention kernel 'native' is not used: {why}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
