@@ -36,14 +36,17 @@ using Index = int64_t;
 
 // Keys that are packed at a time, and in the backward queries.
 constexpr Index FORWARD_KEYS = 256, BACKWARD_KEYS = 256, ROWS = 96;
+// Tiles of keys that rows of the forward meet one after the other, before the
+// next rows.
+constexpr Index TOGETHER = 4;
 // Rows of packed keys do not all begin in the same places of a cache.
 constexpr Index GAP = LANES;
 
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
-Index up(Index number) { return (number + LANES - 1) / LANES * LANES; }
-Index down(Index number) { return number / LANES * LANES; }
+constexpr Index up(Index number) { return (number + LANES - 1) / LANES * LANES; }
+constexpr Index down(Index number) { return number / LANES * LANES; }
 
 inline Vector load(const float* from) {
   Vector found;
@@ -55,7 +58,8 @@ inline void store(float* to, Vector vector) {
   std::memcpy(to, &vector, sizeof vector);
 }
 
-inline Vector all(float number) { return Vector{} + number; }
+// The difference, unlike the sum, is no operation: -0 stays what it is.
+inline Vector all(float number) { return number - Vector{}; }
 
 // 2^x to float32's precision; 0 below -127, and what is no number stays none.
 inline Vector exp2(Vector x) {
@@ -71,6 +75,26 @@ inline Vector exp2(Vector x) {
   p = p * f + 6.931472028550421e-1f;
   p = p * f + 1.0f;
   return (Vector)((Integers)p + ((Integers)shifted << 23));
+}
+
+// One number of all of a vector's, by halves.
+template <int N, class Function>
+inline float reduced(const float* numbers, const Function& function) {
+  if constexpr (N == 1) {
+    return *numbers;
+  } else {
+    float half[N / 2];
+    for (int i = 0; i < N / 2; ++i)
+      half[i] = function(numbers[i], numbers[i + N / 2]);
+    return reduced<N / 2>(half, function);
+  }
+}
+
+template <class Function>
+inline float reduced(Vector vector, const Function& function) {
+  float numbers[LANES];
+  store(numbers, vector);
+  return reduced<LANES>(numbers, function);
 }
 
 // c (M, N vectors) = a (M, depth) b (depth, N vectors), added to c with ADD.
@@ -259,73 +283,93 @@ void forward_rows(Index rows, const Band& band, Index from, Index width,
   const Index columns = stop - first;
   product<false>(rows, columns, query, query_row, 1, key_turned + first,
                  key_row, scores, FORWARD_KEYS, width);
+  // What the sums so far are less than they seemed, of each row.
+  float decay[up(DOWN)] = {}, new_top[DOWN];
   for (Index i = 0; i < rows; ++i) {
     float* row = scores + i * FORWARD_KEYS;
-    const Index begin = band.first(from + i), end = band.end(from + i);
-    hide(row - first, first, begin, end, stop);
+    hide(row - first, first, band.first(from + i), band.end(from + i), stop);
     Vector most = load(row);
     for (Index j = LANES; j < columns; j += LANES) {
       const Vector next = load(row + j);
       most = most < next ? next : most;
     }
-    float highest = most[0];
-    for (int j = 1; j < LANES; ++j) highest = std::max(highest, most[j]);
+    const float highest =
+        reduced(most, [](float a, float b) { return a < b ? b : a; });
     // Of the lowest number: no difference of two infinities is taken in a row
     // that saw nothing so far.
-    const float new_top = std::max(
+    new_top[i] = std::max(
         {top[i], highest * factor, std::numeric_limits<float>::lowest()});
-    const Vector minus = all(-new_top), by = all(factor);
+    decay[i] = top[i] - new_top[i];
+  }
+  for (Index i = 0; i < up(DOWN); i += LANES)
+    store(decay + i, exp2(load(decay + i)));
+  for (Index i = 0; i < rows; ++i) {
+    float* row = scores + i * FORWARD_KEYS;
+    const Vector minus = all(-new_top[i]), by = all(factor);
     Vector sum{};
     for (Index j = 0; j < columns; j += LANES) {
       const Vector p = exp2(load(row + j) * by + minus);
       store(row + j, p);
       sum += p;
     }
-    float row_sum = 0.0f;
-    for (int j = 0; j < LANES; ++j) row_sum += sum[j];
-    if (new_top != top[i]) {
-      const float decay = std::exp2(top[i] - new_top);
-      total[i] *= decay;
-      for (Index j = 0; j < value_width; j += LANES)
-        store(out + i * value_width + j, load(out + i * value_width + j) * decay);
-      top[i] = new_top;
-    }
-    total[i] += row_sum;
+    total[i] = total[i] * decay[i] +
+               reduced(sum, [](float a, float b) { return a + b; });
+    if (new_top[i] != top[i])
+      for (Index j = 0; j < value_width; j += LANES) {
+        float* here = out + i * value_width + j;
+        store(here, load(here) * decay[i]);
+      }
+    top[i] = new_top[i];
   }
   product<true>(rows, value_width, scores, FORWARD_KEYS, 1,
                 value + first * value_width, value_width, out, value_width,
                 columns);
 }
 
+// A tile of keys, packed.
+struct Packed {
+  Range keys;
+  const float *key_turned, *value;
+};
+
 void forward_head(const keras_ring_visit& visit, const Matrix& query,
-                  const Matrix& out, const Matrix& lse, const Range& keys,
-                  const std::vector<Range>& queries, const float* key_turned,
-                  Index key_row, const float* value, float* scores, float* sums,
-                  bool go_on) {
+                  const Matrix& out, const Matrix& lse,
+                  const std::vector<Packed>& tiles,
+                  const std::vector<Range>& queries, Index key_row,
+                  float* scores, float* sums, bool go_on) {
   const Index value_width = up(visit.value_width);
   const float factor = visit.scale * LOG2E;
-  for (const Range& tile : queries) {
-    const Band seen = band(visit, tile, keys);
-    for (Index i = 0; i < tile.size(); i += DOWN) {
-      const Index rows = std::min<Index>(DOWN, tile.size() - i);
-      const Index row = tile.begin + i;
-      const bool some = seen.first(i) < seen.end(i + rows - 1);
-      if (go_on && !some) continue;
+  for (const Range& part : queries)
+    for (Index i = 0; i < part.size(); i += DOWN) {
+      const Index rows = std::min<Index>(DOWN, part.size() - i);
+      const Index row = part.begin + i;
       float top[DOWN], total[DOWN];
-      for (Index r = 0; r < rows; ++r) {
-        const float before = go_on ? *lse.at(row + r) : NEVER;
-        const bool there = before != NEVER;
-        top[r] = there ? before * LOG2E : std::numeric_limits<float>::lowest();
-        total[r] = there ? 1.0f : 0.0f;
-        float* sum = sums + r * value_width;
-        std::fill(sum, sum + value_width, 0.0f);
-        if (there)
-          std::copy(out.at(row + r), out.at(row + r) + visit.value_width, sum);
-      }
-      if (some)
+      bool begun = false;
+      auto begin = [&] {
+        for (Index r = 0; r < rows; ++r) {
+          const float before = go_on ? *lse.at(row + r) : NEVER;
+          const bool there = before != NEVER;
+          top[r] = there ? before * LOG2E : std::numeric_limits<float>::lowest();
+          total[r] = there ? 1.0f : 0.0f;
+          float* sum = sums + r * value_width;
+          std::fill(sum, sum + value_width, 0.0f);
+          if (there)
+            std::copy(out.at(row + r), out.at(row + r) + visit.value_width, sum);
+        }
+        begun = true;
+      };
+      for (const Packed& tile : tiles) {
+        const Band seen = band(visit, part, tile.keys);
+        if (seen.first(i) >= seen.end(i + rows - 1)) continue;
+        if (!begun) begin();
         forward_rows(rows, seen, i, visit.width, value_width, query.at(row),
-                     query.row, key_turned, key_row, value, factor, scores,
-                     sums, top, total);
+                     query.row, tile.key_turned, key_row, tile.value, factor,
+                     scores, sums, top, total);
+      }
+      if (!begun) {
+        if (go_on) continue;
+        begin();
+      }
       for (Index r = 0; r < rows; ++r) {
         const bool there = total[r] != 0.0f;
         const float by = there ? 1.0f / total[r] : 0.0f;
@@ -335,7 +379,6 @@ void forward_head(const keras_ring_visit& visit, const Matrix& query,
             there ? (top[r] + std::log2(total[r])) * LN2 : NEVER;
       }
     }
-  }
 }
 
 // What a few rows of queries and a tile of keys have: scores become
@@ -379,26 +422,35 @@ extern "C" void keras_ring_forward(const keras_ring_visit* visit,
   const Index key_row = FORWARD_KEYS + GAP;
   const Index group = visit->heads / visit->key_heads;
   each(*visit, [&](Index sample, Index shared) {
-    scratch.begin(up(visit->width * key_row) +
-                  up(FORWARD_KEYS * value_width) + up(DOWN * FORWARD_KEYS) +
-                  up(DOWN * value_width));
-    float* key_turned = scratch.take(visit->width * key_row);
-    float* values = scratch.take(FORWARD_KEYS * value_width);
+    const Index key_size = visit->width * key_row;
+    const Index value_size = FORWARD_KEYS * value_width;
+    scratch.begin(TOGETHER * (key_size + value_size) + DOWN * FORWARD_KEYS +
+                  DOWN * value_width);
+    float* keys_turned = scratch.take(TOGETHER * key_size);
+    float* values = scratch.take(TOGETHER * value_size);
     float* scores = scratch.take(DOWN * FORWARD_KEYS);
     float* sums = scratch.take(DOWN * value_width);
     const Matrix own_key = head(*key, sample, shared);
     const Matrix own_value = head(*value, sample, shared);
     bool more = go_on;
-    for (const Range& tile : keys) {
-      const Index padded = up(tile.size());
-      turn({own_key.at(tile.begin), own_key.row}, tile.size(), visit->width,
-           key_turned, key_row, padded);
-      copy({own_value.at(tile.begin), own_value.row}, tile.size(),
-           visit->value_width, values, padded, value_width);
+    for (std::size_t first = 0; first < keys.size(); first += TOGETHER) {
+      std::vector<Packed> tiles;
+      for (std::size_t i = first; i < std::min(first + TOGETHER, keys.size());
+           ++i) {
+        const Range& tile = keys[i];
+        float* key_turned = keys_turned + tiles.size() * key_size;
+        float* tile_value = values + tiles.size() * value_size;
+        const Index padded = up(tile.size());
+        turn({own_key.at(tile.begin), own_key.row}, tile.size(), visit->width,
+             key_turned, key_row, padded);
+        copy({own_value.at(tile.begin), own_value.row}, tile.size(),
+             visit->value_width, tile_value, padded, value_width);
+        tiles.push_back({tile, key_turned, tile_value});
+      }
       for (Index h = shared * group; h < (shared + 1) * group; ++h)
         forward_head(*visit, head(*query, sample, h), head(*out, sample, h),
-                     head(*lse, sample, h), tile, queries, key_turned, key_row,
-                     values, scores, sums, more);
+                     head(*lse, sample, h), tiles, queries, key_row, scores,
+                     sums, more);
       more = true;
     }
   });
