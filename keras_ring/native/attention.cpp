@@ -266,14 +266,39 @@ void each(const keras_ring_visit& visit, const Function& function) {
   for (auto& helper : helpers) helper.join();
 }
 
-inline void hide(float* row, Index begin, Index first, Index end, Index stop) {
-  std::fill(row + begin, row + std::max(first, begin), NEVER);
+// Of one head and its keys from some on; no `data` hides nothing.
+struct Mask {
+  const uint8_t* data;
+  Index row;
+  // The mask from a query and a key on.
+  Mask from(Index query, Index key) const {
+    return {data ? data + query * row + key : nullptr, row};
+  }
+};
+
+Mask mask_of(const keras_ring_visit& visit, Index sample, Index number) {
+  return {visit.mask ? visit.mask + sample * visit.mask_batch +
+                           number * visit.mask_head
+                     : nullptr,
+          visit.mask_row};
+}
+
+// Scores of the pairs of row `i` that do not count, of the columns from `first`
+// to before `stop`.
+inline void hide(float* row, const Band& band, const Mask& mask, Index i,
+                 Index first, Index stop) {
+  const Index begin = band.first(i), end = band.end(i);
+  std::fill(row + first, row + std::max(begin, first), NEVER);
   std::fill(row + std::min(end, stop), row + stop, NEVER);
+  if (!mask.data) return;
+  const uint8_t* counts = mask.data + i * mask.row;
+  for (Index j = std::max(begin, first); j < std::min(end, stop); ++j)
+    row[j] = counts[j] ? row[j] : NEVER;
 }
 
 // A few rows of queries and a tile of keys.
-void forward_rows(Index rows, const Band& band, Index from, Index width,
-                  Index value_width, const float* query, Index query_row,
+void forward_rows(Index rows, const Band& band, const Mask& mask, Index from,
+                  Index width, Index value_width, const float* query, Index query_row,
                   const float* key_turned, Index key_row, const float* value,
                   float factor, float* scores, float* out, float* top,
                   float* total) {
@@ -287,7 +312,7 @@ void forward_rows(Index rows, const Band& band, Index from, Index width,
   float decay[up(DOWN)] = {}, new_top[DOWN];
   for (Index i = 0; i < rows; ++i) {
     float* row = scores + i * FORWARD_KEYS;
-    hide(row - first, first, band.first(from + i), band.end(from + i), stop);
+    hide(row - first, band, mask, from + i, first, stop);
     Vector most = load(row);
     for (Index j = LANES; j < columns; j += LANES) {
       const Vector next = load(row + j);
@@ -333,7 +358,7 @@ struct Packed {
 };
 
 void forward_head(const keras_ring_visit& visit, const Matrix& query,
-                  const Matrix& out, const Matrix& lse,
+                  const Matrix& out, const Matrix& lse, const Mask& mask,
                   const std::vector<Packed>& tiles,
                   const std::vector<Range>& queries, Index key_row,
                   float* scores, float* sums, bool go_on) {
@@ -362,9 +387,10 @@ void forward_head(const keras_ring_visit& visit, const Matrix& query,
         const Band seen = band(visit, part, tile.keys);
         if (seen.first(i) >= seen.end(i + rows - 1)) continue;
         if (!begun) begin();
-        forward_rows(rows, seen, i, visit.width, value_width, query.at(row),
-                     query.row, tile.key_turned, key_row, tile.value, factor,
-                     scores, sums, top, total);
+        forward_rows(rows, seen, mask.from(part.begin, tile.keys.begin), i,
+                     visit.width, value_width, query.at(row), query.row,
+                     tile.key_turned, key_row, tile.value, factor, scores, sums,
+                     top, total);
       }
       if (!begun) {
         if (go_on) continue;
@@ -383,12 +409,12 @@ void forward_head(const keras_ring_visit& visit, const Matrix& query,
 
 // What a few rows of queries and a tile of keys have: scores become
 // probabilities, and the gradient of these that of the scores.
-void backward_rows(Index rows, const Band& band, Index from, Index first,
-                   Index stop, float* p, float* grad, Index p_row,
+void backward_rows(Index rows, const Band& band, const Mask& mask, Index from,
+                   Index first, Index stop, float* p, float* grad, Index p_row,
                    const float* minus_lse, const float* delta) {
   for (Index i = 0; i < rows; ++i) {
     float *row = p + i * p_row, *grad_row = grad + i * p_row;
-    hide(row, first, band.first(from + i), band.end(from + i), stop);
+    hide(row, band, mask, from + i, first, stop);
     const Vector minus = all(minus_lse[from + i]), less = all(delta[from + i]);
     for (Index j = first; j < stop; j += LANES) {
       const Vector here = exp2(load(row + j) + minus);
@@ -449,8 +475,8 @@ extern "C" void keras_ring_forward(const keras_ring_visit* visit,
       }
       for (Index h = shared * group; h < (shared + 1) * group; ++h)
         forward_head(*visit, head(*query, sample, h), head(*out, sample, h),
-                     head(*lse, sample, h), tiles, queries, key_row, scores,
-                     sums, more);
+                     head(*lse, sample, h), mask_of(*visit, sample, h), tiles,
+                     queries, key_row, scores, sums, more);
       more = true;
     }
   });
@@ -506,6 +532,7 @@ extern "C" void keras_ring_backward(
         const Matrix all_lse = head(*lse, sample, h);
         const Matrix all_deltas = head(*delta, sample, h);
         const Matrix grad = head(*grad_query, sample, h);
+        const Mask all_pairs = mask_of(*visit, sample, h);
         for (const Range& part : queries) {
           const Band seen = band(*visit, part, tile);
           const Index rows = part.size();
@@ -539,7 +566,9 @@ extern "C" void keras_ring_backward(
               product<false>(some, stop - first, grads_out + i * value_width,
                              value_width, 1, value_turned + first, key_row,
                              grad_row + first, key_row, E);
-              backward_rows(some, seen, i, first, stop, row, grad_row, key_row,
+              backward_rows(some, seen,
+                            all_pairs.from(part.begin, tile.begin), i, first,
+                            stop, row, grad_row, key_row,
                             minus_lse, deltas);
             }
             if (!whole)

@@ -32,6 +32,10 @@ struct keras_ring_visit {
   int64_t least, most, stop;
   float scale;      // Of the products.
   int32_t threads;  // At most so many.
+  // (batch, heads, queries, keys), neighbours along the keys: 0 where a pair
+  // does not count. Null where there is nothing to add to the above.
+  const uint8_t* mask;
+  int64_t mask_batch, mask_head, mask_row;  // Strides.
 };
 
 // The partial result of the visit. `lse` (batch, heads, queries) is the

@@ -49,9 +49,13 @@ class NativeKernel(Kernel):
     Args:
         otherwise: computes the visits that do not fit: of other dtypes,
             masks and scores, and of sizes that are not known.
+
+    Attributes:
+        any_mask: whether masks are taken that are no `Band`.
     """
 
     name = "native"
+    any_mask = False
 
     def __init__(self, otherwise: Kernel):
         self.otherwise = otherwise
@@ -72,9 +76,10 @@ class NativeKernel(Kernel):
         key: Tensor,
         value: Tensor,
         block: Block,
-        band: Band,
+        pairs: Any,
     ) -> Partial:
-        """`Kernel.fold` of what fits."""
+        """`Kernel.fold` of what fits; `pairs` is the mask as a `Band`, or None
+        with `any_mask`."""
 
     @abc.abstractmethod
     def backward(
@@ -87,7 +92,7 @@ class NativeKernel(Kernel):
         delta: Tensor,
         grad_out: Tensor,
         block: Block,
-        band: Band,
+        pairs: Any,
     ) -> BlockGradients:
         """`Kernel.fold_backward` of what fits."""
 
@@ -131,10 +136,10 @@ class NativeKernel(Kernel):
         value: Tensor,
         block: Block,
     ) -> Partial:
-        band = self._band(query, key, value, block)
-        if band is None:
+        if not self._fits(query, key, value, block):
             return self.otherwise.fold(partial, query, key, value, block)
-        return self.forward(partial, query, key, value, block, band)
+        pairs = band(block.scoring.mask)
+        return self.forward(partial, query, key, value, block, pairs)
 
     def block_backward(
         self,
@@ -163,30 +168,34 @@ class NativeKernel(Kernel):
         grad_out: Tensor,
         block: Block,
     ) -> BlockGradients:
-        band = self._band(query, key, value, block)
-        if band is None:
+        if not self._fits(query, key, value, block):
             return self.otherwise.fold_backward(
                 *(grad_query, query, key, value, out, lse, delta, grad_out),
                 block,
             )
         del out  # Already in delta.
+        pairs = band(block.scoring.mask)
         return self.backward(
-            *(grad_query, query, key, value, lse, delta, grad_out, block, band)
+            *(grad_query, query, key, value, lse, delta, grad_out, block, pairs)
         )
 
-    def _band(
+    def _fits(
         self, query: Tensor, key: Tensor, value: Tensor, block: Block
-    ) -> Band | None:
-        """None for a visit that does not fit."""
-        tensors = query, key, value
-        fits = (
-            block.scoring.only_products
-            and all(dtype_of(t) == "float32" for t in tensors)
+    ) -> bool:
+        """Whether a visit has float32 scores that are scaled products, sizes
+        that are known and a mask that the library takes."""
+        scoring, tensors = block.scoring, (query, key, value)
+        return (
+            scoring.only_products
+            and scoring.scale > 0
+            and all(dtype_of(tensor) == "float32" for tensor in tensors)
             and all(
-                isinstance(size, int) and size for t in tensors for size in t.shape
+                isinstance(size, int) and size
+                for tensor in tensors
+                for size in tensor.shape
             )
+            and (self.any_mask or band(scoring.mask) is not None)
         )
-        return band(block.scoring.mask) if fits else None
 
 
 def dtype_of(tensor: Tensor) -> str:

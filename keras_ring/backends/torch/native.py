@@ -1,12 +1,15 @@
 """The C++ attention on PyTorch: called with the addresses of tensors, which
-may be views, so that nothing is copied."""
+may be views, so that nothing is copied. Python lets go of its lock while the
+library computes."""
 
 import ctypes
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from keras_ring.backends.torch.pieces import Piece, pieces
 from keras_ring.kernel import BlockGradients
 from keras_ring.native import library
 from keras_ring.native.kernel import Band, NativeKernel
@@ -29,6 +32,8 @@ class Visit(ctypes.Structure):
         *((name, Count) for name in ("least", "most", "stop")),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
+        ("mask", ctypes.c_void_p),
+        *((name, Count) for name in ("mask_batch", "mask_head", "mask_row")),
     )
 
 
@@ -42,7 +47,10 @@ class Tensor(ctypes.Structure):
 
 
 class TorchNativeKernel(NativeKernel):
-    """Python lets go of its lock while the library computes."""
+    """A visit in one call, or in one for each of its `pieces` under a mask
+    that is no band."""
+
+    any_mask = True
 
     def load(self) -> None:
         _library()
@@ -54,20 +62,21 @@ class TorchNativeKernel(NativeKernel):
         key: torch.Tensor,
         value: torch.Tensor,
         block: Block,
-        band: Band,
+        pairs: Band | None,
     ) -> Partial:
-        batch, heads, length, _ = query.shape
-        go_on = partial is not None
+        if pairs is not None:
+            return _forward(partial, query, key, value, _visit(block, pairs))
         if partial is None:
             partial = Partial(
-                _empty(batch, heads, length, value.shape[3]),
-                torch.empty((batch, heads, length)),
+                _empty(*query.shape[:3], value.shape[3]).zero_(),
+                query.new_full(query.shape[:3], -float("inf")),
             )
-        _library().keras_ring_forward(
-            ctypes.byref(_visit(query, key, value, block, band)),
-            *_tensors(query, key, value, partial.out, partial.lse[..., None]),
-            int(go_on),
-        )
+        for rows, columns, visit in _rectangles(block, query, key):
+            _forward(
+                Partial(partial.out[:, :, rows], partial.lse[:, :, rows]),
+                *(query[:, :, rows], key[:, :, columns], value[:, :, columns]),
+                visit,
+            )
         return partial
 
     def backward(
@@ -80,29 +89,102 @@ class TorchNativeKernel(NativeKernel):
         delta: torch.Tensor,
         grad_out: torch.Tensor,
         block: Block,
-        band: Band,
+        pairs: Band | None,
     ) -> BlockGradients:
-        go_on = grad_query is not None
+        if pairs is not None:
+            return _backward(
+                *(grad_query, query, key, value, lse, delta, grad_out),
+                _visit(block, pairs),
+            )
         if grad_query is None:
-            grad_query = _empty(*query.shape)
-        grads = grad_query, _empty(*key.shape), _empty(*value.shape)
-        _library().keras_ring_backward(
-            ctypes.byref(_visit(query, key, value, block, band)),
-            *_tensors(query, key, value, lse[..., None], delta[..., None]),
-            *_tensors(grad_out, *grads),
-            int(go_on),
+            grad_query = _empty(*query.shape).zero_()
+        grads = BlockGradients(
+            grad_query, *(_empty(*t.shape).zero_() for t in (key, value))
         )
-        return BlockGradients(*grads)
+        for rows, columns, visit in _rectangles(block, query, key):
+            own = [t[:, :, rows] for t in (grads.query, query)]
+            seen = [t[:, :, columns] for t in (key, value)]
+            rest = [t[:, :, rows] for t in (lse, delta, grad_out)]
+            share = _backward(*own, *seen, *rest, visit)
+            grads.key[:, :, columns] += share.key
+            grads.value[:, :, columns] += share.value
+        return grads
 
     def add(self, total: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         return total.add_(share)
 
 
+def _rectangles(
+    block: Block, query: torch.Tensor, key: torch.Tensor
+) -> Iterator[tuple[slice, slice, Visit]]:
+    """Rows and columns of each rectangle of a visit, and what counts in it."""
+    for piece in pieces(block, query.shape[2], key.shape[2]):
+        visit = _rectangle(piece, block.scoring.scale)
+        for step in range(0, piece.count * piece.step or 1, piece.step or 1):
+            rows, columns = (
+                slice(side.start + step, side.stop + step)
+                for side in (piece.queries, piece.keys)
+            )
+            yield rows, columns, visit
+
+
+def _forward(
+    partial: Partial | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    visit: Visit,
+) -> Partial:
+    """The partial result, with what was there before, which is overwritten."""
+    batch, heads, length, _ = query.shape
+    go_on = partial is not None
+    if partial is None:
+        partial = Partial(
+            _empty(batch, heads, length, value.shape[3]),
+            torch.empty((batch, heads, length)),
+        )
+    _measure(visit, query, key, value)
+    _library().keras_ring_forward(
+        ctypes.byref(visit),
+        *_tensors(query, key, value, partial.out, partial.lse[..., None]),
+        int(go_on),
+    )
+    return partial
+
+
+def _backward(
+    grad_query: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    grad_out: torch.Tensor,
+    visit: Visit,
+) -> BlockGradients:
+    """The gradients; `grad_query` is overwritten by its sum with the
+    query's."""
+    go_on = grad_query is not None
+    if grad_query is None:
+        grad_query = _empty(*query.shape)
+    grads = grad_query, _empty(*key.shape), _empty(*value.shape)
+    _measure(visit, query, key, value)
+    _library().keras_ring_backward(
+        ctypes.byref(visit),
+        *_tensors(query, key, value, lse[..., None], delta[..., None]),
+        *_tensors(grad_out, *grads),
+        int(go_on),
+    )
+    return BlockGradients(*grads)
+
+
 @functools.cache
 def _library() -> Any:
-    return ctypes.CDLL(
-        str(library.build("attention", [library.ATTENTION]))
-    )
+    """
+    Raises:
+        Unavailable: if it cannot be compiled here.
+    """
+    return ctypes.CDLL(str(library.build("attention", [library.ATTENTION])))
 
 
 def _empty(batch: int, heads: int, length: int, width: int) -> torch.Tensor:
@@ -111,22 +193,57 @@ def _empty(batch: int, heads: int, length: int, width: int) -> torch.Tensor:
     return torch.empty((batch, length, heads, width)).transpose(1, 2)
 
 
-def _visit(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    block: Block,
+def _visit(block: Block, band: Band) -> Visit:
+    """All but the sizes."""
+    return _made(
+        block.query_starts, block.key_starts, band, block.scoring.scale
+    )
+
+
+def _rectangle(piece: Piece, scale: float) -> Visit:
+    """The same of a rectangle with places of its own."""
+    pairs = Band(least=0) if piece.causal else Band()
+    visit = _made((0,), (0,), pairs, scale)
+    if piece.mask is not None:
+        mask = piece.allowed(torch.device("cpu"))
+        if mask.stride(3) != 1:
+            mask = mask.contiguous()
+        # An axis of 1 is the same for all.
+        visit.mask_batch, visit.mask_head, visit.mask_row = (
+            0 if size == 1 else stride
+            for size, stride in zip(mask.shape[:3], mask.stride(), strict=False)
+        )
+        visit.mask, visit.hold = mask.data_ptr(), mask
+    return visit
+
+
+def _made(
+    query_starts: Sequence[Any],
+    key_starts: Sequence[Any],
     band: Band,
+    scale: float,
 ) -> Visit:
     starts = [
         (ctypes.c_int32 * len(side))(*map(int, side))
-        for side in (block.query_starts, block.key_starts)
+        for side in (query_starts, key_starts)
     ]
     return Visit(
-        *(*query.shape[:2], key.shape[1], query.shape[2], key.shape[2]),
-        *(query.shape[3], value.shape[3], *map(len, starts), *starts, *band),
-        *(block.scoring.scale, torch.get_num_threads()),
+        query_parts=len(query_starts),
+        key_parts=len(key_starts),
+        query_starts=starts[0],
+        key_starts=starts[1],
+        scale=scale,
+        threads=torch.get_num_threads(),
+        **band._asdict(),
     )
+
+
+def _measure(
+    visit: Visit, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    """Enter the sizes."""
+    visit.batch, visit.heads, visit.queries, visit.width = query.shape
+    _, visit.key_heads, visit.keys, visit.value_width = value.shape
 
 
 def _tensors(*tensors: torch.Tensor) -> list[Any]:
@@ -137,6 +254,6 @@ def _tensors(*tensors: torch.Tensor) -> list[Any]:
         if tensor.stride(3) != 1 and tensor.shape[3] > 1:
             tensor = tensor.contiguous()
         made = Tensor(tensor.data_ptr(), *tensor.stride()[:3])
-        made.tensor = tensor  # As long as the call needs it.
+        made.hold = tensor  # Until the call is over.
         found.append(ctypes.byref(made))
     return found

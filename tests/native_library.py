@@ -1,0 +1,17 @@
+"""Whether the C++ library can be compiled here."""
+
+import pytest
+
+from keras_ring.native import library
+
+
+def _why():
+    try:
+        library.build("attention", [library.ATTENTION])
+    except library.Unavailable as error:
+        return str(error)
+    return ""
+
+
+WHY = _why()
+NEEDED = pytest.mark.skipif(bool(WHY), reason=f"no C++ library: {WHY}")

@@ -1,0 +1,196 @@
+"""The C++ attention on PyTorch: what it computes, and when it is taken."""
+
+import dataclasses
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import keras_ring
+from keras_ring import config, kernels, masks
+from keras_ring.backends.torch import native
+from keras_ring.backends.torch.native import TorchNativeKernel
+from keras_ring.native import library
+from keras_ring.numerics import Partial
+from keras_ring.scoring import Scoring
+from keras_ring.tiling import Block
+from tests import reference
+from tests.kernel_choice import tensors
+from tests.native_library import NEEDED
+from tests.visits import CASES, TOLERANCE, Case, Refusing, Visit
+
+pytestmark = NEEDED
+CASES = {
+    **{name: case for name, case in CASES.items() if case.dtype == "float32"},
+    "halved": Case("causal", queries=1100, keys=1100, batch=2, heads=4),
+    "odd": Case("causal", queries=301, keys=523, head_dim=20, value_dim=36),
+    "wide": Case("window", queries=130, keys=140, head_dim=130, value_dim=80),
+    "narrow": Case("window-causal", head_dim=1, value_dim=3),
+    "tiles-pairs": Case("pairs", queries=700, keys=1300),
+}
+
+
+@pytest.fixture(params=[1, 2], ids=["one-thread", "two-threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "options",
+    [{"rest": 40}, {"pull": True}],
+    ids=["in-a-ring", "lse-has-a-gradient"],
+)
+def test_visits_are_exact(name, options, threads):
+    Visit(CASES[name], **options).check(TorchNativeKernel(Refusing()))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_other_dtypes_are_left_to_another_kernel(dtype):
+    visit = Visit(dataclasses.replace(CASES["causal"], dtype=dtype))
+    with pytest.raises(AssertionError, match="not fused"):
+        visit.check(TorchNativeKernel(Refusing()))
+
+
+@pytest.mark.parametrize("options", [{"soft_cap": 2.0}, {"scale": -0.3}])
+def test_other_scores_are_left_to_another_kernel(options):
+    visit = Visit(CASES["causal"])
+    scoring = dataclasses.replace(visit.block.scoring, **options)
+    visit.block = dataclasses.replace(visit.block, scoring=scoring)
+    with pytest.raises(AssertionError, match="not fused"):
+        visit.check(TorchNativeKernel(Refusing()))
+
+
+@pytest.mark.parametrize(
+    "mask", ["causal", "prefix"], ids=["in-one-call", "in-pieces"]
+)
+def test_balanced_chunks_one_after_the_other(mask):
+    """Two parts of queries meet two parts of keys, and then others: what is
+    there already is added to."""
+    draw = np.random.default_rng(0)
+    length, part, (own, others) = 800, 200, ((200, 600), (0, 400))
+    place = np.concatenate([np.arange(part) + start for start in own])
+    other = np.concatenate([np.arange(part) + start for start in others])
+    arrays = [draw.normal(size=(2, length, 4, 16)) for _ in range(4)]
+    allowed = reference.causal(length, length)
+    found = masks.Causal()
+    if mask == "prefix":
+        allowed = allowed | (np.arange(length) < 250)
+        found = masks.PrefixLM(250)
+    want = reference.full_attention(*arrays, allowed=allowed, scale=0.25)
+    query, key, value, grad_out = (
+        torch.from_numpy(a).float().transpose(1, 2) for a in arrays
+    )
+    query, grad_out, out, lse = (
+        t[:, :, place]
+        for t in (
+            query,
+            grad_out,
+            *(
+                torch.from_numpy(a).float().transpose(1, 2)
+                for a in (want.out, want.lse)
+            ),
+        )
+    )
+    kernel = TorchNativeKernel(Refusing())
+    delta = kernel.row_delta(out, grad_out, torch.zeros_like(lse))
+    partial = grad_query = None
+    grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+    for starts, columns in ((own, place), (others, other)):
+        block = Block(own, starts, Scoring(scale=0.25, mask=found))
+        seen = key[:, :, columns], value[:, :, columns]
+        before = partial
+        partial = kernel.fold(partial, query, *seen, block)
+        grads = kernel.fold_backward(
+            grad_query, query, *seen, out, lse, delta, grad_out, block
+        )
+        grad_query = grads.query
+        grad_key[:, :, columns], grad_value[:, :, columns] = grads[1:3]
+    assert partial.out.data_ptr() == before.out.data_ptr()
+    for have, wanted in (
+        (partial.out, np.swapaxes(want.out, 1, 2)[:, :, place]),
+        (partial.lse, np.swapaxes(want.lse, 1, 2)[:, :, place]),
+        (grad_query, np.swapaxes(want.grad_query, 1, 2)[:, :, place]),
+    ):
+        np.testing.assert_allclose(have.numpy(), wanted, 2e-5, 2e-5)
+    # Of the queries of these parts alone.
+    rows = np.zeros_like(arrays[3])
+    rows[:, place] = arrays[3][:, place]
+    want = reference.full_attention(
+        *arrays[:3], rows, allowed=allowed, scale=0.25
+    )
+    for have, wanted in (
+        (grad_key, want.grad_key),
+        (grad_value, want.grad_value),
+    ):
+        np.testing.assert_allclose(
+            have.numpy(), np.swapaxes(wanted, 1, 2), 2e-5, 2e-5
+        )
+
+
+def test_what_is_no_number_stays_none():
+    """In the rows that see it, and in no other."""
+    query, key, value = (torch.ones((1, 1, 40, 8)) for _ in range(3))
+    value[0, 0, 20] = float("nan")
+    block = Block((0,), (0,), Scoring(scale=1.0, mask=masks.Causal()))
+    part = TorchNativeKernel(Refusing()).block_forward(query, key, value, block)
+    nothing = part.out.isnan().any(-1)[0, 0]
+    assert nothing.tolist() == [i >= 20 for i in range(40)]
+    query[0, 0, 3] = float("nan")
+    part = TorchNativeKernel(Refusing()).block_forward(
+        query, key, torch.ones_like(value), block
+    )
+    assert part.out.isnan().any(-1)[0, 0].nonzero().flatten().tolist() == [3]
+
+
+def test_scores_of_any_size():
+    """No exponential overflows: the largest score of a row is taken off."""
+    query, key = 1e3 * torch.eye(16), 1e3 * torch.eye(16)
+    value = torch.arange(256.0).reshape(16, 16)
+    part = TorchNativeKernel(Refusing()).block_forward(
+        *(t[None, None] for t in (query, key, value)),
+        Block((0,), (0,), Scoring(scale=1.0)),
+    )
+    torch.testing.assert_close(part.out[0, 0], value)
+    torch.testing.assert_close(part.lse[0, 0], torch.full((16,), 1e6))
+
+
+def test_attention_by_name(automatic, threads):
+    """With gradients asked for, which are the package's own."""
+    results = {}
+    for name in ("native", "blockwise"):
+        config.set_kernel(name)
+        inputs = [t.requires_grad_() for t in tensors("float32")]
+        out = keras_ring.ops.ring_attention(*inputs, mask=masks.Causal())
+        out.square().sum().backward()
+        results[name] = [out.detach(), *(t.grad for t in inputs)]
+    unit = TOLERANCE["float32"]
+    for have, want in zip(*results.values(), strict=True):
+        torch.testing.assert_close(have, want, rtol=unit, atol=unit)
+
+
+def test_it_is_chosen_for_float32_on_cpus(automatic):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # It agrees.
+        assert kernels.choose("float32", "cpu").name == "native"
+    assert kernels.choose("float64", "cpu").name == "flash"
+    assert not TorchNativeKernel(Refusing()).available("cuda")
+    lines = []
+    keras_ring.DistributedStrategy().summary(print_fn=lines.append)
+    assert "  kernel             native" in lines
+
+
+def test_without_a_compiler_the_next_is_chosen(automatic, monkeypatch):
+    monkeypatch.setenv("KERAS_RING_CXX", "")
+    native._library.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Nothing to tell of.
+        assert kernels.choose("float32", "cpu").name == "flash"
+    with pytest.raises(ValueError, match="must be that of a kernel"):
+        config.set_kernel("native")
+    monkeypatch.undo()
+    assert library.build("attention", [library.ATTENTION])
