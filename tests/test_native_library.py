@@ -1,0 +1,138 @@
+"""How the C++ library comes to be, and that it is refused where it cannot."""
+
+import ctypes
+import os
+import stat
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from keras_ring.masks import Causal, Padding, SlidingWindow
+from keras_ring.masks.by_position import Before
+from keras_ring.native import kernel, library
+from tests.native_library import NEEDED
+
+SOURCE = 'extern "C" __attribute__((visibility("default")))\nint answer() {'
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """A small library of one function, and a folder for it."""
+    monkeypatch.setenv("KERAS_RING_CACHE", str(tmp_path / "kept"))
+    path = tmp_path / "small.cpp"
+    path.write_text(SOURCE + " return 42; }\n")
+    return path
+
+
+@NEEDED
+def test_it_is_compiled_once(source, monkeypatch):
+    made = library.build("small", [source])
+    assert ctypes.CDLL(str(made)).answer() == 42
+    assert stat.S_IMODE(made.parent.stat().st_mode) == 0o700
+    monkeypatch.setattr(
+        library, "_compile", lambda *_: pytest.fail("compiled again")
+    )
+    assert library.build("small", [source]) == made
+
+
+@NEEDED
+def test_other_code_flags_or_processors_make_another(source, monkeypatch):
+    made = {library.build("small", [source])}
+    made.add(library.build("small", [source], ["-DMORE"]))
+    source.write_text(SOURCE + " return 43; }\n")
+    made.add(library.build("small", [source]))
+    monkeypatch.setattr(library, "_machine", lambda: "another")
+    made.add(library.build("small", [source]))
+    assert len(made) == 4
+    # What is made on the way does not stay.
+    assert {made.pop().parent} == {path.parent for path in made}
+    assert len(list(made.pop().parent.iterdir())) == 4
+
+
+@NEEDED
+def test_processes_that_compile_at_once_do_not_disturb_each_other(source):
+    code = (
+        "import sys, ctypes, pathlib; from keras_ring.native import library;"
+        "made = library.build('small', [pathlib.Path(sys.argv[1])]);"
+        "assert ctypes.CDLL(str(made)).answer() == 42"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(source)])
+        for _ in range(3)
+    ]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    folder = os.environ["KERAS_RING_CACHE"]
+    assert len(os.listdir(folder)) == 1
+
+
+@NEEDED
+def test_a_compiler_that_fails_says_why(source):
+    source.write_text("this is no C++")
+    with pytest.raises(library.Unavailable, match="failed with 1: .*error"):
+        library.build("small", [source])
+    assert os.listdir(os.environ["KERAS_RING_CACHE"]) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("KERAS_RING_CXX", "", "KERAS_RING_CXX is empty"),
+        ("KERAS_RING_CXX", "no-such-compiler", "no C.. compiler"),
+        ("PATH", "", "no C.. compiler"),
+        ("KERAS_RING_CACHE", "/dev/null/folder", "no folder"),
+    ],
+)
+def test_what_is_missing_is_said(
+    source, monkeypatch, variable, value, message
+):
+    if variable == "KERAS_RING_CACHE":
+        monkeypatch.setattr(library, "_compiler", lambda: ["c++"])
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(library.Unavailable, match=message):
+        library.build("small", [source])
+
+
+def test_only_a_failure_is_told_of(monkeypatch):
+    class Failing(kernel.NativeKernel):
+        forward = backward = None
+
+        def __init__(self, why):
+            self.why = why
+
+        def load(self):
+            raise library.Unavailable(self.why)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert not Failing("There is no C++ compiler").available("cpu")
+    with pytest.warns(RuntimeWarning, match="'native' is not used: c.. failed"):
+        assert not Failing("c++ failed with 1: ...").available("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # Once.
+        assert not Failing("c++ failed with 1: ...").available("cpu")
+
+
+def test_masks_that_are_bands():
+    def counts(pairs, length):
+        return [
+            [
+                pairs.least <= i - j <= pairs.most and j < pairs.stop
+                for j in range(length)
+            ]
+            for i in range(length)
+        ]
+
+    assert counts(kernel.band(None), 2) == [[True, True], [True, True]]
+    assert counts(kernel.band(Causal()), 2) == [[True, False], [True, True]]
+    window = kernel.band(SlidingWindow(2) & Causal() & Before(3))
+    assert counts(window, 4) == [
+        [True, False, False, False],
+        [True, True, False, False],
+        [False, True, True, False],
+        [False, False, True, False],
+    ]
+    assert kernel.band(Causal() | SlidingWindow(2)) is None
+    assert kernel.band(Before(3, queries=True)) is None
+    assert kernel.band(Causal() & Padding(None)) is None
