@@ -24,13 +24,15 @@ def set_kernel(name: str) -> None:
         name: "auto" for the fastest kernel that is there and agrees with
             "blockwise" on a small problem; or the name of one, which is then
             used without that check. "blockwise" is there on every backend.
-            Fused kernels leave to it what they cannot compute. PyTorch has
-            "flash" on CPUs and, where its products are far ahead, "onednn" in
-            float32 and half precision; on CUDA devices "cudnn" and
-            "cuda_flash" in half precision and "efficient" in float32 as well.
-            JAX has "by_head" on a CPU that stands for several devices,
-            "cudnn" on GPUs in half precision, and by name only "triton" on
-            GPUs and "splash" on TPUs, which have not been measured.
+            Fused kernels leave to it what they cannot compute. "native" is
+            this package's own for CPUs, in float32: on PyTorch, and on JAX
+            and TensorFlow where a CPU stands for several devices. It is
+            there if this machine has a C++ compiler. PyTorch has "flash" on
+            CPUs, and on CUDA devices "cudnn" and "cuda_flash" in half
+            precision and "efficient" in float32 as well. JAX has "by_head" on
+            a CPU that stands for several devices, "cudnn" on GPUs in half
+            precision, and by name only "triton" on GPUs and "splash" on TPUs,
+            which have not been measured.
 
     Returns:
         None.

@@ -50,17 +50,20 @@ def on_devices():
 
 
 @pytest.fixture
-def automatic(monkeypatch):
-    """The kernel is chosen as by default, whatever the processor, and nothing
-    is proven yet."""
+def automatic():
+    """The kernel is chosen as by default, and nothing is proven yet."""
     from keras_ring import config, kernels
 
-    if BACKEND == "torch":
-        from keras_ring.backends.torch import onednn
-
-        monkeypatch.setattr(onednn, "pays", lambda: False)
     kernels.agrees.cache_clear()
     config.set_kernel("auto")
     yield
     config.set_kernel("auto")
     kernels.agrees.cache_clear()
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """There is no C++ library."""
+    from keras_ring.native.kernel import NativeKernel
+
+    monkeypatch.setattr(NativeKernel, "loads", lambda self: False)

@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("kernel", "numerics", "placement", "scoring", "tiling"),
         "transport",
     },
+    "native": {"kernel", "masks", "numerics", "tiling"},
     "config": {"backends"},
     "kernels": {
         *("backends", "config", "masks", "numerics", "scoring", "tiling"),
@@ -76,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "a backend": {
         *("batches", "blockwise", "counting", "kernel"),
-        *("keras_internals", "masks"),
+        *("keras_internals", "masks", "native"),
         *("numerics", "padding", "step"),
         *("primitives", "random_bits", "scoring", "tiling"),
         *("placement", "strategy", "training", "transport", "world"),

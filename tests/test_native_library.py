@@ -70,7 +70,7 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(source):
 @NEEDED
 def test_a_compiler_that_fails_says_why(source):
     source.write_text("this is no C++")
-    with pytest.raises(library.Unavailable, match="failed with 1: .*error"):
+    with pytest.raises(library.Unavailable, match=r"failed with 1: .*error"):
         library.build("small", [source])
     assert os.listdir(os.environ["KERAS_RING_CACHE"]) == []
 
@@ -84,9 +84,7 @@ def test_a_compiler_that_fails_says_why(source):
         ("KERAS_RING_CACHE", "/dev/null/folder", "no folder"),
     ],
 )
-def test_what_is_missing_is_said(
-    source, monkeypatch, variable, value, message
-):
+def test_what_is_missing_is_said(source, monkeypatch, variable, value, message):
     if variable == "KERAS_RING_CACHE":
         monkeypatch.setattr(library, "_compiler", lambda: ["c++"])
     monkeypatch.setenv(variable, value)

@@ -121,7 +121,9 @@ def test_the_operation_never_gets_an_empty_tensor(empty, operations):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
-def test_attention_takes_the_fused_kernel(dtype, automatic, operations):
+def test_attention_takes_the_fused_kernel(
+    dtype, automatic, without_native, operations
+):
     """By default, forward and backward, and with the reference's results."""
     results = {}
     kernels.choose(dtype, "cpu")
@@ -145,7 +147,7 @@ def test_attention_takes_the_fused_kernel(dtype, automatic, operations):
         )
 
 
-def test_a_wrong_operation_is_dropped(automatic, monkeypatch):
+def test_a_wrong_operation_is_dropped(automatic, without_native, monkeypatch):
     import torch
 
     from keras_ring.backends.torch import flash
@@ -161,16 +163,16 @@ def test_a_wrong_operation_is_dropped(automatic, monkeypatch):
         assert kernels.choose("float32", "cpu").name == "blockwise"
 
 
-def test_an_operation_that_is_not_there_is_not_offered(automatic, monkeypatch):
+def test_an_operation_that_is_not_there_is_not_offered(
+    automatic, without_native, monkeypatch
+):
     from keras_ring.backends.torch import flash
 
     monkeypatch.setattr(flash, "FORWARD", "_an_operation_of_another_release")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert kernels.choose("float32", "cpu").name == "blockwise"
-    with pytest.raises(
-        ValueError, match="one of 'auto', 'onednn', 'blockwise'"
-    ):
+    with pytest.raises(ValueError, match="one of 'auto', 'blockwise'"):
         config.set_kernel("flash")
 
 

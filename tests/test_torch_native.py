@@ -12,7 +12,6 @@ from keras_ring import config, kernels, masks
 from keras_ring.backends.torch import native
 from keras_ring.backends.torch.native import TorchNativeKernel
 from keras_ring.native import library
-from keras_ring.numerics import Partial
 from keras_ring.scoring import Scoring
 from keras_ring.tiling import Block
 from tests import reference

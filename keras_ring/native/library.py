@@ -99,15 +99,15 @@ def _compiler() -> list[str]:
 def _folder() -> Path:
     own = os.environ.get("KERAS_RING_CACHE")
     try:
-        folder = (
-            Path(own)
-            if own
-            else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            / "keras_ring"
-        )
+        if own:
+            folder = Path(own)
+        else:
+            cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            folder = Path(cache) / "keras_ring"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
-        raise Unavailable(f"There is no folder for libraries: {error}") from error
+        why = f"There is no folder for libraries: {error}"
+        raise Unavailable(why) from error
     if not os.access(folder, os.W_OK):
         raise Unavailable(f"The folder {folder} cannot be written to.")
     return folder

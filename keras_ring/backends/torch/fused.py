@@ -67,10 +67,6 @@ class Operation(abc.ABC):
     def there(self) -> bool:
         """Whether this release has its private names."""
 
-    def pays(self) -> bool:
-        """Whether it is worth more than the kernels behind it, here."""
-        return True
-
     @abc.abstractmethod
     def dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         """What it computes tensors of a dtype in; None if it does not."""
@@ -141,8 +137,6 @@ class FusedKernel(Kernel):
             operation.there() for operation in (self.plain, self.masked)
         ):
             return False
-        if device is not None and not self.plain.pays():
-            return False  # By name all the same.
         return dtype is None or self._dtype(getattr(torch, dtype)) is not None
 
     def rounds(self, dtype: str) -> bool:

@@ -9,7 +9,6 @@ from keras_ring.backends.torch.cuda import CudaFlash, CuDnn, Efficient
 from keras_ring.backends.torch.flash import CpuFlash
 from keras_ring.backends.torch.fused import FusedKernel, accumulation_dtype
 from keras_ring.backends.torch.native import TorchNativeKernel
-from keras_ring.backends.torch.onednn import OneDnn
 from keras_ring.blockwise import BlockwiseKernel
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
@@ -80,7 +79,6 @@ KERNEL = Kernel()
 # By preference; the last is the reference.
 KERNELS = (
     TorchNativeKernel(KERNEL),
-    FusedKernel("onednn", KERNEL, OneDnn()),
     FusedKernel("flash", KERNEL, CpuFlash()),
     FusedKernel("cudnn", KERNEL, CuDnn(), Efficient()),
     FusedKernel("cuda_flash", KERNEL, CudaFlash(), Efficient()),

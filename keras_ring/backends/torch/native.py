@@ -68,7 +68,7 @@ class TorchNativeKernel(NativeKernel):
             return _forward(partial, query, key, value, _visit(block, pairs))
         if partial is None:
             partial = Partial(
-                _empty(*query.shape[:3], value.shape[3]).zero_(),
+                _empty((*query.shape[:3], value.shape[3])).zero_(),
                 query.new_full(query.shape[:3], -float("inf")),
             )
         for rows, columns, visit in _rectangles(block, query, key):
@@ -97,15 +97,16 @@ class TorchNativeKernel(NativeKernel):
                 _visit(block, pairs),
             )
         if grad_query is None:
-            grad_query = _empty(*query.shape).zero_()
+            grad_query = _empty(query.shape).zero_()
         grads = BlockGradients(
-            grad_query, *(_empty(*t.shape).zero_() for t in (key, value))
+            grad_query, *(_empty(t.shape).zero_() for t in (key, value))
         )
         for rows, columns, visit in _rectangles(block, query, key):
-            own = [t[:, :, rows] for t in (grads.query, query)]
-            seen = [t[:, :, columns] for t in (key, value)]
-            rest = [t[:, :, rows] for t in (lse, delta, grad_out)]
-            share = _backward(*own, *seen, *rest, visit)
+            share = _backward(
+                *(grads.query[:, :, rows], query[:, :, rows]),
+                *(key[:, :, columns], value[:, :, columns], lse[:, :, rows]),
+                *(delta[:, :, rows], grad_out[:, :, rows], visit),
+            )
             grads.key[:, :, columns] += share.key
             grads.value[:, :, columns] += share.value
         return grads
@@ -140,7 +141,7 @@ def _forward(
     go_on = partial is not None
     if partial is None:
         partial = Partial(
-            _empty(batch, heads, length, value.shape[3]),
+            _empty((batch, heads, length, value.shape[3])),
             torch.empty((batch, heads, length)),
         )
     _measure(visit, query, key, value)
@@ -166,8 +167,8 @@ def _backward(
     query's."""
     go_on = grad_query is not None
     if grad_query is None:
-        grad_query = _empty(*query.shape)
-    grads = grad_query, _empty(*key.shape), _empty(*value.shape)
+        grad_query = _empty(query.shape)
+    grads = grad_query, _empty(key.shape), _empty(value.shape)
     _measure(visit, query, key, value)
     _library().keras_ring_backward(
         ctypes.byref(visit),
@@ -187,9 +188,10 @@ def _library() -> Any:
     return ctypes.CDLL(str(library.build("attention", [library.ATTENTION])))
 
 
-def _empty(batch: int, heads: int, length: int, width: int) -> torch.Tensor:
+def _empty(shape: Sequence[int]) -> torch.Tensor:
     """(batch, heads, length, width), with the heads behind the length as
     everywhere outside of attention."""
+    batch, heads, length, width = shape
     return torch.empty((batch, length, heads, width)).transpose(1, 2)
 
 
