@@ -30,8 +30,9 @@ CASES = {
 }
 
 
-@pytest.fixture(params=[1, 2], ids=["one-thread", "two-threads"])
+@pytest.fixture(params=[1, 2, 5], ids=["one", "two", "five"])
 def threads(request):
+    """Also more than there are samples and heads."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

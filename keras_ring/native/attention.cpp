@@ -250,20 +250,39 @@ Band band(const keras_ring_visit& visit, const Range& rows,
           std::min(columns.size(), there)};
 }
 
-// Call a function for each sample and key head, in threads.
-template <class Function>
-void each(const keras_ring_visit& visit, const Function& function) {
+// In how many slices the work of a sample and key head is cut, `most` at most:
+// as many as give all threads something to do.
+Index slices_of(const keras_ring_visit& visit, Index most) {
   const Index count = visit.batch * visit.key_heads;
+  const Index wanted = (visit.threads + count - 1) / count;
+  return std::max<Index>(1, std::min(wanted, most));
+}
+
+// Call a function for each sample, key head and slice, in threads.
+template <class Function>
+void each(const keras_ring_visit& visit, Index slices,
+          const Function& function) {
+  const Index count = visit.batch * visit.key_heads * slices;
   std::atomic<Index> next{0};
   auto work = [&] {
     for (Index i = next++; i < count; i = next++)
-      function(i / visit.key_heads, i % visit.key_heads);
+      function(i / slices / visit.key_heads, i / slices % visit.key_heads,
+               i % slices);
   };
   std::vector<std::thread> helpers;
   const Index threads = std::min<Index>(visit.threads, count);
   for (Index i = 1; i < threads; ++i) helpers.emplace_back(work);
   work();
   for (auto& helper : helpers) helper.join();
+}
+
+// Every `slices`-th, from `slice` on.
+std::vector<Range> share(const std::vector<Range>& all, Index slice,
+                         Index slices) {
+  std::vector<Range> found;
+  for (std::size_t i = slice; i < all.size(); i += slices)
+    found.push_back(all[i]);
+  return found;
 }
 
 // Of one head and its keys from some on; no `data` hides nothing.
@@ -440,14 +459,18 @@ extern "C" void keras_ring_forward(const keras_ring_visit* visit,
                                    const keras_ring_tensor* out,
                                    const keras_ring_tensor* lse,
                                    int32_t go_on) {
-  const auto queries = ranges(visit->queries, visit->query_parts,
-                              visit->query_starts, visit->queries);
+  const Index slices =
+      slices_of(*visit, (visit->queries + ROWS - 1) / ROWS);
+  const auto all_queries =
+      ranges(visit->queries, visit->query_parts, visit->query_starts,
+             slices == 1 ? visit->queries : ROWS);
   const auto keys = ranges(visit->keys, visit->key_parts, visit->key_starts,
                            FORWARD_KEYS);
   const Index value_width = up(visit->value_width);
   const Index key_row = FORWARD_KEYS + GAP;
   const Index group = visit->heads / visit->key_heads;
-  each(*visit, [&](Index sample, Index shared) {
+  each(*visit, slices, [&](Index sample, Index shared, Index slice) {
+    const auto queries = share(all_queries, slice, slices);
     const Index key_size = visit->width * key_row;
     const Index value_size = FORWARD_KEYS * value_width;
     scratch.begin(TOGETHER * (key_size + value_size) + DOWN * FORWARD_KEYS +
@@ -491,13 +514,25 @@ extern "C" void keras_ring_backward(
     int32_t go_on) {
   const auto queries =
       ranges(visit->queries, visit->query_parts, visit->query_starts, ROWS);
-  const auto keys = ranges(visit->keys, visit->key_parts, visit->key_starts,
-                           BACKWARD_KEYS);
+  const auto all_keys = ranges(visit->keys, visit->key_parts,
+                               visit->key_starts, BACKWARD_KEYS);
+  const Index slices = slices_of(*visit, all_keys.size());
+  // What all slices but the first have of the query's gradient: who is ready
+  // first must not decide on the order of a sum.
+  const Index head_size = visit->queries * visit->width;
+  std::vector<float> others((slices - 1) * visit->batch * visit->heads *
+                            head_size);
+  auto other = [&](Index slice, Index sample, Index number) {
+    const Index place =
+        ((slice - 1) * visit->batch + sample) * visit->heads + number;
+    return Matrix{others.data() + place * head_size, visit->width};
+  };
   const Index D = visit->width, E = visit->value_width;
   const Index width = up(D), value_width = up(E);
   const Index key_row = BACKWARD_KEYS + GAP;
   const Index group = visit->heads / visit->key_heads;
-  each(*visit, [&](Index sample, Index shared) {
+  each(*visit, slices, [&](Index sample, Index shared, Index slice) {
+    const auto keys = share(all_keys, slice, slices);
     scratch.begin((D + E) * key_row + 2 * BACKWARD_KEYS * width +
                   BACKWARD_KEYS * value_width + 2 * ROWS * width +
                   ROWS * value_width + 2 * ROWS * key_row + 2 * up(ROWS) +
@@ -516,7 +551,7 @@ extern "C" void keras_ring_backward(
     float* deltas = scratch.take(ROWS);
     const Matrix own_key = head(*key, sample, shared);
     const Matrix own_value = head(*value, sample, shared);
-    bool more = go_on;
+    bool more = go_on || slice;
     for (const Range& tile : keys) {
       const Index padded = up(tile.size());
       const Matrix tile_key{own_key.at(tile.begin), own_key.row};
@@ -531,7 +566,8 @@ extern "C" void keras_ring_backward(
         const Matrix all_grads = head(*grad_out, sample, h);
         const Matrix all_lse = head(*lse, sample, h);
         const Matrix all_deltas = head(*delta, sample, h);
-        const Matrix grad = head(*grad_query, sample, h);
+        const Matrix grad =
+            slice ? other(slice, sample, h) : head(*grad_query, sample, h);
         const Mask all_pairs = mask_of(*visit, sample, h);
         for (const Range& part : queries) {
           const Band seen = band(*visit, part, tile);
@@ -618,5 +654,15 @@ extern "C" void keras_ring_backward(
                   value_grad.at(tile.begin + i));
       }
     }
+  });
+  if (slices == 1) return;
+  each(*visit, 1, [&](Index sample, Index shared, Index) {
+    for (Index slice = 1; slice < slices; ++slice)
+      for (Index h = shared * group; h < (shared + 1) * group; ++h) {
+        const Matrix grad = head(*grad_query, sample, h);
+        const Matrix share = other(slice, sample, h);
+        for (Index i = 0; i < visit->queries; ++i)
+          for (Index j = 0; j < D; ++j) grad.at(i)[j] += share.at(i)[j];
+      }
   });
 }
