@@ -18,6 +18,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from keras_ring import kernels
+from keras_ring.kernel import Kernel
 from keras_ring.transport import LocalTransport, Transport
 
 if TYPE_CHECKING:
@@ -105,6 +107,10 @@ class World(abc.ABC):
         call, and that is why `run` itself makes a new program every time.
         """
         return functools.partial(self.run, function)
+
+    def kernel(self, dtype: str) -> Kernel:
+        """What computes attention in its steps."""
+        return kernels.choose(dtype, self.devices[0].partition(":")[0])
 
     @abc.abstractmethod
     def prepare(self, model: Any) -> None:

@@ -87,6 +87,21 @@ def test_a_movement_has_the_transposed_movement_as_gradient(placed):
     np.testing.assert_array_equal(result, np.roll(array, -2, axis=1))
 
 
+@pytest.mark.parametrize("placed", [True, False], ids=["placed", "broadcast"])
+def test_members_that_keep_their_tensor_meet_the_others_later(placed):
+    """The first halves of four chunks: the first of them stays at home."""
+
+    def moves(shard):
+        transport = strategy.current().ring()
+        (moved,) = transport.exchange([shard], [0, 2, 3, 1])
+        return moved, transport.shift([shard[:, :1]])[0]
+
+    array = np.arange(8, dtype="float32").reshape(1, 8)
+    moved, shifted = ring_of(4, placed).run(moves, array)
+    np.testing.assert_array_equal(moved, [[0, 1, 6, 7, 2, 3, 4, 5]])
+    np.testing.assert_array_equal(shifted, [[6, 0, 2, 4]])
+
+
 def test_a_nested_function_is_refused():
     with pytest.raises(NotImplementedError, match="nested in the step"):
         ring_of(2).run(tf.function(shift), np.zeros((1, 4), "float32"))

@@ -244,4 +244,6 @@ def _program(name: str, scoring: Scoring) -> Callable[..., list[tf.Tensor]]:
         results = compute(KERNEL, *tensors, block)
         return [tensor for tensor in results if tensor is not None]
 
+    # A program for each kind is what is wanted.
+    visit._omit_frequent_tracing_warning = True
     return visit

@@ -5,8 +5,12 @@ gets them by default but the replicas of a strategy, whose programs are not
 saved.
 """
 
+import contextlib
 import functools
 import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
@@ -21,14 +25,13 @@ from keras_ring.tiling import Block
 
 _as_it_is = tf.autograph.experimental.do_not_convert
 
-SOURCE = library.Path(__file__).with_name("native.cpp")
+SOURCE = Path(__file__).with_name("native.cpp")
 
 
 class TensorFlowNativeKernel(NativeKernel):
     """What a visit is added to is overwritten where nobody else holds it."""
 
     # Nothing in here is a loop or a branch of a program.
-    available = _as_it_is(NativeKernel.available)
     fold = _as_it_is(NativeKernel.fold)
     fold_backward = _as_it_is(NativeKernel.fold_backward)
 
@@ -38,8 +41,21 @@ class TensorFlowNativeKernel(NativeKernel):
         if isinstance(found, library.Unavailable):
             raise found
 
+    @_as_it_is
+    def available(
+        self, device: str | None = None, dtype: str | None = None
+    ) -> bool:
+        if dtype is None:
+            return self.loads()  # By name it is there everywhere.
+        return super().available(device, dtype)
+
     def here(self) -> bool:
-        return _replicas() > 1 and not tf.config.get_visible_devices("GPU")
+        world = _world()
+        return (
+            world is not None
+            and len(world.devices) > 1
+            and not tf.config.get_visible_devices("GPU")
+        )
 
     def forward(
         self,
@@ -131,16 +147,26 @@ def _inputs(
     }
 
 
+_ASSUMED: ContextVar[Any] = ContextVar("keras_ring_replicas", default=None)
+
+
+@contextlib.contextmanager
+def replicas_of(world: Any) -> Iterator[None]:
+    """What runs in here is asked as if it ran on a replica."""
+    token = _ASSUMED.set(world)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
+
+
 def _world() -> Any:
-    """That of the strategy whose replica is being traced here, or None."""
+    """That of the strategy whose replica runs here, or None."""
+    assumed = _ASSUMED.get()
+    if assumed is not None:
+        return assumed
     world = strategy.current()
     return world if world is not None and world.inside() else None
-
-
-def _replicas() -> int:
-    """Members of the world that is traced here, in all processes."""
-    world = _world()
-    return 1 if world is None else len(world.devices)
 
 
 def _neighbours() -> int:

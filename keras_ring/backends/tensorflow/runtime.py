@@ -17,12 +17,13 @@ import tensorflow as tf
 from keras import tree
 
 from keras_ring import padding, world
-from keras_ring.backends.tensorflow import hooks, training
+from keras_ring.backends.tensorflow import hooks, native, training
 from keras_ring.backends.tensorflow.transport import (
     InstanceKeys,
     RingTransport,
     after,
 )
+from keras_ring.kernel import Kernel
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.world import LOCAL
 
@@ -259,6 +260,10 @@ class World(world.World):
         return training.compiled(
             self, lambda value: self.tf_strategy.run(self.gathered, (value,))
         )
+
+    def kernel(self, dtype: str) -> Kernel:
+        with native.replicas_of(self):
+            return super().kernel(dtype)
 
     def gathered(self, tensor: tf.Tensor) -> tf.Tensor:
         """On a replica: what `everyones` needs of a result."""
