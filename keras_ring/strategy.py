@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from keras_ring import backends
+from keras_ring import backends, kernels
 from keras_ring.placement import Choice
 
 if TYPE_CHECKING:
@@ -200,7 +200,10 @@ class DistributedStrategy:
             print_fn: called once per line.
         """
         world, backend = self.world, backends.load()
-        kernel = world.kernel(keras.config.floatx())
+        with world.as_in_a_step():
+            kernel = kernels.choose(
+                keras.config.floatx(), world.devices[0].partition(":")[0]
+            )
         total = world.data_size * world.sequence_size
         lines = [
             "DistributedStrategy",

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "balance": {"masks", "placement", "transport"},
     "tiling": {"masks", "numerics", "primitives", "random_bits", "scoring"},
     "kernel": {"numerics", "tiling"},
+    "native": {"kernel", "masks", "numerics", "tiling"},
     "blockwise": {"kernel", "numerics", "primitives", "tiling"},
     "attention": {
         *("kernel", "numerics", "placement", "scoring", "tiling"),
@@ -76,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "a backend": {
         *("batches", "blockwise", "counting", "kernel"),
-        *("keras_internals", "masks"),
+        *("keras_internals", "masks", "native"),
         *("numerics", "padding", "step"),
         *("primitives", "random_bits", "scoring", "tiling"),
         *("placement", "strategy", "training", "transport", "world"),

@@ -23,7 +23,6 @@ from keras_ring.backends.tensorflow.transport import (
     RingTransport,
     after,
 )
-from keras_ring.kernel import Kernel
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.world import LOCAL
 
@@ -261,9 +260,8 @@ class World(world.World):
             self, lambda value: self.tf_strategy.run(self.gathered, (value,))
         )
 
-    def kernel(self, dtype: str) -> Kernel:
-        with native.replicas_of(self):
-            return super().kernel(dtype)
+    def as_in_a_step(self) -> contextlib.AbstractContextManager[None]:
+        return native.replicas_of(self)
 
     def gathered(self, tensor: tf.Tensor) -> tf.Tensor:
         """On a replica: what `everyones` needs of a result."""
