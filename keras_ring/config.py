@@ -46,16 +46,14 @@ def set_kernel(name: str) -> None:
     keras_ring.config.set_kernel("blockwise")
     ```
     """
-    names = ["auto"] + [
-        kernel.name
-        for kernel in backends.load().kernel.KERNELS
-        if kernel.available()
-    ]
+    kernels = backends.load().kernel.KERNELS
+    names = ["auto"] + [k.name for k in kernels if k.available()]
     if name not in names:
         known = ", ".join(repr(known) for known in names)
+        why = next((k.missing() for k in kernels if k.name == name), "")
         raise ValueError(
             "`name` must be that of a kernel of the running backend "
             f"({backends.load().name}). Received: name={name!r}. Choose one "
-            f"of {known}."
+            f"of {known}.{why and ' '}{why}"
         )
     _SETTINGS["kernel"] = name

@@ -93,6 +93,10 @@ class Kernel(abc.ABC):
         """Run and return one of two nullary functions, never both. A
         Python bool decides at once."""
 
+    def missing(self) -> str:
+        """Why it is not there, where more is known of that."""
+        return ""
+
     def row_delta(
         self, out: Tensor, grad_out: Tensor, grad_lse: Tensor
     ) -> Tensor:

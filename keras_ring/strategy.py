@@ -200,9 +200,10 @@ class DistributedStrategy:
             print_fn: called once per line.
         """
         world, backend = self.world, backends.load()
-        kernel = kernels.choose(
-            keras.config.floatx(), world.devices[0].partition(":")[0]
-        )
+        with world.as_in_a_step():
+            kernel = kernels.choose(
+                keras.config.floatx(), world.devices[0].partition(":")[0]
+            )
         total = world.data_size * world.sequence_size
         lines = [
             "DistributedStrategy",

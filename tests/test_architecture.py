@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "balance": {"masks", "placement", "transport"},
     "tiling": {"masks", "numerics", "primitives", "random_bits", "scoring"},
     "kernel": {"numerics", "tiling"},
+    "native": {"kernel", "masks", "numerics", "tiling"},
     "blockwise": {"kernel", "numerics", "primitives", "tiling"},
     "attention": {
         *("kernel", "numerics", "placement", "scoring", "tiling"),

@@ -12,8 +12,8 @@ from tests import reference
 from tests.language_model import batch, initial_weights, language_model
 
 
-def ring_of(size, placed=True):
-    ring = keras_ring.DistributedStrategy(sequence_parallel=size)
+def ring_of(size, placed=True, **options):
+    ring = keras_ring.DistributedStrategy(sequence_parallel=size, **options)
     ring.world.placed = placed
     return ring
 
@@ -85,6 +85,21 @@ def test_a_movement_has_the_transposed_movement_as_gradient(placed):
 
     result = ring_of(3, placed).run(gradient, array * 0, array)
     np.testing.assert_array_equal(result, np.roll(array, -2, axis=1))
+
+
+@pytest.mark.parametrize("placed", [True, False], ids=["placed", "broadcast"])
+def test_members_that_keep_their_tensor_meet_the_others_later(placed):
+    """The first halves of four chunks: the first of them stays at home."""
+
+    def moves(shard):
+        transport = strategy.current().ring()
+        (moved,) = transport.exchange([shard], [0, 2, 3, 1])
+        return moved, transport.shift([shard[:, :1]])[0]
+
+    array = np.arange(8, dtype="float32").reshape(1, 8)
+    moved, shifted = ring_of(4, placed, timeout=20).run(moves, array)
+    np.testing.assert_array_equal(moved, [[0, 1, 6, 7, 2, 3, 4, 5]])
+    np.testing.assert_array_equal(shifted, [[6, 0, 2, 4]])
 
 
 def test_a_nested_function_is_refused():

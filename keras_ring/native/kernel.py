@@ -117,6 +117,13 @@ class NativeKernel(Kernel):
             return False
         return True
 
+    def missing(self) -> str:
+        try:
+            self.load()
+        except Unavailable as error:
+            return str(error)
+        return ""
+
     def rounds(self, dtype: str) -> bool:
         return False
 

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_ring import blockwise, numerics
+from keras_ring.backends.tensorflow.native import TensorFlowNativeKernel
 from keras_ring.blockwise import BlockwiseKernel
 from keras_ring.kernel import BlockGradients
 from keras_ring.masks import Carried
@@ -192,7 +193,7 @@ def _dressed(structure: Any, tensors: list[tf.Tensor]) -> Any:
 
 KERNEL = Kernel()
 # By preference; the last is the reference.
-KERNELS = (KERNEL,)
+KERNELS = (TensorFlowNativeKernel(KERNEL), KERNEL)
 
 
 def _visit(name: str, block: Block, *tensors: tf.Tensor) -> list[tf.Tensor]:
@@ -243,4 +244,6 @@ def _program(name: str, scoring: Scoring) -> Callable[..., list[tf.Tensor]]:
         results = compute(KERNEL, *tensors, block)
         return [tensor for tensor in results if tensor is not None]
 
+    # A program for each kind is what is wanted.
+    visit._omit_frequent_tracing_warning = True
     return visit

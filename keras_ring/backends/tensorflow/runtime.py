@@ -17,7 +17,7 @@ import tensorflow as tf
 from keras import tree
 
 from keras_ring import padding, world
-from keras_ring.backends.tensorflow import hooks, training
+from keras_ring.backends.tensorflow import hooks, native, training
 from keras_ring.backends.tensorflow.transport import (
     InstanceKeys,
     RingTransport,
@@ -259,6 +259,9 @@ class World(world.World):
         return training.compiled(
             self, lambda value: self.tf_strategy.run(self.gathered, (value,))
         )
+
+    def as_in_a_step(self) -> contextlib.AbstractContextManager[None]:
+        return native.replicas_of(self)
 
     def gathered(self, tensor: tf.Tensor) -> tf.Tensor:
         """On a replica: what `everyones` needs of a result."""

@@ -240,6 +240,9 @@ class RingTransport(Transport):
         target = self._first + permutation[index]
         source = self._first + inverse[index]
         if target == self._replica:
+            # The others draw for theirs, and all must agree afterwards.
+            for _ in tensors:
+                self._keys.draw(graph, self._replica)
             return list(tensors)
         for tensor in tensors:
             message = _pack(tensor)

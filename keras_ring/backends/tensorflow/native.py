@@ -1,0 +1,189 @@
+"""The C++ attention on TensorFlow: two custom operations.
+
+What is traced with them runs only where their library is loaded. So nobody
+gets them by default but the replicas of a strategy, whose programs are not
+saved.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from keras_ring import strategy
+from keras_ring.kernel import BlockGradients
+from keras_ring.native import kernel as native
+from keras_ring.native import library
+from keras_ring.native.kernel import Band, NativeKernel
+from keras_ring.numerics import Partial
+from keras_ring.tiling import Block
+
+_as_it_is = tf.autograph.experimental.do_not_convert
+
+SOURCE = Path(__file__).with_name("native.cpp")
+
+
+class TensorFlowNativeKernel(NativeKernel):
+    """What a visit is added to is overwritten where nobody else holds it."""
+
+    # Nothing in here is a loop or a branch of a program.
+    fold = _as_it_is(NativeKernel.fold)
+    fold_backward = _as_it_is(NativeKernel.fold_backward)
+
+    def load(self) -> None:
+        with _LOADING:
+            found = _operations()
+        if isinstance(found, library.Unavailable):
+            raise found
+
+    @_as_it_is
+    def available(
+        self, device: str | None = None, dtype: str | None = None
+    ) -> bool:
+        if dtype is None:
+            return self.loads()  # By name it is there everywhere.
+        return super().available(device, dtype)
+
+    def here(self) -> bool:
+        world = _world()
+        return (
+            world is not None
+            and len(world.devices) > 1
+            and not tf.config.get_visible_devices("GPU")
+        )
+
+    def forward(
+        self,
+        partial: Partial | None,
+        query: tf.Tensor,
+        key: tf.Tensor,
+        value: tf.Tensor,
+        block: Block,
+        band: Band,
+    ) -> Partial:
+        self.load()
+        found = _operations().keras_ring_forward(
+            **_inputs(query, key, value, block, band),
+            before=[] if partial is None else list(partial),
+        )
+        return Partial(*found)
+
+    def backward(
+        self,
+        grad_query: tf.Tensor | None,
+        query: tf.Tensor,
+        key: tf.Tensor,
+        value: tf.Tensor,
+        lse: tf.Tensor,
+        delta: tf.Tensor,
+        grad_out: tf.Tensor,
+        block: Block,
+        band: Band,
+    ) -> BlockGradients:
+        self.load()
+        found = _operations().keras_ring_backward(
+            **_inputs(query, key, value, block, band),
+            lse=lse,
+            delta=delta,
+            grad_out=grad_out,
+            before=[] if grad_query is None else [grad_query],
+        )
+        return BlockGradients(*found)
+
+    def _band(
+        self, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, block: Block
+    ) -> Band | None:
+        if _for_xla():
+            return None
+        return super()._band(query, key, value, block)
+
+
+_LOADING = threading.Lock()
+
+
+@functools.cache
+def _operations() -> Any:
+    """The module of the operations; why there is none otherwise."""
+    try:
+        path = library.build(
+            "tensorflow",
+            [SOURCE, library.ATTENTION],
+            (
+                *tf.sysconfig.get_compile_flags(),
+                # A library belongs to one release.
+                f'-DKERAS_RING_TENSORFLOW="{tf.__version__}"',
+                *tf.sysconfig.get_link_flags(),
+            ),
+        )
+        return tf.load_op_library(str(path))
+    except library.Unavailable as error:
+        return error
+    except (tf.errors.OpError, OSError) as error:
+        return library.Unavailable(f"Loading the operations failed: {error}")
+
+
+def _inputs(
+    query: tf.Tensor,
+    key: tf.Tensor,
+    value: tf.Tensor,
+    block: Block,
+    band: Band,
+) -> dict[str, Any]:
+    """Inputs and attributes that both operations have."""
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "query_starts": tf.convert_to_tensor(block.query_starts, tf.int32),
+        "key_starts": tf.convert_to_tensor(block.key_starts, tf.int32),
+        **band._asdict(),
+        "scale": block.scoring.scale,
+        "threads": max(1, native.threads() // _neighbours()),
+    }
+
+
+_ASSUMED: ContextVar[Any] = ContextVar("keras_ring_replicas", default=None)
+
+
+@contextlib.contextmanager
+def replicas_of(world: Any) -> Iterator[None]:
+    """What runs in here is asked as if it ran on a replica."""
+    token = _ASSUMED.set(world)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
+
+
+def _world() -> Any:
+    """That of the strategy whose replica runs here, or None."""
+    assumed = _ASSUMED.get()
+    if assumed is not None:
+        return assumed
+    world = strategy.current()
+    return world if world is not None and world.inside() else None
+
+
+def _neighbours() -> int:
+    """Replicas that compute at the same time in this process."""
+    world = _world()
+    return 1 if world is None else len(world.devices) // world.workers
+
+
+def _for_xla() -> bool:
+    """Whether what is traced is compiled by XLA, which knows no custom
+    operations."""
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while graph is not None:
+        context = getattr(graph, "_get_control_flow_context", lambda: None)()
+        while context is not None:
+            if context.IsXLAContext():
+                return True
+            context = context.outer_context
+        graph = getattr(graph, "outer_graph", None)
+    return False
