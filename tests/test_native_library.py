@@ -131,6 +131,7 @@ def test_masks_that_are_bands():
         [False, True, True, False],
         [False, False, True, False],
     ]
+    assert kernel.band(SlidingWindow(2**70)).most < 2**62
     assert kernel.band(Causal() | SlidingWindow(2)) is None
     assert kernel.band(Before(3, queries=True)) is None
     assert kernel.band(Causal() & Padding(None)) is None

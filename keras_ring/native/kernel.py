@@ -106,7 +106,8 @@ class NativeKernel(Kernel):
     ) -> bool:
         if device not in (None, "cpu") or dtype not in (None, "float32"):
             return False
-        return self.here() and self.loads()
+        # By name, where no dtype is said, it is wherever it can be.
+        return (dtype is None or self.here()) and self.loads()
 
     def loads(self) -> bool:
         """Whether there is a library; a compiler that fails is told of."""
@@ -118,6 +119,7 @@ class NativeKernel(Kernel):
         return True
 
     def missing(self) -> str:
+        """Why there is no library; empty if there is one."""
         try:
             self.load()
         except Unavailable as error:
@@ -218,9 +220,10 @@ def band(mask: Mask | None) -> Band | None:
         case Causal():
             return Band(least=0)
         case SlidingWindow(size=size):
+            size = min(size, FAR)
             return Band(1 - size, size - 1)
         case Before(limit=int(limit), queries=False):
-            return Band(stop=limit)
+            return Band(stop=min(limit, FAR))
         case And(first=first, second=second):
             sides = band(first), band(second)
             if sides[0] is not None and sides[1] is not None:

@@ -34,20 +34,13 @@ class TensorFlowNativeKernel(NativeKernel):
     # Nothing in here is a loop or a branch of a program.
     fold = _as_it_is(NativeKernel.fold)
     fold_backward = _as_it_is(NativeKernel.fold_backward)
+    available = _as_it_is(NativeKernel.available)
 
     def load(self) -> None:
         with _LOADING:
             found = _operations()
         if isinstance(found, library.Unavailable):
             raise found
-
-    @_as_it_is
-    def available(
-        self, device: str | None = None, dtype: str | None = None
-    ) -> bool:
-        if dtype is None:
-            return self.loads()  # By name it is there everywhere.
-        return super().available(device, dtype)
 
     def here(self) -> bool:
         world = _world()
@@ -64,11 +57,11 @@ class TensorFlowNativeKernel(NativeKernel):
         key: tf.Tensor,
         value: tf.Tensor,
         block: Block,
-        band: Band,
+        pairs: Band,
     ) -> Partial:
         self.load()
         found = _operations().keras_ring_forward(
-            **_inputs(query, key, value, block, band),
+            **_inputs(query, key, value, block, pairs),
             before=[] if partial is None else list(partial),
         )
         return Partial(*found)
@@ -83,11 +76,11 @@ class TensorFlowNativeKernel(NativeKernel):
         delta: tf.Tensor,
         grad_out: tf.Tensor,
         block: Block,
-        band: Band,
+        pairs: Band,
     ) -> BlockGradients:
         self.load()
         found = _operations().keras_ring_backward(
-            **_inputs(query, key, value, block, band),
+            **_inputs(query, key, value, block, pairs),
             lse=lse,
             delta=delta,
             grad_out=grad_out,
@@ -95,12 +88,10 @@ class TensorFlowNativeKernel(NativeKernel):
         )
         return BlockGradients(*found)
 
-    def _band(
+    def _fits(
         self, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, block: Block
-    ) -> Band | None:
-        if _for_xla():
-            return None
-        return super()._band(query, key, value, block)
+    ) -> bool:
+        return not _for_xla() and super()._fits(query, key, value, block)
 
 
 _LOADING = threading.Lock()
@@ -132,7 +123,7 @@ def _inputs(
     key: tf.Tensor,
     value: tf.Tensor,
     block: Block,
-    band: Band,
+    pairs: Band,
 ) -> dict[str, Any]:
     """Inputs and attributes that both operations have."""
     return {
@@ -141,7 +132,7 @@ def _inputs(
         "value": value,
         "query_starts": tf.convert_to_tensor(block.query_starts, tf.int32),
         "key_starts": tf.convert_to_tensor(block.key_starts, tf.int32),
-        **band._asdict(),
+        **pairs._asdict(),
         "scale": block.scoring.scale,
         "threads": max(1, native.threads() // _neighbours()),
     }
