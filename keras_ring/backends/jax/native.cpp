@@ -19,8 +19,6 @@ using Starts = ffi::BufferR1<ffi::S32>;
 
 keras_ring_tensor tensor(Rows rows) {
   const auto sizes = rows.dimensions();
-  if (getenv("LF")) return {rows.typed_data(), sizes[1] * sizes[2] * sizes[3],
-          sizes[3], sizes[2]*sizes[3]};
   return {rows.typed_data(), sizes[1] * sizes[2] * sizes[3],
           sizes[2] * sizes[3], sizes[3]};
 }
@@ -35,12 +33,11 @@ keras_ring_visit visit_of(Rows query, Rows key, Rows value,
                           int64_t most, int64_t stop, float scale,
                           int32_t threads) {
   const auto queries = query.dimensions(), keys = key.dimensions();
-  const int h = getenv("LF") ? 2 : 1;
   return {queries[0],
-          queries[h],
-          keys[h],
-          queries[3-h],
-          keys[3-h],
+          queries[1],
+          keys[1],
+          queries[2],
+          keys[2],
           queries[3],
           value.dimensions()[3],
           static_cast<int64_t>(query_starts.element_count()),

@@ -165,11 +165,7 @@ def _call(
             first visit.
         block, band: see `NativeKernel.forward`.
     """
-    import os
-    lf = os.environ.get("LF")
-    def sw(t): return t.swapaxes(1, 2) if lf and t.ndim == 4 else t
-    if lf:
-        shapes = [(s[0], s[2], s[1], s[3]) if len(s) == 4 else s for s in shapes]
+    _registered.load()
     function = jax.ffi.ffi_call(
         name,
         [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
@@ -180,15 +176,15 @@ def _call(
         },
     )
     found: list[jax.Array] = function(
-        *map(sw, tensors),
-        *map(sw, before),
+        *tensors,
+        *before,
         least=np.int64(band.least),
         most=np.int64(band.most),
         stop=np.int64(band.stop),
         scale=np.float32(block.scoring.scale),
         threads=np.int32(_threads()),
     )
-    return [*map(sw, found)]
+    return found
 
 
 def _threads() -> int:
