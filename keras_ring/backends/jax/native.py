@@ -30,13 +30,20 @@ class JaxNativeKernel(NativeKernel):
     """One call of a program a visit, on each device."""
 
     def load(self) -> None:
-        _registered.load()
+        registered.load()
 
     def here(self) -> bool:
         try:
             return len(jax.devices("cpu")) > 1
         except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
             return False
+
+    def _band(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
+    ) -> Band | None:
+        if any(_varying(tensor) for tensor in (query, key, value)):
+            return None
+        return super()._band(query, key, value, block)
 
     def forward(
         self,
@@ -91,23 +98,40 @@ class JaxNativeKernel(NativeKernel):
         return BlockGradients(*_on_each_device(call, tensors, block))
 
 
-class _Registered:
-    """The library, whose functions XLA knows once it is loaded."""
+def _varying(tensor: jax.Array) -> Any:
+    """The axes of a `shard_map` along which a tensor varies, if it checks
+    that. The ring's does not; in somebody else's a call would have to say so
+    of its results, and no two releases of JAX spell that alike."""
+    kind: Any = jax.typeof(tensor)
+    if hasattr(kind, "vma"):
+        return kind.vma
+    return getattr(getattr(kind, "mat", None), "varying", ())
+
+
+class Registered:
+    """The library, whose functions XLA knows once it is loaded. What failed
+    once is not tried again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._library: Any = None
+        self._why = ""
 
     def load(self) -> None:
+        """See `NativeKernel.load`."""
         with self._lock:
-            if self._library is not None:
-                return
-            try:
-                self._library = self._load()
-            except (AttributeError, OSError, RuntimeError, TypeError) as error:
-                raise library.Unavailable(
-                    f"This JAX takes no functions: {error}"
-                ) from error
+            if self._library is None and not self._why:
+                try:
+                    self._library = self._load()
+                except library.Unavailable as error:
+                    self._why = str(error)
+                except Exception as error:  # noqa: BLE001 - any may be missing
+                    self._why = (
+                        "Registering its functions failed: "
+                        f"{type(error).__name__}: {error}"
+                    )
+            if self._why:
+                raise library.Unavailable(self._why)
 
     def _load(self) -> Any:
         # Headers of another release may lie in the same folder later.
@@ -124,7 +148,7 @@ class _Registered:
         return found
 
 
-_registered = _Registered()
+registered = Registered()
 
 
 def _on_each_device(
@@ -165,15 +189,13 @@ def _call(
             first visit.
         block, band: see `NativeKernel.forward`.
     """
-    _registered.load()
+    registered.load()
     function = jax.ffi.ffi_call(
         name,
         [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
         # Maps over batches are rare, and threads share a call's work.
         vmap_method="sequential",
-        input_output_aliases={
-            len(tensors) + i: i for i in range(len(before))
-        },
+        input_output_aliases={len(tensors) + i: i for i in range(len(before))},
     )
     found: list[jax.Array] = function(
         *tensors,
