@@ -5,6 +5,7 @@
 // the memory of the results.
 
 #include <cstring>
+#include <utility>
 
 #include "attention.h"
 #include "xla/ffi/api/ffi.h"
