@@ -11,6 +11,7 @@ from keras_ring import numerics
 from keras_ring.backends.jax import local
 from keras_ring.backends.jax.by_head import ByHeadKernel
 from keras_ring.backends.jax.cudnn import CuDnnKernel
+from keras_ring.backends.jax.native import JaxNativeKernel
 from keras_ring.backends.jax.splash import SplashKernel
 from keras_ring.backends.jax.triton import TritonKernel
 from keras_ring.blockwise import BlockwiseKernel
@@ -69,9 +70,11 @@ class CacheKernel(Kernel):
 
 
 KERNEL = Kernel()
+BY_HEAD = ByHeadKernel(CacheKernel(), KERNEL)
 # By preference; the last is the reference.
 KERNELS = (
-    ByHeadKernel(CacheKernel(), KERNEL),
+    JaxNativeKernel(BY_HEAD),
+    BY_HEAD,
     CuDnnKernel(KERNEL),
     TritonKernel(KERNEL),
     SplashKernel(KERNEL),

@@ -66,6 +66,12 @@ def platform() -> str:
     return getattr(device, "platform", None) or jax.default_backend()
 
 
+def devices() -> int:
+    """How many devices of this process what is traced here will run on."""
+    mesh = _mesh()
+    return 1 if mesh is None else max(1, len(mesh.local_devices))
+
+
 def _mesh() -> Any:
     """The mesh of the active strategy, or None."""
     return getattr(strategy.current(), "mesh", None)

@@ -1,0 +1,214 @@
+"""The C++ attention on JAX: called by XLA's programs through its foreign
+function interface.
+
+Such a call is a program's own for one machine: it cannot be exported, and no
+compiler splits it. So it is for CPUs that stand for several devices, where a
+program is for these anyway and the call is made on each of them.
+"""
+
+import ctypes
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from keras_ring.backends.jax import local
+from keras_ring.kernel import BlockGradients
+from keras_ring.native import kernel, library
+from keras_ring.native.kernel import Band, NativeKernel
+from keras_ring.numerics import Partial
+from keras_ring.tiling import Block
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FORWARD, BACKWARD = "keras_ring_xla_forward", "keras_ring_xla_backward"
+
+
+class JaxNativeKernel(NativeKernel):
+    """One call of a program a visit, on each device."""
+
+    def load(self) -> None:
+        registered.load()
+
+    def here(self) -> bool:
+        try:
+            return len(jax.devices("cpu")) > 1
+        except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
+            return False
+
+    def _band(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
+    ) -> Band | None:
+        if any(_varying(tensor) for tensor in (query, key, value)):
+            return None
+        return super()._band(query, key, value, block)
+
+    def forward(
+        self,
+        partial: Partial | None,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        block: Block,
+        band: Band,
+    ) -> Partial:
+        def call(starts: list[jax.Array], *tensors: jax.Array) -> Any:
+            query, key, value, *before = tensors
+            shape = *query.shape[:3], value.shape[3]
+            return _call(
+                FORWARD,
+                (shape, shape[:3]),
+                (query, key, value, *starts),
+                before,
+                block,
+                band,
+            )
+
+        tensors = [query, key, value, *([] if partial is None else partial)]
+        return Partial(*_on_each_device(call, tensors, block))
+
+    def backward(
+        self,
+        grad_query: jax.Array | None,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+        grad_out: jax.Array,
+        block: Block,
+        band: Band,
+    ) -> BlockGradients:
+        def call(starts: list[jax.Array], *tensors: jax.Array) -> Any:
+            query, key, value, lse, delta, grad_out, *before = tensors
+            return _call(
+                BACKWARD,
+                (query.shape, key.shape, value.shape),
+                (query, key, value, *starts, lse, delta, grad_out),
+                before,
+                block,
+                band,
+            )
+
+        tensors = [query, key, value, lse, delta, grad_out]
+        if grad_query is not None:
+            tensors.append(grad_query)
+        return BlockGradients(*_on_each_device(call, tensors, block))
+
+
+def _varying(tensor: jax.Array) -> Any:
+    """The axes of a `shard_map` along which a tensor varies, if it checks
+    that. The ring's does not; in somebody else's a call would have to say so
+    of its results, and no two releases of JAX spell that alike."""
+    kind: Any = jax.typeof(tensor)
+    if hasattr(kind, "vma"):
+        return kind.vma
+    return getattr(getattr(kind, "mat", None), "varying", ())
+
+
+class Registered:
+    """The library, whose functions XLA knows once it is loaded. What failed
+    once is not tried again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._library: Any = None
+        self._why = ""
+
+    def load(self) -> None:
+        """See `NativeKernel.load`."""
+        with self._lock:
+            if self._library is None and not self._why:
+                try:
+                    self._library = self._load()
+                except library.Unavailable as error:
+                    self._why = str(error)
+                except Exception as error:  # noqa: BLE001 - any may be missing
+                    self._why = (
+                        "Registering its functions failed: "
+                        f"{type(error).__name__}: {error}"
+                    )
+            if self._why:
+                raise library.Unavailable(self._why)
+
+    def _load(self) -> Any:
+        # Headers of another release may lie in the same folder later.
+        flags = (
+            f"-DKERAS_RING_JAX={jax.__version__}",
+            *("-isystem", jax.ffi.include_dir()),
+        )
+        path = library.build("jax", [SOURCE, library.ATTENTION], flags)
+        found = ctypes.CDLL(str(path))
+        for name in (FORWARD, BACKWARD):
+            jax.ffi.register_ffi_target(
+                name, jax.ffi.pycapsule(getattr(found, name)), platform="cpu"
+            )
+        return found
+
+
+registered = Registered()
+
+
+def _on_each_device(
+    call: Any, tensors: list[jax.Array], block: Block
+) -> list[jax.Array]:
+    """`call((query_starts, key_starts), *tensors)` with what each device
+    holds of the tensors."""
+    queries = len(block.query_starts)
+
+    def part(*arguments: Any) -> list[jax.Array]:
+        own, starts = arguments[: len(tensors)], arguments[len(tensors) :]
+        sides = starts[:queries], starts[queries:]
+        found: list[jax.Array] = call(
+            [jnp.stack([jnp.int32(s) for s in side]) for side in sides], *own
+        )
+        return found
+
+    starts = [*block.query_starts, *block.key_starts]
+    found: list[jax.Array] = local.on_each_device(part, tensors, starts)
+    return found
+
+
+def _call(
+    name: str,
+    shapes: tuple[tuple[int, ...], ...],
+    tensors: tuple[jax.Array, ...],
+    before: list[jax.Array],
+    block: Block,
+    band: Band,
+) -> list[jax.Array]:
+    """Call a function of the library.
+
+    Args:
+        name: FORWARD or BACKWARD.
+        shapes: of the results.
+        tensors: its arguments.
+        before: the first results so far, which are overwritten; none at the
+            first visit.
+        block, band: see `NativeKernel.forward`.
+    """
+    registered.load()
+    function = jax.ffi.ffi_call(
+        name,
+        [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        # Maps over batches are rare, and threads share a call's work.
+        vmap_method="sequential",
+        input_output_aliases={len(tensors) + i: i for i in range(len(before))},
+    )
+    found: list[jax.Array] = function(
+        *tensors,
+        *before,
+        least=np.int64(band.least),
+        most=np.int64(band.most),
+        stop=np.int64(band.stop),
+        scale=np.float32(block.scoring.scale),
+        threads=np.int32(_threads()),
+    )
+    return found
+
+
+def _threads() -> int:
+    """Of one call: each device of this process has one of its own."""
+    return max(1, kernel.threads() // local.devices())

@@ -1,0 +1,223 @@
+"""The C++ attention in XLA's programs: exact, and when it is used."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from keras import ops
+
+import keras_ring
+from keras_ring import kernels, masks
+from keras_ring.backends.jax import native
+from keras_ring.backends.jax.kernel import KERNEL, KERNELS
+from keras_ring.backends.jax.native import (
+    BACKWARD,
+    FORWARD,
+    JaxNativeKernel,
+    Registered,
+    registered,
+)
+from keras_ring.native import library
+from keras_ring.scoring import Scoring
+from keras_ring.tiling import Block
+from tests import reference
+from tests.kernel_choice import tensors
+from tests.visits import CASES, Refusing, Visit
+
+try:
+    registered.load()
+    MISSING = ""
+except library.Unavailable as error:
+    MISSING = str(error)
+    print(f"The C++ attention is not tested: {MISSING}")
+built = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+# Those whose pairs are a band, in float32.
+BANDS = sorted(
+    name
+    for name, case in CASES.items()
+    if case.kind in ("full", "causal", "window", "window-causal")
+    and case.dtype == "float32"
+)
+
+
+def draw(*shape):
+    return np.random.default_rng(shape[1]).normal(size=shape).astype("float32")
+
+
+@built
+@pytest.mark.parametrize("name", BANDS)
+@pytest.mark.parametrize(
+    "options",
+    [{"rest": 40}, {"pull": True}],
+    ids=["in-a-ring", "lse-has-a-gradient"],
+)
+def test_visits_are_exact(name, options):
+    Visit(CASES[name], **options).check(JaxNativeKernel(Refusing()))
+
+
+@built
+@pytest.mark.parametrize("kind", ["one-after-the-other", "mapped"])
+def test_visits_go_on_from_parts_whose_places_are_traced(kind):
+    """Two visits of keys, each chunk of two parts, in compiled programs."""
+    kernel = JaxNativeKernel(Refusing())
+    arrays = [draw(1, 60, 4, 8), draw(1, 80, 2, 8), draw(1, 80, 2, 12)]
+    arrays.append(draw(1, 60, 4, 12))
+    # The first rows see nothing at all.
+    places = np.r_[10:40, 110:140], np.r_[15:35, 90:110], np.r_[35:75]
+    keys = np.concatenate(places[1:])
+    distance = places[0][:, None] - keys[None]
+    allowed = (distance >= 0) & (distance < 100)
+    wanted = reference.attention(*arrays, allowed=allowed[None, None])
+    query, key, value, grad_out = (ops.swapaxes(t, 1, 2) for t in arrays)
+    mask = masks.Causal() & masks.SlidingWindow(100)
+    halves = [
+        (key[:, :, p], value[:, :, p]) for p in (slice(40), slice(40, 80))
+    ]
+
+    def blocks(starts):
+        scoring = Scoring(scale=8**-0.5, mask=mask)
+        own = starts[0], starts[1]
+        return (
+            Block(own, (starts[2], starts[3]), scoring),
+            Block(own, (starts[4],), scoring),
+        )
+
+    def both(starts, query, grad_out):
+        partial = None
+        for pair, block in zip(halves, blocks(starts), strict=True):
+            partial = kernel.fold(partial, query, *pair, block)
+        out, lse = partial
+        delta = kernel.row_delta(out, grad_out, ops.zeros_like(lse))
+        grad, found = None, []
+        for pair, block in zip(halves, blocks(starts), strict=True):
+            grads = kernel.fold_backward(
+                grad, query, *pair, out, lse, delta, grad_out, block
+            )
+            grad = grads.query
+            found.append(grads[1:3])
+        joined = (ops.concatenate(t, 2) for t in zip(*found, strict=True))
+        return out, lse, grad, *joined
+
+    starts = np.array([10, 110, 15, 90, 35], "int32")
+    if kind == "mapped":
+        several = (np.stack([t, t]) for t in (starts, query, grad_out))
+        results = [t[1] for t in jax.jit(jax.vmap(both))(*several)]
+    else:
+        results = jax.jit(both)(starts, query, grad_out)
+    assert np.isneginf(wanted.lse[:, :5]).all()
+    for have, want in zip(results, wanted, strict=True):
+        np.testing.assert_allclose(np.swapaxes(have, 1, 2), want, 2e-5, 2e-5)
+
+
+@built
+@pytest.mark.parametrize(
+    "name", ["padding", "segments", "pairs-per-head", "prefix", "bfloat16"]
+)
+def test_what_is_no_band_or_not_float32_is_left_to_another_kernel(name):
+    visit = Visit(CASES[name])
+    with pytest.raises(AssertionError, match="not fused"):
+        visit.check(JaxNativeKernel(Refusing()))
+
+
+@built
+def test_it_is_for_cpus_that_stand_for_several_devices(automatic, monkeypatch):
+    kernel = kernels.choose("float32", "cpu")
+    assert kernel.name == "native"
+    assert kernel.otherwise.name == "by_head"
+    assert kernels.choose("bfloat16", "cpu").name == "by_head"
+    assert not kernel.available("gpu")
+    one = jax.devices("cpu")[:1]
+    monkeypatch.setattr(jax, "devices", lambda *kind: one)
+    assert kernels.choose("float32", "cpu").name == "blockwise"
+
+
+@pytest.mark.parametrize("gone", ["include_dir", "register_ffi_target"])
+def test_other_releases_of_jax_may_lack_what_it_needs(
+    automatic, monkeypatch, gone
+):
+    monkeypatch.setattr(native, "registered", Registered())
+    monkeypatch.delattr(jax.ffi, gone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not KERNELS[0].available("cpu", "float32")
+    assert kernels.choose("float32", "cpu").name == "by_head"
+
+
+@built
+@pytest.mark.parametrize(("data", "ring"), [(1, 8), (2, 4)])
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.SlidingWindow(40)])
+def test_rings_call_it(automatic, data, ring, mask):
+    """And are exact, with batches that the compiler splits."""
+    shape = data, 128, 4, 8
+    arrays = [draw(*shape), draw(data, 128, 2, 8), draw(data, 128, 2, 8)]
+    arrays.append(draw(*shape) + 1)
+    allowed = (
+        reference.causal(128, 128)
+        if isinstance(mask, masks.Causal)
+        else reference.window(128, 128, 40)
+    )
+    wanted = reference.attention(*arrays, allowed=allowed)
+    strategy = keras_ring.DistributedStrategy(
+        data_parallel=data, sequence_parallel=ring
+    )
+    spec = PartitionSpec("batch", "seq")
+    placed = [
+        jax.device_put(t, NamedSharding(strategy.world.mesh, spec))
+        for t in arrays
+    ]
+
+    @jax.jit
+    def both(query, key, value, grad_out):
+        out, pull_back = jax.vjp(
+            lambda *t: keras_ring.ops.ring_attention(*t, mask=mask),
+            *(query, key, value),
+        )
+        return out, *pull_back(grad_out)
+
+    with strategy.scope():
+        program = both.lower(*placed).compile()
+    text = program.as_text()
+    for name in (FORWARD, BACKWARD):
+        assert f'custom_call_target="{name}"' in text
+    # Added to what is there already.
+    assert "output_to_operand_aliasing" in text
+    # What the compiler gives to one call: not the batches of all devices.
+    for line in text.splitlines():
+        if f'custom_call_target="{FORWARD}"' in line:
+            assert f"= (f32[1,4,{128 // ring},8]" in line
+    for have, want in zip(
+        program(*placed), wanted[:1] + wanted[2:], strict=True
+    ):
+        np.testing.assert_allclose(have, want, 2e-5, 2e-5)
+
+
+@built
+def test_maps_of_others_over_shards_that_are_checked_work(automatic):
+    mesh = jax.make_mesh(
+        (2,), ("some",), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    query, key, value = (
+        np.concatenate([t, t], axis=0) for t in tensors("float32")
+    )
+
+    def attend(*t):
+        return keras_ring.ops.ring_attention(*t, mask=masks.Causal())
+
+    def gradients(function):
+        return jax.jit(
+            jax.grad(lambda *t: (function(*t) ** 2).sum(), argnums=(0, 1, 2))
+        )(query, key, value)
+
+    spec = PartitionSpec("some")
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)
+    for have, want in zip(gradients(mapped), gradients(attend), strict=True):
+        np.testing.assert_allclose(have, want, atol=1e-5)
+
+
+def test_the_others_follow_by_preference():
+    names = [kernel.name for kernel in KERNELS]
+    assert names[:2] == ["native", "by_head"]
+    assert KERNELS[-1] is KERNEL
