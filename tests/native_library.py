@@ -8,7 +8,7 @@ from keras_ring.native import library
 def _why():
     try:
         library.build("attention", [library.ATTENTION])
-    except library.Unavailable as error:
+    except library.UnavailableError as error:
         return str(error)
     return ""
 

@@ -37,7 +37,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("kernel", "numerics", "placement", "scoring", "tiling"),
         "transport",
     },
-    "native": {"kernel", "masks", "numerics", "tiling"},
     "config": {"backends"},
     "kernels": {
         *("backends", "config", "masks", "numerics", "scoring", "tiling"),

@@ -8,7 +8,6 @@ import keras_ring
 from keras_ring import kernels, masks, tiling
 from keras_ring.backends.jax.by_head import ByHeadKernel
 from keras_ring.backends.jax.kernel import CacheKernel
-from keras_ring.backends.jax.native import JaxNativeKernel
 from keras_ring.tiling import Tiling
 from tests.kernel_choice import tensors
 from tests.visits import CASES, Case, Refusing, Visit
@@ -20,12 +19,6 @@ ALONE = sorted(
     if case.kind in ("full", "causal", "window", "prefix")
     and case.dtype != "float64"  # It is float32 here.
 )
-
-
-@pytest.fixture
-def not_compiled(automatic, monkeypatch):
-    """There is no compiler for the kernel that is preferred."""
-    monkeypatch.setattr(JaxNativeKernel, "loads", lambda self: False)
 
 
 def by_head(otherwise):
@@ -65,7 +58,7 @@ def test_one_head_at_a_time_in_small_tiles(monkeypatch):
 
 
 def test_it_is_for_cpus_that_stand_for_several_devices(
-    not_compiled, monkeypatch
+    automatic, without_native, monkeypatch
 ):
     kernel = kernels.choose("float32", "cpu")
     assert kernel.name == "by_head"
@@ -75,7 +68,7 @@ def test_it_is_for_cpus_that_stand_for_several_devices(
     assert kernels.choose("float32", "cpu").name == "blockwise"
 
 
-def test_it_is_used_around_a_ring(not_compiled, monkeypatch):
+def test_it_is_used_around_a_ring(automatic, without_native, monkeypatch):
     """And batches that the compiler splits stay split."""
     calls = []
     forward = CacheKernel.block_forward

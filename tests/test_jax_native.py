@@ -16,8 +16,6 @@ from keras_ring.backends.jax.native import (
     BACKWARD,
     FORWARD,
     JaxNativeKernel,
-    Registered,
-    registered,
 )
 from keras_ring.native import library
 from keras_ring.scoring import Scoring
@@ -27,9 +25,9 @@ from tests.kernel_choice import tensors
 from tests.visits import CASES, Refusing, Visit
 
 try:
-    registered.load()
+    native.loaded()
     MISSING = ""
-except library.Unavailable as error:
+except library.UnavailableError as error:
     MISSING = str(error)
     print(f"The C++ attention is not tested: {MISSING}")
 built = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -138,7 +136,7 @@ def test_it_is_for_cpus_that_stand_for_several_devices(automatic, monkeypatch):
 def test_other_releases_of_jax_may_lack_what_it_needs(
     automatic, monkeypatch, gone
 ):
-    monkeypatch.setattr(native, "registered", Registered())
+    monkeypatch.setattr(native, "loaded", library.Once(native._load))
     monkeypatch.delattr(jax.ffi, gone)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -70,7 +70,9 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(source):
 @NEEDED
 def test_a_compiler_that_fails_says_why(source):
     source.write_text("this is no C++")
-    with pytest.raises(library.Unavailable, match=r"failed with 1: .*error"):
+    with pytest.raises(
+        library.UnavailableError, match=r"failed with 1: .*error"
+    ):
         library.build("small", [source])
     assert os.listdir(os.environ["KERAS_RING_CACHE"]) == []
 
@@ -88,8 +90,29 @@ def test_what_is_missing_is_said(source, monkeypatch, variable, value, message):
     if variable == "KERAS_RING_CACHE":
         monkeypatch.setattr(library, "_compiler", lambda: ["c++"])
     monkeypatch.setenv(variable, value)
-    with pytest.raises(library.Unavailable, match=message):
+    with pytest.raises(library.UnavailableError, match=message):
         library.build("small", [source])
+
+
+def test_what_failed_is_not_tried_again():
+    calls = []
+
+    def load():
+        calls.append(1)
+        if len(calls) == 1:
+            raise AttributeError("a name of another release")
+        return "library"
+
+    once = library.Once(load)
+    for _ in range(2):
+        with pytest.raises(
+            library.UnavailableError, match="AttributeError: a name"
+        ):
+            once()
+    assert len(calls) == 1
+    once = library.Once(load)
+    assert [once(), once()] == ["library", "library"]
+    assert len(calls) == 2
 
 
 def test_only_a_failure_is_told_of(monkeypatch):
@@ -100,7 +123,7 @@ def test_only_a_failure_is_told_of(monkeypatch):
             self.why = why
 
         def load(self):
-            raise library.Unavailable(self.why)
+            raise library.UnavailableError(self.why)
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)

@@ -12,7 +12,8 @@ from keras_ring import backends, config, kernels, masks
 from keras_ring.backends.tensorflow import native
 from keras_ring.backends.tensorflow.native import TensorFlowNativeKernel
 from keras_ring.masks.by_position import Before
-from keras_ring.native.library import Unavailable
+from keras_ring.native import library
+from keras_ring.native.library import UnavailableError
 from keras_ring.scoring import Scoring
 from keras_ring.tiling import Block
 from tests import reference
@@ -205,7 +206,7 @@ def call(direction, count=None, **shapes):
         names += ["lse", "delta", "grad_out"]
         before = ["grad_query"]
     before = before if count is None else (before * 3)[:count]
-    operation = getattr(native._operations(), f"keras_ring_{direction}")
+    operation = getattr(native.loaded(), f"keras_ring_{direction}")
     return operation(
         **{name: given[name] for name in names},
         before=[given[name] for name in before],
@@ -351,9 +352,12 @@ def test_xla_gets_another_kernel(automatic):
 
 def test_the_error_says_what_is_missing(automatic, monkeypatch):
     config.set_kernel("native")
-    why = Unavailable("There is no C++ compiler: none was found.")
-    monkeypatch.setattr(native, "_operations", lambda: why)
-    with pytest.raises(Unavailable, match="no C\\+\\+ compiler"):
+
+    def load():
+        raise UnavailableError("There is no C++ compiler: none was found.")
+
+    monkeypatch.setattr(native, "loaded", library.Once(load))
+    with pytest.raises(UnavailableError, match="no C\\+\\+ compiler"):
         keras_ring.ops.ring_attention(*drawn(*[(1, 64, 2, 8)] * 3))
     with pytest.raises(ValueError, match="no C\\+\\+ compiler"):
         config.set_kernel("native")

@@ -12,7 +12,7 @@ from keras_ring.kernel import BlockGradients, Kernel
 from keras_ring.masks import Causal, Mask, SlidingWindow
 from keras_ring.masks.by_position import Before
 from keras_ring.masks.mask import And
-from keras_ring.native.library import Unavailable
+from keras_ring.native.library import UnavailableError
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
 
@@ -65,7 +65,7 @@ class NativeKernel(Kernel):
         """Compile and load the library, once.
 
         Raises:
-            Unavailable: if that does not work here.
+            UnavailableError: if that does not work here.
         """
 
     @abc.abstractmethod
@@ -113,7 +113,7 @@ class NativeKernel(Kernel):
         """Whether there is a library; a compiler that fails is told of."""
         try:
             self.load()
-        except Unavailable as error:
+        except UnavailableError as error:
             _tell(str(error))
             return False
         return True
@@ -122,7 +122,7 @@ class NativeKernel(Kernel):
         """Why there is no library; empty if there is one."""
         try:
             self.load()
-        except Unavailable as error:
+        except UnavailableError as error:
             return str(error)
         return ""
 

@@ -15,8 +15,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 ATTENTION = HERE / "attention.cpp"
@@ -30,8 +32,42 @@ PATIENCE = 300
 logger = logging.getLogger("keras_ring")
 
 
-class Unavailable(RuntimeError):
+class UnavailableError(RuntimeError):
     """There is no library here; the message says why."""
+
+
+class Once:
+    """Calls a function once: what it returned is returned again, and what
+    failed once is not tried again.
+
+    Args:
+        load: nullary; any exception of it means that there is no library.
+    """
+
+    def __init__(self, load: Callable[[], Any]):
+        self._load = load
+        self._lock = threading.Lock()
+        self._found: Any = None
+        self._why = ""
+
+    def __call__(self) -> Any:
+        """
+        Raises:
+            UnavailableError: if it failed, now or before.
+        """
+        with self._lock:
+            if self._found is None and not self._why:
+                try:
+                    self._found = self._load()
+                except UnavailableError as error:
+                    self._why = str(error)
+                except Exception as error:  # noqa: BLE001 - any may be missing
+                    self._why = (
+                        f"Loading it failed: {type(error).__name__}: {error}"
+                    )
+            if self._why:
+                raise UnavailableError(self._why)
+            return self._found
 
 
 def build(
@@ -45,7 +81,8 @@ def build(
         flags: for the compiler, after `FLAGS`.
 
     Raises:
-        Unavailable: without a compiler, a folder to keep it in, or success.
+        UnavailableError: without a compiler or a folder to keep it in, and
+            if the compiler fails.
     """
     command = [*_compiler(), *FLAGS, f"-I{HERE}", *map(str, sources), *flags]
     identity = hashlib.sha256("\0".join((*command, _machine())).encode())
@@ -73,9 +110,11 @@ def _compile(command: list[str], library: Path) -> None:
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unavailable(f"The compiler did not run: {error}") from error
+            raise UnavailableError(
+                f"The compiler did not run: {error}"
+            ) from error
         if done.returncode:
-            raise Unavailable(
+            raise UnavailableError(
                 f"{command[0]} failed with {done.returncode}: "
                 f"{done.stderr.strip()[-2000:]}"
             )
@@ -85,15 +124,19 @@ def _compile(command: list[str], library: Path) -> None:
 def _compiler() -> list[str]:
     own = os.environ.get("KERAS_RING_CXX")
     if own is not None and not own.strip():
-        raise Unavailable("KERAS_RING_CXX is empty: nothing is compiled.")
+        raise UnavailableError("KERAS_RING_CXX is empty: nothing is compiled.")
     if os.name != "posix":
-        raise Unavailable("Libraries are compiled on Linux and macOS only.")
+        raise UnavailableError(
+            "Libraries are compiled on Linux and macOS only."
+        )
     names = [own or os.environ.get("CXX"), "c++", "g++", "clang++"]
     for name in names[:1] if own else names:
         words = (name or "").split()
         if words and shutil.which(words[0]):
             return words
-    raise Unavailable(f"There is no C++ compiler: none of {names} was found.")
+    raise UnavailableError(
+        f"There is no C++ compiler: none of {names} was found."
+    )
 
 
 def _folder() -> Path:
@@ -107,9 +150,9 @@ def _folder() -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
         why = f"There is no folder for libraries: {error}"
-        raise Unavailable(why) from error
+        raise UnavailableError(why) from error
     if not os.access(folder, os.W_OK):
-        raise Unavailable(f"The folder {folder} cannot be written to.")
+        raise UnavailableError(f"The folder {folder} cannot be written to.")
     return folder
 
 

@@ -7,7 +7,6 @@ program is for these anyway and the call is made on each of them.
 """
 
 import ctypes
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ class JaxNativeKernel(NativeKernel):
     """One call of a program a visit, on each device."""
 
     def load(self) -> None:
-        registered.load()
+        loaded()
 
     def here(self) -> bool:
         try:
@@ -38,12 +37,12 @@ class JaxNativeKernel(NativeKernel):
         except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
             return False
 
-    def _band(
+    def _fits(
         self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
-    ) -> Band | None:
-        if any(_varying(tensor) for tensor in (query, key, value)):
-            return None
-        return super()._band(query, key, value, block)
+    ) -> bool:
+        return not any(_varying(tensor) for tensor in (query, key, value)) and (
+            super()._fits(query, key, value, block)
+        )
 
     def forward(
         self,
@@ -52,7 +51,7 @@ class JaxNativeKernel(NativeKernel):
         key: jax.Array,
         value: jax.Array,
         block: Block,
-        band: Band,
+        pairs: Band,
     ) -> Partial:
         def call(starts: list[jax.Array], *tensors: jax.Array) -> Any:
             query, key, value, *before = tensors
@@ -63,7 +62,7 @@ class JaxNativeKernel(NativeKernel):
                 (query, key, value, *starts),
                 before,
                 block,
-                band,
+                pairs,
             )
 
         tensors = [query, key, value, *([] if partial is None else partial)]
@@ -79,7 +78,7 @@ class JaxNativeKernel(NativeKernel):
         delta: jax.Array,
         grad_out: jax.Array,
         block: Block,
-        band: Band,
+        pairs: Band,
     ) -> BlockGradients:
         def call(starts: list[jax.Array], *tensors: jax.Array) -> Any:
             query, key, value, lse, delta, grad_out, *before = tensors
@@ -89,7 +88,7 @@ class JaxNativeKernel(NativeKernel):
                 (query, key, value, *starts, lse, delta, grad_out),
                 before,
                 block,
-                band,
+                pairs,
             )
 
         tensors = [query, key, value, lse, delta, grad_out]
@@ -108,47 +107,23 @@ def _varying(tensor: jax.Array) -> Any:
     return getattr(getattr(kind, "mat", None), "varying", ())
 
 
-class Registered:
-    """The library, whose functions XLA knows once it is loaded. What failed
-    once is not tried again."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._library: Any = None
-        self._why = ""
-
-    def load(self) -> None:
-        """See `NativeKernel.load`."""
-        with self._lock:
-            if self._library is None and not self._why:
-                try:
-                    self._library = self._load()
-                except library.Unavailable as error:
-                    self._why = str(error)
-                except Exception as error:  # noqa: BLE001 - any may be missing
-                    self._why = (
-                        "Registering its functions failed: "
-                        f"{type(error).__name__}: {error}"
-                    )
-            if self._why:
-                raise library.Unavailable(self._why)
-
-    def _load(self) -> Any:
-        # Headers of another release may lie in the same folder later.
-        flags = (
-            f"-DKERAS_RING_JAX={jax.__version__}",
-            *("-isystem", jax.ffi.include_dir()),
+def _load() -> Any:
+    """The library, whose functions XLA knows from then on."""
+    # Headers of another release may lie in the same folder later.
+    flags = (
+        f"-DKERAS_RING_JAX={jax.__version__}",
+        *("-isystem", jax.ffi.include_dir()),
+    )
+    path = library.build("jax", [SOURCE, library.ATTENTION], flags)
+    found = ctypes.CDLL(str(path))
+    for name in (FORWARD, BACKWARD):
+        jax.ffi.register_ffi_target(
+            name, jax.ffi.pycapsule(getattr(found, name)), platform="cpu"
         )
-        path = library.build("jax", [SOURCE, library.ATTENTION], flags)
-        found = ctypes.CDLL(str(path))
-        for name in (FORWARD, BACKWARD):
-            jax.ffi.register_ffi_target(
-                name, jax.ffi.pycapsule(getattr(found, name)), platform="cpu"
-            )
-        return found
+    return found
 
 
-registered = Registered()
+loaded = library.Once(_load)
 
 
 def _on_each_device(
@@ -177,7 +152,7 @@ def _call(
     tensors: tuple[jax.Array, ...],
     before: list[jax.Array],
     block: Block,
-    band: Band,
+    pairs: Band,
 ) -> list[jax.Array]:
     """Call a function of the library.
 
@@ -187,9 +162,9 @@ def _call(
         tensors: its arguments.
         before: the first results so far, which are overwritten; none at the
             first visit.
-        block, band: see `NativeKernel.forward`.
+        block, pairs: see `NativeKernel.forward`.
     """
-    registered.load()
+    loaded()
     function = jax.ffi.ffi_call(
         name,
         [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
@@ -200,9 +175,9 @@ def _call(
     found: list[jax.Array] = function(
         *tensors,
         *before,
-        least=np.int64(band.least),
-        most=np.int64(band.most),
-        stop=np.int64(band.stop),
+        least=np.int64(pairs.least),
+        most=np.int64(pairs.most),
+        stop=np.int64(pairs.stop),
         scale=np.float32(block.scoring.scale),
         threads=np.int32(_threads()),
     )

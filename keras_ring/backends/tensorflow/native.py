@@ -6,8 +6,6 @@ saved.
 """
 
 import contextlib
-import functools
-import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -37,10 +35,7 @@ class TensorFlowNativeKernel(NativeKernel):
     available = _as_it_is(NativeKernel.available)
 
     def load(self) -> None:
-        with _LOADING:
-            found = _operations()
-        if isinstance(found, library.Unavailable):
-            raise found
+        loaded()
 
     def here(self) -> bool:
         world = _world()
@@ -59,8 +54,7 @@ class TensorFlowNativeKernel(NativeKernel):
         block: Block,
         pairs: Band,
     ) -> Partial:
-        self.load()
-        found = _operations().keras_ring_forward(
+        found = loaded().keras_ring_forward(
             **_inputs(query, key, value, block, pairs),
             before=[] if partial is None else list(partial),
         )
@@ -78,8 +72,7 @@ class TensorFlowNativeKernel(NativeKernel):
         block: Block,
         pairs: Band,
     ) -> BlockGradients:
-        self.load()
-        found = _operations().keras_ring_backward(
+        found = loaded().keras_ring_backward(
             **_inputs(query, key, value, block, pairs),
             lse=lse,
             delta=delta,
@@ -94,28 +87,19 @@ class TensorFlowNativeKernel(NativeKernel):
         return not _for_xla() and super()._fits(query, key, value, block)
 
 
-_LOADING = threading.Lock()
+def _load() -> Any:
+    """The module of the operations."""
+    flags = (
+        *tf.sysconfig.get_compile_flags(),
+        # A library belongs to one release.
+        f'-DKERAS_RING_TENSORFLOW="{tf.__version__}"',
+        *tf.sysconfig.get_link_flags(),
+    )
+    path = library.build("tensorflow", [SOURCE, library.ATTENTION], flags)
+    return tf.load_op_library(str(path))
 
 
-@functools.cache
-def _operations() -> Any:
-    """The module of the operations; why there is none otherwise."""
-    try:
-        path = library.build(
-            "tensorflow",
-            [SOURCE, library.ATTENTION],
-            (
-                *tf.sysconfig.get_compile_flags(),
-                # A library belongs to one release.
-                f'-DKERAS_RING_TENSORFLOW="{tf.__version__}"',
-                *tf.sysconfig.get_link_flags(),
-            ),
-        )
-        return tf.load_op_library(str(path))
-    except library.Unavailable as error:
-        return error
-    except (tf.errors.OpError, OSError) as error:
-        return library.Unavailable(f"Loading the operations failed: {error}")
+loaded = library.Once(_load)
 
 
 def _inputs(

@@ -3,7 +3,6 @@ may be views, so that nothing is copied. Python lets go of its lock while the
 library computes."""
 
 import ctypes
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,7 +52,7 @@ class TorchNativeKernel(NativeKernel):
     any_mask = True
 
     def load(self) -> None:
-        _library()
+        loaded()
 
     def forward(
         self,
@@ -145,7 +144,7 @@ def _forward(
             torch.empty((batch, heads, length)),
         )
     _measure(visit, query, key, value)
-    _library().keras_ring_forward(
+    loaded().keras_ring_forward(
         ctypes.byref(visit),
         *_tensors(query, key, value, partial.out, partial.lse[..., None]),
         int(go_on),
@@ -170,7 +169,7 @@ def _backward(
         grad_query = _empty(query.shape)
     grads = grad_query, _empty(key.shape), _empty(value.shape)
     _measure(visit, query, key, value)
-    _library().keras_ring_backward(
+    loaded().keras_ring_backward(
         ctypes.byref(visit),
         *_tensors(query, key, value, lse[..., None], delta[..., None]),
         *_tensors(grad_out, *grads),
@@ -179,13 +178,11 @@ def _backward(
     return BlockGradients(*grads)
 
 
-@functools.cache
-def _library() -> Any:
-    """
-    Raises:
-        Unavailable: if it cannot be compiled here.
-    """
+def _load() -> Any:
     return ctypes.CDLL(str(library.build("attention", [library.ATTENTION])))
+
+
+loaded = library.Once(_load)
 
 
 def _empty(shape: Sequence[int]) -> torch.Tensor:
