@@ -1,6 +1,8 @@
 """The C++ attention on PyTorch: what it computes, and when it is taken."""
 
 import dataclasses
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -30,12 +32,26 @@ CASES = {
 }
 
 
-@pytest.fixture(params=[1, 2, 5], ids=["one", "two", "five"])
+THREADS = {
+    "one": (1, True),
+    "two": (2, True),
+    # More than there are samples and heads.
+    "five": (5, True),
+    "three-of-its-own": (3, False),
+}
+
+
+@pytest.fixture(params=THREADS)
 def threads(request):
-    """Also more than there are samples and heads."""
+    """PyTorch's threads, or those of the library."""
+    count, openmp = THREADS[request.param]
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(count)
+    library = native.loaded()
+    if not openmp:
+        library.keras_ring_use_threads(None)
+    yield count
+    library.keras_ring_use_threads(native._openmp())
     torch.set_num_threads(before)
 
 
@@ -192,3 +208,26 @@ def test_without_a_compiler_the_next_is_chosen(automatic, monkeypatch):
         assert kernels.choose("float32", "cpu").name == "flash"
     with pytest.raises(ValueError, match="must be that of a kernel"):
         config.set_kernel("native")
+
+
+def test_a_forked_process_has_threads_of_its_own():
+    """Those of its parent are not there any more. PyTorch's cannot do that."""
+    code = """
+import os, signal, torch
+from keras_ring.backends.torch import native
+from keras_ring.backends.torch.native import TorchNativeKernel
+from keras_ring.scoring import Scoring
+from keras_ring.tiling import Block
+native.loaded().keras_ring_use_threads(None)
+torch.set_num_threads(2)
+tensor, block = torch.ones((1, 4, 300, 8)), Block((0,), (0,), Scoring(scale=1))
+def call():
+    return TorchNativeKernel(None).block_forward(*[tensor] * 3, block).out
+assert call().eq(1).all()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    os._exit(0 if call().eq(1).all() else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -8,11 +8,19 @@
 
 #include "attention.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <cstring>
+#include <deque>
+#include <exception>
+#include <functional>
 #include <limits>
+#include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -250,6 +258,91 @@ Band band(const keras_ring_visit& visit, const Range& rows,
           std::min(columns.size(), there)};
 }
 
+// Threads that wait for work. They stay, with their scratch memory: to start
+// one for each call takes as long as a small visit.
+class Pool {
+ public:
+  // Call `work` here and in up to `helpers` threads at once, and return when
+  // all of them have.
+  void run(Index helpers, const std::function<void()>& work) {
+    Job job{&work};
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      jobs_.insert(jobs_.end(), helpers, &job);
+      while (count_ < helpers) {
+        std::thread([this] { serve(); }).detach();
+        ++count_;
+      }
+    }
+    wake_.notify_all();
+    work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());
+    done_.wait(lock, [&] { return job.running == 0; });
+  }
+
+ private:
+  struct Job {
+    const std::function<void()>* work;
+    int running = 0;
+  };
+
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return !jobs_.empty(); });
+      Job* job = jobs_.front();
+      jobs_.pop_front();
+      ++job->running;
+      lock.unlock();
+      (*job->work)();
+      lock.lock();
+      if (--job->running == 0) done_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::deque<Job*> jobs_;
+  Index count_ = 0;
+};
+
+// Never destroyed, since its threads end with the process. A process that was
+// forked has none of them, and gets its own.
+Pool*& pool() {
+  static Pool* found = [] {
+    pthread_atfork(nullptr, nullptr, [] { pool() = new Pool; });
+    return new Pool;
+  }();
+  return found;
+}
+
+std::atomic<keras_ring_parallel> parallel{nullptr};
+
+// Call `work` in several threads. What is thrown in one is thrown here.
+void in_threads(Index threads, const std::function<void()>& work) {
+  std::mutex mutex;
+  std::exception_ptr thrown;
+  const std::function<void()> caught = [&] {
+    try {
+      work();
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex);
+      thrown = std::current_exception();
+    }
+  };
+  if (threads < 2)
+    caught();
+  else if (const keras_ring_parallel call = parallel.load())
+    call([](void* data) {
+      (*static_cast<const std::function<void()>*>(data))();
+    }, const_cast<void*>(static_cast<const void*>(&caught)),
+         static_cast<unsigned>(threads), 0);
+  else
+    pool()->run(threads - 1, caught);
+  if (thrown) std::rethrow_exception(thrown);
+}
+
 // In how many slices the work of a sample and key head is cut, `most` at most:
 // as many as give all threads something to do.
 Index slices_of(const keras_ring_visit& visit, Index most) {
@@ -269,11 +362,7 @@ void each(const keras_ring_visit& visit, Index slices,
       function(i / slices / visit.key_heads, i / slices % visit.key_heads,
                i % slices);
   };
-  std::vector<std::thread> helpers;
-  const Index threads = std::min<Index>(visit.threads, count);
-  for (Index i = 1; i < threads; ++i) helpers.emplace_back(work);
-  work();
-  for (auto& helper : helpers) helper.join();
+  in_threads(std::min<Index>(visit.threads, count), work);
 }
 
 // Every `slices`-th, from `slice` on.
@@ -450,9 +539,7 @@ Index search(Index row, Index rows, const Function& found) {
   return row;
 }
 
-}  // namespace
-
-extern "C" void keras_ring_forward(const keras_ring_visit* visit,
+void visit_forward(const keras_ring_visit* visit,
                                    const keras_ring_tensor* query,
                                    const keras_ring_tensor* key,
                                    const keras_ring_tensor* value,
@@ -505,7 +592,7 @@ extern "C" void keras_ring_forward(const keras_ring_visit* visit,
   });
 }
 
-extern "C" void keras_ring_backward(
+void visit_backward(
     const keras_ring_visit* visit, const keras_ring_tensor* query,
     const keras_ring_tensor* key, const keras_ring_tensor* value,
     const keras_ring_tensor* lse, const keras_ring_tensor* delta,
@@ -665,4 +752,44 @@ extern "C" void keras_ring_backward(
           for (Index j = 0; j < D; ++j) grad.at(i)[j] += share.at(i)[j];
       }
   });
+}
+
+template <class Function>
+int32_t status(const Function& function) {
+  try {
+    function();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+}  // namespace
+
+extern "C" int32_t keras_ring_forward(const keras_ring_visit* visit,
+                                      const keras_ring_tensor* query,
+                                      const keras_ring_tensor* key,
+                                      const keras_ring_tensor* value,
+                                      const keras_ring_tensor* out,
+                                      const keras_ring_tensor* lse,
+                                      int32_t go_on) {
+  return status(
+      [&] { visit_forward(visit, query, key, value, out, lse, go_on); });
+}
+
+extern "C" int32_t keras_ring_backward(
+    const keras_ring_visit* visit, const keras_ring_tensor* query,
+    const keras_ring_tensor* key, const keras_ring_tensor* value,
+    const keras_ring_tensor* lse, const keras_ring_tensor* delta,
+    const keras_ring_tensor* grad_out, const keras_ring_tensor* grad_query,
+    const keras_ring_tensor* grad_key, const keras_ring_tensor* grad_value,
+    int32_t go_on) {
+  return status([&] {
+    visit_backward(visit, query, key, value, lse, delta, grad_out, grad_query,
+                   grad_key, grad_value, go_on);
+  });
+}
+
+extern "C" void keras_ring_use_threads(keras_ring_parallel call) {
+  parallel = call;
 }

@@ -38,10 +38,12 @@ struct keras_ring_visit {
   int64_t mask_batch, mask_head, mask_row;  // Strides.
 };
 
+// Both functions return 0, or 1 if there was no memory for a copy of a tile.
+
 // The partial result of the visit. `lse` (batch, heads, queries) is the
 // log-sum-exp, -inf in a row that sees nothing. With `go_on`, `out` and `lse`
 // hold the result over other keys, and the visit is added.
-KERAS_RING_PUBLIC void keras_ring_forward(const keras_ring_visit* visit,
+KERAS_RING_PUBLIC int32_t keras_ring_forward(const keras_ring_visit* visit,
                         const keras_ring_tensor* query,
                         const keras_ring_tensor* key,
                         const keras_ring_tensor* value,
@@ -51,13 +53,20 @@ KERAS_RING_PUBLIC void keras_ring_forward(const keras_ring_visit* visit,
 // The gradients of the visit. `lse` is over all keys of the sequence, `delta`
 // (batch, heads, queries) the sum of out * grad_out less the gradient of the
 // log-sum-exp. With `go_on`, the query's is added to `grad_query`.
-KERAS_RING_PUBLIC void keras_ring_backward(
+KERAS_RING_PUBLIC int32_t keras_ring_backward(
     const keras_ring_visit* visit, const keras_ring_tensor* query,
     const keras_ring_tensor* key, const keras_ring_tensor* value,
     const keras_ring_tensor* lse, const keras_ring_tensor* delta,
     const keras_ring_tensor* grad_out, const keras_ring_tensor* grad_query,
     const keras_ring_tensor* grad_key, const keras_ring_tensor* grad_value,
     int32_t go_on);
+
+// The threads of a framework's OpenMP, which would otherwise wait for work on
+// the same cores: called as `parallel(function, data, threads, 0)`, it calls
+// `function(data)` in that many threads. Null for threads of the library's own.
+typedef void (*keras_ring_parallel)(void (*function)(void*), void* data,
+                                    unsigned threads, unsigned flags);
+KERAS_RING_PUBLIC void keras_ring_use_threads(keras_ring_parallel parallel);
 
 }  // extern "C"
 

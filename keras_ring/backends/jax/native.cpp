@@ -65,6 +65,11 @@ ffi::Error go_on(ffi::RemainingArgs before, size_t index, void* result,
   return ffi::Error::Success();
 }
 
+ffi::Error done(int32_t status) {
+  if (status == 0) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a tile");
+}
+
 ffi::Error forward(Rows query, Rows key, Rows value, Starts query_starts,
                    Starts key_starts, ffi::RemainingArgs before,
                    ffi::Result<Rows> out, ffi::Result<Numbers> lse,
@@ -81,8 +86,7 @@ ffi::Error forward(Rows query, Rows key, Rows value, Starts query_starts,
                               least, most, stop, scale, threads);
   const auto q = tensor(query), k = tensor(key), v = tensor(value),
              o = tensor(*out), l = tensor(*lse);
-  keras_ring_forward(&visit, &q, &k, &v, &o, &l, more);
-  return ffi::Error::Success();
+  return done(keras_ring_forward(&visit, &q, &k, &v, &o, &l, more));
 }
 
 ffi::Error backward(Rows query, Rows key, Rows value, Starts query_starts,
@@ -103,8 +107,8 @@ ffi::Error backward(Rows query, Rows key, Rows value, Starts query_starts,
              l = tensor(lse), d = tensor(delta), g = tensor(grad_out),
              gq = tensor(*grad_query), gk = tensor(*grad_key),
              gv = tensor(*grad_value);
-  keras_ring_backward(&visit, &q, &k, &v, &l, &d, &g, &gq, &gk, &gv, more);
-  return ffi::Error::Success();
+  return done(keras_ring_backward(&visit, &q, &k, &v, &l, &d, &g, &gq, &gk,
+                                  &gv, more));
 }
 
 template <class Binding>

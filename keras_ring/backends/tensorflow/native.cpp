@@ -211,6 +211,10 @@ bool goes_on(TF_OpKernelContext* context, int first, int count) {
   return more != 0;
 }
 
+void done(int32_t status) {
+  if (status) throw std::bad_alloc();
+}
+
 void forward(TF_OpKernelContext* context, const Attributes& attributes) {
   const Inputs inputs(context, attributes);
   const auto& visit = inputs.visit;
@@ -224,7 +228,8 @@ void forward(TF_OpKernelContext* context, const Attributes& attributes) {
   const auto query = view(inputs.query), key = view(inputs.key),
              value = view(inputs.value), result = view(out),
              result_lse = view(lse);
-  keras_ring_forward(&visit, &query, &key, &value, &result, &result_lse, go_on);
+  done(keras_ring_forward(&visit, &query, &key, &value, &result, &result_lse,
+                          go_on));
 }
 
 void backward(TF_OpKernelContext* context, const Attributes& attributes) {
@@ -247,8 +252,8 @@ void backward(TF_OpKernelContext* context, const Attributes& attributes) {
              all_delta = view(delta), all_out = view(grad_out),
              to_query = view(grad_query), to_key = view(grad_key),
              to_value = view(grad_value);
-  keras_ring_backward(&visit, &query, &key, &value, &all_lse, &all_delta,
-                      &all_out, &to_query, &to_key, &to_value, go_on);
+  done(keras_ring_backward(&visit, &query, &key, &value, &all_lse, &all_delta,
+                           &all_out, &to_query, &to_key, &to_value, go_on));
 }
 
 template <void (*function)(TF_OpKernelContext*, const Attributes&)>

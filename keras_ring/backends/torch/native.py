@@ -4,6 +4,7 @@ library computes."""
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,10 +145,12 @@ def _forward(
             torch.empty((batch, heads, length)),
         )
     _measure(visit, query, key, value)
-    loaded().keras_ring_forward(
-        ctypes.byref(visit),
-        *_tensors(query, key, value, partial.out, partial.lse[..., None]),
-        int(go_on),
+    _check(
+        loaded().keras_ring_forward(
+            ctypes.byref(visit),
+            *_tensors(query, key, value, partial.out, partial.lse[..., None]),
+            int(go_on),
+        )
     )
     return partial
 
@@ -169,17 +172,43 @@ def _backward(
         grad_query = _empty(query.shape)
     grads = grad_query, _empty(key.shape), _empty(value.shape)
     _measure(visit, query, key, value)
-    loaded().keras_ring_backward(
-        ctypes.byref(visit),
-        *_tensors(query, key, value, lse[..., None], delta[..., None]),
-        *_tensors(grad_out, *grads),
-        int(go_on),
+    _check(
+        loaded().keras_ring_backward(
+            ctypes.byref(visit),
+            *_tensors(query, key, value, lse[..., None], delta[..., None]),
+            *_tensors(grad_out, *grads),
+            int(go_on),
+        )
     )
     return BlockGradients(*grads)
 
 
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("There is no memory for a tile of attention.")
+
+
 def _load() -> Any:
-    return ctypes.CDLL(str(library.build("attention", [library.ATTENTION])))
+    found = ctypes.CDLL(str(library.build("attention", [library.ATTENTION])))
+    found.keras_ring_use_threads(_openmp())
+    return found
+
+
+def _openmp() -> Any:
+    """PyTorch's own way to run something in its threads, which wait for work
+    on their cores for a while; None where it is not found."""
+    if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
+        return None
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        names = {line.split(maxsplit=5)[-1] for line in lines if "omp" in line}
+        own = str(Path(torch.__file__).parent)
+        for name in sorted(names, key=lambda name: not name.startswith(own)):
+            if Path(name).name.startswith(("libgomp", "libiomp", "libomp")):
+                return ctypes.CDLL(name).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    return None
 
 
 loaded = library.Once(_load)
