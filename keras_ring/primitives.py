@@ -14,9 +14,12 @@ class Primitives(abc.ABC):
 
     Attributes:
         tile: positions of a tile at most; None for the usual number.
+        short: the longest chunk for which half a tile is better under a mask
+            that leaves some of these empty.
     """
 
     tile: int | None = None
+    short: int = 0
 
     @abc.abstractmethod
     def loop(self, count: Any, body: Callable, carry: Any) -> Any:

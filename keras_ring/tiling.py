@@ -193,6 +193,19 @@ class Block:
         return _reduced(some, np.any, ops.any), _reduced(every, np.all, ops.all)
 
 
+def _halves_are_better(
+    primitives: Primitives, query_length: Any, key_length: Any, mask: Any
+) -> bool:
+    """Whether tiles of half the size leave out enough of a short chunk."""
+    return (
+        mask is not None
+        and mask.grows()
+        and isinstance(query_length, int)
+        and isinstance(key_length, int)
+        and max(query_length, key_length) <= primitives.short
+    )
+
+
 class Tiling:
     """The tile arithmetic of one visit: shapes, cuts and what is special
     about the scores of a tile."""
@@ -204,6 +217,9 @@ class Tiling:
         _, self.key_heads, key_length, _ = ops.shape(key)
         self.group = self.heads // self.key_heads
         limit = TILE if primitives.tile is None else min(TILE, primitives.tile)
+        mask = block.scoring.mask
+        if _halves_are_better(primitives, query_length, key_length, mask):
+            limit = min(limit, TILE // 2)
         self.queries = Side(block.query_starts, query_length, limit)
         self.keys = Side(block.key_starts, key_length, limit)
         self.pairs = self.batch * self.key_heads

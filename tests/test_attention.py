@@ -10,7 +10,9 @@ import pytest
 from keras import ops
 
 import keras_ring
-from keras_ring import masks
+from keras_ring import backends, masks
+from keras_ring.scoring import Scoring
+from keras_ring.tiling import Block, Tiling
 from tests import reference, worlds
 from tests.gradients import vjp
 
@@ -441,3 +443,19 @@ def check_documents_without_keys(size):
 @pytest.mark.parametrize("size", [1, 3])
 def test_documents_without_keys(on_devices, size):
     on_devices(size, check_documents_without_keys, size)
+
+
+def test_short_causal_chunks_are_cut_in_halves_of_a_tile(monkeypatch):
+    """Where a backend is faster with that: a quarter of the pairs is left
+    out."""
+    kernel = backends.load().kernel.KERNEL
+    monkeypatch.setattr(type(kernel), "short", 512)
+
+    def tile(length, mask):
+        tensor = ops.ones((1, 1, length, 2))
+        block = Block((0,), (0,), Scoring(scale=1.0, mask=mask))
+        return Tiling(kernel, tensor, tensor, block).queries.tile
+
+    assert tile(512, masks.Causal()) == 256
+    assert tile(512, masks.SlidingWindow(9)) == tile(512, None) == 512
+    assert tile(1024, masks.Causal()) == 512

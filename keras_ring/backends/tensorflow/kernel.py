@@ -34,6 +34,8 @@ class Store:
 class Kernel(BlockwiseKernel):
     """The blockwise kernel in `tf.while_loop`s; a store is a tensor list."""
 
+    short = 512
+
     def device(self, tensor: tf.Tensor) -> str | None:
         return None  # Not known while a program is traced.
 
