@@ -407,3 +407,40 @@ def test_threads_are_shared_by_the_replicas(monkeypatch):
         )
     assert counts == [2, 2, 1, 1, 1, 1]
     assert used() == 5
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_batches_that_are_open(batch):
+    """The last one of an epoch is smaller, and opens the axis."""
+    types = set()
+
+    @tf.function(
+        autograph=False,
+        input_signature=[tf.TensorSpec((None, 2, 40, 8))] * 4,
+    )
+    def visit(query, key, value, grad_out):
+        part = KERNEL.fold(None, query, key, value, block(masks.Causal()))
+        again = KERNEL.fold(
+            part, query, key, value, block(masks.Causal(), keys=(900,))
+        )
+        grads = KERNEL.fold_backward(
+            *(None, query, key, value, part.out, part.lse),
+            *(part.lse, grad_out, block(masks.Causal())),
+        )
+        graph = tf.compat.v1.get_default_graph()
+        types.update(operation.type for operation in graph.get_operations())
+        return again.out, *grads[:3]
+
+    tensors = drawn(*[(batch, 2, 40, 8)] * 4)
+    found = visit(*tensors)
+    assert types >= OPERATIONS
+    assert {tensor.shape for tensor in found} == {(batch, 2, 40, 8)}
+    if batch:
+        want = reference.attention(
+            *(tf.transpose(t, (0, 2, 1, 3)).numpy() for t in tensors),
+            allowed=reference.causal(40, 40),
+            scale=0.3,
+        )
+        np.testing.assert_allclose(
+            found[0], np.swapaxes(want.out, 1, 2), ATOL, ATOL
+        )

@@ -72,6 +72,13 @@ def test_other_dtypes_are_left_to_another_kernel(dtype):
         visit.check(TorchNativeKernel(Refusing()))
 
 
+def test_what_has_no_memory_is_left_to_another_kernel():
+    tensor = torch.empty((1, 2, 30, 8), device="meta")
+    block = Block((0,), (0,), Scoring(scale=1.0))
+    with pytest.raises(AssertionError, match="not fused"):
+        TorchNativeKernel(Refusing()).block_forward(*[tensor] * 3, block)
+
+
 @pytest.mark.parametrize("options", [{"soft_cap": 2.0}, {"scale": -0.3}])
 def test_other_scores_are_left_to_another_kernel(options):
     visit = Visit(CASES["causal"])

@@ -346,7 +346,7 @@ void in_threads(Index threads, const std::function<void()>& work) {
 // In how many slices the work of a sample and key head is cut, `most` at most:
 // as many as give all threads something to do.
 Index slices_of(const keras_ring_visit& visit, Index most) {
-  const Index count = visit.batch * visit.key_heads;
+  const Index count = std::max<Index>(1, visit.batch * visit.key_heads);
   const Index wanted = (visit.threads + count - 1) / count;
   return std::max<Index>(1, std::min(wanted, most));
 }

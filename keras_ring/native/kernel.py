@@ -52,10 +52,13 @@ class NativeKernel(Kernel):
 
     Attributes:
         any_mask: whether masks are taken that are no `Band`.
+        open_axes: of how many axes, from the first on, sizes may be unknown or
+            0.
     """
 
     name = "native"
     any_mask = False
+    open_axes = 0
 
     def __init__(self, otherwise: Kernel):
         self.otherwise = otherwise
@@ -201,7 +204,7 @@ class NativeKernel(Kernel):
             and all(
                 isinstance(size, int) and size
                 for tensor in tensors
-                for size in tensor.shape
+                for size in tensor.shape[self.open_axes :]
             )
             and (self.any_mask or band(scoring.mask) is not None)
         )

@@ -40,8 +40,11 @@ class JaxNativeKernel(NativeKernel):
     def _fits(
         self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
     ) -> bool:
-        return not any(_varying(tensor) for tensor in (query, key, value)) and (
-            super()._fits(query, key, value, block)
+        return (
+            # By name it may be asked for on other devices.
+            local.platform() == "cpu"
+            and not any(_varying(tensor) for tensor in (query, key, value))
+            and super()._fits(query, key, value, block)
         )
 
     def forward(

@@ -156,9 +156,10 @@ struct Inputs {
 
   static Shape rows(const char* name, const Tensor& tensor) {
     const Shape shape = shape_of(tensor);
-    if (shape.size() != 4 || *std::min_element(shape.begin(), shape.end()) < 1)
-      refuse(std::string("`") + name + "` must have 4 axes and some numbers. "
-             "Received: " + words(shape) + ".");
+    if (shape.size() != 4 ||
+        *std::min_element(shape.begin() + 1, shape.end()) < 1)
+      refuse(std::string("`") + name + "` must have 4 axes and some numbers in "
+             "each sample. Received: " + words(shape) + ".");
     return shape;
   }
 

@@ -29,6 +29,8 @@ SOURCE = Path(__file__).with_name("native.cpp")
 class TensorFlowNativeKernel(NativeKernel):
     """What a visit is added to is overwritten where nobody else holds it."""
 
+    # The last batch of an epoch makes it open in a program.
+    open_axes = 1
     # Nothing in here is a loop or a branch of a program.
     fold = _as_it_is(NativeKernel.fold)
     fold_backward = _as_it_is(NativeKernel.fold_backward)

@@ -55,6 +55,18 @@ class TorchNativeKernel(NativeKernel):
     def load(self) -> None:
         loaded()
 
+    def _fits(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        block: Block,
+    ) -> bool:
+        # By name it may be asked for what is elsewhere, or has no memory.
+        return query.device.type == "cpu" and super()._fits(
+            query, key, value, block
+        )
+
     def forward(
         self,
         partial: Partial | None,
