@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -158,3 +159,35 @@ def test_masks_that_are_bands():
     assert kernel.band(Causal() | SlidingWindow(2)) is None
     assert kernel.band(Before(3, queries=True)) is None
     assert kernel.band(Causal() & Padding(None)) is None
+
+
+@NEEDED
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@pytest.mark.parametrize("processor", ["native", "baseline"])
+def test_random_visits_under_sanitizers(sanitizer, processor, tmp_path):
+    """Nothing is read or written that is not there, and threads do not meet;
+    with the vectors of this processor and with the shortest."""
+    options = [
+        *("-std=c++17", "-O1", "-pthread", f"-I{library.HERE}"),
+        *(f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"),
+        *(["-march=native"] if processor == "native" else []),
+    ]
+    program = tmp_path / "cases"
+
+    def compiled(*sources):
+        command = [*library._compiler(), *options, *sources, "-o", program]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    nothing = tmp_path / "nothing.cpp"
+    nothing.write_text("int main() {}\n")
+    made = compiled(nothing)
+    if made.returncode or subprocess.run([program]).returncode:
+        pytest.skip(f"no sanitizer {sanitizer} here: {made.stderr[-300:]}")
+    cases = Path(__file__).with_name("native_cases.cpp")
+    made = compiled(library.ATTENTION, cases)
+    assert made.returncode == 0, made.stderr
+    found = subprocess.run(
+        [str(program), "100"], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert found.stdout == "100 cases\n"
