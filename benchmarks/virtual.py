@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from benchmarks import contestants
+from benchmarks.child import accelerators
 from keras_ring import backends, kernels, masks, numerics, placement
 from keras_ring.scoring import Scoring
 from keras_ring.tiling import TILE, Block, Side, relations
@@ -96,7 +97,7 @@ class VirtualRing:
             for tensor in contestants.draw(shape)
         )
         self.parts, self.rows, self.grads = {}, {}, {}
-        kernel = kernels.choose(dtype, device())
+        kernel = ring_kernel(dtype)
 
         def first(query, key, value, starts):
             block = _block(*starts, mask, scale)
@@ -189,6 +190,16 @@ class VirtualRing:
                 for name in ("query", "key", "value")
             ),
         ]
+
+
+def ring_kernel(dtype):
+    """What the members of a real ring on this machine compute with. A CPU that
+    stands for several devices has another kernel than one that does not."""
+    if accelerators(keras.backend.backend()) == 0 and dtype == "float32":
+        for kernel in backends.load().kernel.KERNELS:
+            if kernel.name == "native" and kernel.available():
+                return kernel
+    return kernels.choose(dtype, device())
 
 
 def device():

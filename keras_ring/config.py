@@ -47,10 +47,12 @@ def set_kernel(name: str) -> None:
     ```
     """
     kernels = backends.load().kernel.KERNELS
-    names = ["auto"] + [k.name for k in kernels if k.available()]
-    if name not in names:
+    # To ask may take long: one that has to be compiled first is.
+    asked = [k for k in kernels if k.name == name]
+    if name != "auto" and not any(k.available() for k in asked):
+        names = ["auto"] + [k.name for k in kernels if k.available()]
         known = ", ".join(repr(known) for known in names)
-        why = next((k.missing() for k in kernels if k.name == name), "")
+        why = next((k.missing() for k in asked), "")
         raise ValueError(
             "`name` must be that of a kernel of the running backend "
             f"({backends.load().name}). Received: name={name!r}. Choose one "

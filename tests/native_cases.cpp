@@ -64,6 +64,7 @@ void run(int number) {
   for (int i = 0; i < key_parts; ++i) key_starts.push_back(between(0, 300));
   const int64_t far = int64_t(1) << 40;
   const int64_t least = between(0, 2) ? between(-100, 50) : -far;
+  // Maybe none at all.
   const int64_t most = between(0, 2) ? between(-50, 150) : far;
   const int64_t stop = between(0, 3) ? far : between(0, 400);
   const bool masked = between(0, 2) == 0, by_head = between(0, 1);

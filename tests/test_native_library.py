@@ -46,10 +46,36 @@ def test_other_code_flags_or_processors_make_another(source, monkeypatch):
     made.add(library.build("small", [source]))
     monkeypatch.setattr(library, "_machine", lambda: "another")
     made.add(library.build("small", [source]))
-    assert len(made) == 4
+    monkeypatch.setattr(library, "_version", lambda *compiler: "another")
+    made.add(library.build("small", [source]))
+    assert len(made) == 5
     # What is made on the way does not stay.
     assert {made.pop().parent} == {path.parent for path in made}
-    assert len(list(made.pop().parent.iterdir())) == 4
+    assert len(list(made.pop().parent.iterdir())) == 5
+
+
+@NEEDED
+def test_what_is_kept_may_be_read_only(source, monkeypatch):
+    """As in an image that somebody else has made."""
+    made, compiler = library.build("small", [source]), library._compiler()
+    monkeypatch.setattr(library, "_compiler", lambda: compiler)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert library.build("small", [source]) == made
+    with pytest.raises(library.UnavailableError, match="cannot be written"):
+        library.build("other", [source])
+
+
+@NEEDED
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0,
+    reason="only root can give a folder away",
+)
+def test_a_folder_of_somebody_else_is_not_trusted(source, monkeypatch):
+    library.build("small", [source])
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    os.chown(os.environ["KERAS_RING_CACHE"], 54321, -1)
+    with pytest.raises(library.UnavailableError, match="another user"):
+        library.build("small", [source])
 
 
 @NEEDED
@@ -89,7 +115,7 @@ def test_a_compiler_that_fails_says_why(source):
 )
 def test_what_is_missing_is_said(source, monkeypatch, variable, value, message):
     if variable == "KERAS_RING_CACHE":
-        monkeypatch.setattr(library, "_compiler", lambda: ["c++"])
+        monkeypatch.setattr(library, "_compiler", lambda: ["true"])
     monkeypatch.setenv(variable, value)
     with pytest.raises(library.UnavailableError, match=message):
         library.build("small", [source])
@@ -120,15 +146,15 @@ def test_only_a_failure_is_told_of(monkeypatch):
     class Failing(kernel.NativeKernel):
         forward = backward = None
 
-        def __init__(self, why):
-            self.why = why
+        def __init__(self, why, expected=False):
+            self.why = library.UnavailableError(why, expected)
 
         def load(self):
-            raise library.UnavailableError(self.why)
+            raise self.why
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        assert not Failing("There is no C++ compiler").available("cpu")
+        assert not Failing("There is no C++ compiler", True).available("cpu")
     with pytest.warns(RuntimeWarning, match="'native' is not used: c.. failed"):
         assert not Failing("c++ failed with 1: ...").available("cpu")
     with warnings.catch_warnings():

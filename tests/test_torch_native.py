@@ -170,6 +170,63 @@ def test_what_is_no_number_stays_none():
     assert part.out.isnan().any(-1)[0, 0].nonzero().flatten().tolist() == [3]
 
 
+def test_every_kind_of_what_is_no_number():
+    """Such as that of GPUs."""
+    kinds = torch.tensor([0x7FFFFFFF, 0x7FC00001, -1], dtype=torch.int32)
+    for kind in kinds.view(torch.float32):
+        query, key, value = (torch.ones((1, 1, 5, 8)) for _ in range(3))
+        query[0, 0, 1] = kind
+        part = TorchNativeKernel(Refusing()).block_forward(
+            query, key, value, Block((0,), (0,), Scoring(scale=1.0))
+        )
+        assert part.out[0, 0].isnan().any(1).tolist() == [
+            i == 1 for i in range(5)
+        ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_defaults_of_pytorch_do_not_matter(dtype):
+    visit = Visit(CASES["causal"])
+    torch.set_default_dtype(dtype)
+    try:
+        kernel = TorchNativeKernel(Refusing())
+        part = kernel.block_forward(*visit.inputs, visit.block)
+        grads = kernel.block_backward(
+            *(*visit.inputs, visit.out, visit.lse, visit.lse, visit.grad_out),
+            visit.block,
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {t.dtype for t in (*part, *grads[:3])} == {torch.float32}
+    np.testing.assert_allclose(part.out, visit.forward["out"], 2e-5, 2e-5)
+
+
+def test_only_float32_reaches_the_library():
+    visit = Visit(CASES["causal"])
+    with pytest.raises(TypeError, match="float32 tensors on a CPU"):
+        TorchNativeKernel(Refusing()).block_backward(
+            *(*visit.inputs, visit.out, visit.lse, visit.lse),
+            *(visit.grad_out.double(), visit.block),
+        )
+
+
+def test_what_is_exported_is_of_pytorchs_operations(automatic):
+    """Its addresses would be those of the example."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, tensor):
+            return keras_ring.ops.ring_attention(
+                tensor, tensor, tensor, mask=masks.Causal()
+            )
+
+    config.set_kernel("native")
+    example, other = torch.randn((2, 1, 24, 2, 8)).unbind()
+    with torch.no_grad():
+        want = Attention()(other)
+        traced = torch.jit.trace(Attention(), (example,), check_trace=False)
+        torch.testing.assert_close(traced(other), want)
+
+
 def test_scores_of_any_size():
     """No exponential overflows: the largest score of a row is taken off."""
     query, key = 1e3 * torch.eye(16), 1e3 * torch.eye(16)

@@ -20,7 +20,7 @@
 #include <functional>
 #include <limits>
 #include <mutex>
-#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -47,6 +47,8 @@ constexpr Index FORWARD_KEYS = 256, BACKWARD_KEYS = 256, ROWS = 96;
 // Tiles of keys that rows of the forward meet one after the other, before the
 // next rows.
 constexpr Index TOGETHER = 4;
+// What slices of keys may have of the query's gradient beside the result.
+constexpr Index SLICES = Index(1) << 26;
 // Rows of packed keys do not all begin in the same places of a cache.
 constexpr Index GAP = LANES;
 
@@ -82,7 +84,8 @@ inline Vector exp2(Vector x) {
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
   p = p * f + 1.0f;
-  return (Vector)((Integers)p + ((Integers)shifted << 23));
+  const Vector found = (Vector)((Integers)p + ((Integers)shifted << 23));
+  return x == x ? found : x;
 }
 
 // One number of all of a vector's, by halves.
@@ -253,7 +256,10 @@ std::vector<Range> ranges(Index length, Index parts, const int32_t* starts,
 
 Band band(const keras_ring_visit& visit, const Range& rows,
           const Range& columns) {
-  const Index there = std::max<Index>(visit.stop - columns.position, 0);
+  const Index there =
+      visit.least > visit.most
+          ? 0
+          : std::max<Index>(visit.stop - columns.position, 0);
   return {rows.position - columns.position, visit.least, visit.most,
           std::min(columns.size(), there)};
 }
@@ -268,17 +274,21 @@ class Pool {
     Job job{&work};
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      jobs_.insert(jobs_.end(), helpers, &job);
-      while (count_ < helpers) {
-        std::thread([this] { serve(); }).detach();
-        ++count_;
+      wanted_ += helpers;
+      try {
+        for (; count_ < wanted_; ++count_)
+          std::thread([this] { serve(); }).detach();
+      } catch (const std::system_error&) {
+        // No more than there are: the caller works as well.
       }
+      jobs_.insert(jobs_.end(), helpers, &job);
     }
     wake_.notify_all();
     work();
     std::unique_lock<std::mutex> lock(mutex_);
     jobs_.erase(std::remove(jobs_.begin(), jobs_.end(), &job), jobs_.end());
     done_.wait(lock, [&] { return job.running == 0; });
+    wanted_ -= helpers;
   }
 
  private:
@@ -304,7 +314,8 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   std::deque<Job*> jobs_;
-  Index count_ = 0;
+  // Threads, and helpers of all calls at this moment.
+  Index count_ = 0, wanted_ = 0;
 };
 
 // Never destroyed, since its threads end with the process. A process that was
@@ -603,10 +614,14 @@ void visit_backward(
       ranges(visit->queries, visit->query_parts, visit->query_starts, ROWS);
   const auto all_keys = ranges(visit->keys, visit->key_parts,
                                visit->key_starts, BACKWARD_KEYS);
-  const Index slices = slices_of(*visit, all_keys.size());
+  const Index head_size = visit->queries * visit->width;
+  const Index of_slice =
+      std::max<Index>(1, visit->batch * visit->heads * head_size);
+  const Index most = 1 + SLICES / of_slice;
+  const Index slices =
+      slices_of(*visit, std::min<Index>(all_keys.size(), most));
   // What all slices but the first have of the query's gradient: who is ready
   // first must not decide on the order of a sum.
-  const Index head_size = visit->queries * visit->width;
   std::vector<float> others((slices - 1) * visit->batch * visit->heads *
                             head_size);
   auto other = [&](Index slice, Index sample, Index number) {
@@ -759,7 +774,7 @@ int32_t status(const Function& function) {
   try {
     function();
     return 0;
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception&) {
     return 1;
   }
 }

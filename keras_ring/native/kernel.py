@@ -113,11 +113,13 @@ class NativeKernel(Kernel):
         return (dtype is None or self.here()) and self.loads()
 
     def loads(self) -> bool:
-        """Whether there is a library; a compiler that fails is told of."""
+        """Whether there is a library. What fails is told of; that a
+        machine has no compiler is not."""
         try:
             self.load()
         except UnavailableError as error:
-            _tell(str(error))
+            if not error.expected:
+                _tell(str(error))
             return False
         return True
 
@@ -245,9 +247,8 @@ _told: set[str] = set()
 
 
 def _tell(why: str) -> None:
-    """Warn once of a compiler that is there and fails; that there is none is
-    nothing to be told of."""
-    if "failed" in why and why not in _told:
+    """Warn once."""
+    if why not in _told:
         _told.add(why)
         warnings.warn(
             f"The attention kernel 'native' is not used: {why}",

@@ -33,7 +33,16 @@ logger = logging.getLogger("keras_ring")
 
 
 class UnavailableError(RuntimeError):
-    """There is no library here; the message says why."""
+    """There is no library here; the message says why.
+
+    Attributes:
+        expected: whether that is as it should be: nobody asked for a compiler,
+            or for none.
+    """
+
+    def __init__(self, why: str, expected: bool = False):
+        super().__init__(why)
+        self.expected = expected
 
 
 class Once:
@@ -48,7 +57,7 @@ class Once:
         self._load = load
         self._lock = threading.Lock()
         self._found: Any = None
-        self._why = ""
+        self._why: UnavailableError | None = None
 
     def __call__(self) -> Any:
         """
@@ -56,17 +65,17 @@ class Once:
             UnavailableError: if it failed, now or before.
         """
         with self._lock:
-            if self._found is None and not self._why:
+            if self._found is None and self._why is None:
                 try:
                     self._found = self._load()
                 except UnavailableError as error:
-                    self._why = str(error)
+                    self._why = error
                 except Exception as error:  # noqa: BLE001 - any may be missing
-                    self._why = (
+                    self._why = UnavailableError(
                         f"Loading it failed: {type(error).__name__}: {error}"
                     )
-            if self._why:
-                raise UnavailableError(self._why)
+            if self._why is not None:
+                raise UnavailableError(str(self._why), self._why.expected)
             return self._found
 
 
@@ -84,8 +93,10 @@ def build(
         UnavailableError: without a compiler or a folder to keep it in, and
             if the compiler fails.
     """
-    command = [*_compiler(), *FLAGS, f"-I{HERE}", *map(str, sources), *flags]
-    identity = hashlib.sha256("\0".join((*command, _machine())).encode())
+    compiler = _compiler()
+    command = [*compiler, *FLAGS, f"-I{HERE}", *map(str, sources), *flags]
+    parts = *command, _version(*compiler), _machine()
+    identity = hashlib.sha256("\0".join(parts).encode())
     for path in (HERE / "attention.h", *sources):
         identity.update(path.read_bytes())
     folder = _folder()
@@ -99,6 +110,9 @@ def build(
 def _compile(command: list[str], library: Path) -> None:
     """Whoever is first among several processes: the others replace it by the
     same."""
+    if not os.access(library.parent, os.W_OK):
+        why = f"The folder {library.parent} cannot be written to."
+        raise UnavailableError(why)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         try:
@@ -124,35 +138,57 @@ def _compile(command: list[str], library: Path) -> None:
 def _compiler() -> list[str]:
     own = os.environ.get("KERAS_RING_CXX")
     if own is not None and not own.strip():
-        raise UnavailableError("KERAS_RING_CXX is empty: nothing is compiled.")
+        why = "KERAS_RING_CXX is empty: nothing is compiled."
+        raise UnavailableError(why, expected=True)
     if os.name != "posix":
-        raise UnavailableError(
-            "Libraries are compiled on Linux and macOS only."
-        )
-    names = [own or os.environ.get("CXX"), "c++", "g++", "clang++"]
-    for name in names[:1] if own else names:
-        words = (name or "").split()
-        if words and shutil.which(words[0]):
+        why = "Libraries are compiled on Linux and macOS only."
+        raise UnavailableError(why, expected=True)
+    asked = own or os.environ.get("CXX")
+    names = [own] if own else [asked, "c++", "g++", "clang++"]
+    tried = [name for name in names if name and name.strip()]
+    for name in tried:
+        words = name.split()
+        if shutil.which(words[0]):
             return words
     raise UnavailableError(
-        f"There is no C++ compiler: none of {names} was found."
+        f"There is no C++ compiler: none of {tried} was found.",
+        expected=own is None,
     )
 
 
+@functools.cache
+def _version(*compiler: str) -> str:
+    """What a compiler says of itself: what it makes needs its libraries."""
+    try:
+        done = subprocess.run(
+            [*compiler, "--version"],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UnavailableError(f"The compiler did not run: {error}") from error
+    return done.stdout
+
+
 def _folder() -> Path:
+    """Where libraries are kept: what is in it is loaded, so that nobody else
+    may own it."""
     own = os.environ.get("KERAS_RING_CACHE")
     try:
         if own:
-            folder = Path(own)
+            folder = Path(own).absolute()
         else:
             cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-            folder = Path(cache) / "keras_ring"
+            folder = Path(cache).absolute() / "keras_ring"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = folder.stat().st_uid
     except (OSError, RuntimeError) as error:
         why = f"There is no folder for libraries: {error}"
         raise UnavailableError(why) from error
-    if not os.access(folder, os.W_OK):
-        raise UnavailableError(f"The folder {folder} cannot be written to.")
+    if owner not in (0, os.geteuid()):
+        raise UnavailableError(f"The folder {folder} belongs to another user.")
     return folder
 
 
@@ -165,4 +201,5 @@ def _machine() -> str:
         return f"{platform.machine()} {platform.processor()}"
     wanted = ("model name", "flags", "Features", "CPU part")
     lines = {line for line in text.splitlines() if line.startswith(wanted)}
-    return "\n".join((platform.machine(), *sorted(lines)))
+    system = platform.machine(), *platform.libc_ver()
+    return "\n".join((*system, *sorted(lines)))

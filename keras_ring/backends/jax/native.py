@@ -7,6 +7,7 @@ program is for these anyway and the call is made on each of them.
 """
 
 import ctypes
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def _load() -> Any:
     """The library, whose functions XLA knows from then on."""
     # Headers of another release may lie in the same folder later.
     flags = (
-        f"-DKERAS_RING_JAX={jax.__version__}",
+        f"-DKERAS_RING_JAX={metadata.version('jaxlib')}",
         *("-isystem", jax.ffi.include_dir()),
     )
     path = library.build("jax", [SOURCE, library.ATTENTION], flags)

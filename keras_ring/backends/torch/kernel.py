@@ -76,10 +76,11 @@ class Kernel(BlockwiseKernel):
 
 
 KERNEL = Kernel()
+FLASH = FusedKernel("flash", KERNEL, CpuFlash())
 # By preference; the last is the reference.
 KERNELS = (
-    TorchNativeKernel(KERNEL),
-    FusedKernel("flash", KERNEL, CpuFlash()),
+    TorchNativeKernel(FLASH if FLASH.available("cpu") else KERNEL),
+    FLASH,
     FusedKernel("cudnn", KERNEL, CuDnn(), Efficient()),
     FusedKernel("cuda_flash", KERNEL, CudaFlash(), Efficient()),
     FusedKernel("efficient", KERNEL, Efficient()),

@@ -19,6 +19,10 @@ from keras_ring.tiling import Block
 Count = ctypes.c_int64
 
 
+# What the library computes with, whatever PyTorch's defaults are.
+PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+
+
 class Visit(ctypes.Structure):
     """`keras_ring_visit` of `attention.h`."""
 
@@ -62,9 +66,17 @@ class TorchNativeKernel(NativeKernel):
         value: torch.Tensor,
         block: Block,
     ) -> bool:
-        # By name it may be asked for what is elsewhere, or has no memory.
-        return query.device.type == "cpu" and super()._fits(
-            query, key, value, block
+        # By name it may be asked for what is elsewhere, and what is traced,
+        # exported or compiled has no addresses, or none that stay.
+        return (
+            all(
+                type(tensor) in (torch.Tensor, torch.nn.Parameter)
+                and tensor.device.type == "cpu"
+                for tensor in (query, key, value)
+            )
+            and not torch.jit.is_tracing()
+            and not torch.compiler.is_compiling()
+            and super()._fits(query, key, value, block)
         )
 
     def forward(
@@ -154,7 +166,7 @@ def _forward(
     if partial is None:
         partial = Partial(
             _empty((batch, heads, length, value.shape[3])),
-            torch.empty((batch, heads, length)),
+            torch.empty((batch, heads, length), **PLAIN),
         )
     _measure(visit, query, key, value)
     _check(
@@ -197,7 +209,7 @@ def _backward(
 
 def _check(status: int) -> None:
     if status:
-        raise MemoryError("There is no memory for a tile of attention.")
+        raise MemoryError("Attention has no memory for its tiles.")
 
 
 def _load() -> Any:
@@ -214,13 +226,14 @@ def _openmp() -> Any:
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
         names = {line.split(maxsplit=5)[-1] for line in lines if "omp" in line}
-        own = str(Path(torch.__file__).parent)
-        for name in sorted(names, key=lambda name: not name.startswith(own)):
-            if Path(name).name.startswith(("libgomp", "libiomp", "libomp")):
-                return ctypes.CDLL(name).GOMP_parallel
+        known = ("libgomp", "libiomp", "libomp")
+        found = [name for name in names if Path(name).name.startswith(known)]
+        beside = str(Path(torch.__file__).parent)
+        own = [name for name in found if name.startswith(beside)] or found
+        # Of several that others have loaded nobody says which is its own.
+        return ctypes.CDLL(own[0]).GOMP_parallel if len(own) == 1 else None
     except (OSError, AttributeError):
         return None
-    return None
 
 
 loaded = library.Once(_load)
@@ -230,7 +243,7 @@ def _empty(shape: Sequence[int]) -> torch.Tensor:
     """(batch, heads, length, width), with the heads behind the length as
     everywhere outside of attention."""
     batch, heads, length, width = shape
-    return torch.empty((batch, length, heads, width)).transpose(1, 2)
+    return torch.empty((batch, length, heads, width), **PLAIN).transpose(1, 2)
 
 
 def _visit(block: Block, band: Band) -> Visit:
@@ -287,10 +300,15 @@ def _measure(
 
 
 def _tensors(*tensors: torch.Tensor) -> list[Any]:
-    """Addresses and strides; a tensor whose numbers of a row are no
-    neighbours is copied, which is only for those that are read."""
+    """Addresses and strides. What is read may be any view; what is written is
+    made here, with rows without gaps."""
     found = []
     for tensor in tensors:
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise TypeError(
+                "The C++ attention takes float32 tensors on a CPU. Received: "
+                f"{tensor.dtype} on {tensor.device}."
+            )
         if tensor.stride(3) != 1 and tensor.shape[3] > 1:
             tensor = tensor.contiguous()
         made = Tensor(tensor.data_ptr(), *tensor.stride()[:3])
