@@ -144,3 +144,38 @@ class Kernel(abc.ABC):
     def add(self, total: Tensor, share: Tensor) -> Tensor:
         """The sum; `total` may be overwritten."""
         return total + share
+
+
+class FoldingKernel(Kernel):
+    """A kernel that adds to what is there: a visit by itself adds to nothing.
+    What it says itself is `fold` and `fold_backward`.
+
+    Args:
+        otherwise: computes the visits that do not fit.
+    """
+
+    def __init__(self, otherwise: Kernel):
+        self.otherwise = otherwise
+
+    def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
+        return self.otherwise.branch(predicate, yes, no)
+
+    def block_forward(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    ) -> Partial:
+        return self.fold(None, query, key, value, block)
+
+    def block_backward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        grad_out: Tensor,
+        block: Block,
+    ) -> BlockGradients:
+        return self.fold_backward(
+            None, query, key, value, out, lse, delta, grad_out, block
+        )

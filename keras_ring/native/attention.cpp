@@ -550,225 +550,7 @@ Index search(Index row, Index rows, const Function& found) {
   return row;
 }
 
-void visit_forward(const keras_ring_visit* visit,
-                                   const keras_ring_tensor* query,
-                                   const keras_ring_tensor* key,
-                                   const keras_ring_tensor* value,
-                                   const keras_ring_tensor* out,
-                                   const keras_ring_tensor* lse,
-                                   int32_t go_on) {
-  const Index slices =
-      slices_of(*visit, (visit->queries + ROWS - 1) / ROWS);
-  const auto all_queries =
-      ranges(visit->queries, visit->query_parts, visit->query_starts,
-             slices == 1 ? visit->queries : ROWS);
-  const auto keys = ranges(visit->keys, visit->key_parts, visit->key_starts,
-                           FORWARD_KEYS);
-  const Index value_width = up(visit->value_width);
-  const Index key_row = FORWARD_KEYS + GAP;
-  const Index group = visit->heads / visit->key_heads;
-  each(*visit, slices, [&](Index sample, Index shared, Index slice) {
-    const auto queries = share(all_queries, slice, slices);
-    const Index key_size = visit->width * key_row;
-    const Index value_size = FORWARD_KEYS * value_width;
-    scratch.begin(TOGETHER * (key_size + value_size) + DOWN * FORWARD_KEYS +
-                  DOWN * value_width);
-    float* keys_turned = scratch.take(TOGETHER * key_size);
-    float* values = scratch.take(TOGETHER * value_size);
-    float* scores = scratch.take(DOWN * FORWARD_KEYS);
-    float* sums = scratch.take(DOWN * value_width);
-    const Matrix own_key = head(*key, sample, shared);
-    const Matrix own_value = head(*value, sample, shared);
-    bool more = go_on;
-    for (std::size_t first = 0; first < keys.size(); first += TOGETHER) {
-      std::vector<Packed> tiles;
-      for (std::size_t i = first; i < std::min(first + TOGETHER, keys.size());
-           ++i) {
-        const Range& tile = keys[i];
-        float* key_turned = keys_turned + tiles.size() * key_size;
-        float* tile_value = values + tiles.size() * value_size;
-        const Index padded = up(tile.size());
-        turn({own_key.at(tile.begin), own_key.row}, tile.size(), visit->width,
-             key_turned, key_row, padded);
-        copy({own_value.at(tile.begin), own_value.row}, tile.size(),
-             visit->value_width, tile_value, padded, value_width);
-        tiles.push_back({tile, key_turned, tile_value});
-      }
-      for (Index h = shared * group; h < (shared + 1) * group; ++h)
-        forward_head(*visit, head(*query, sample, h), head(*out, sample, h),
-                     head(*lse, sample, h), mask_of(*visit, sample, h), tiles,
-                     queries, key_row, scores, sums, more);
-      more = true;
-    }
-  });
-}
-
-void visit_backward(
-    const keras_ring_visit* visit, const keras_ring_tensor* query,
-    const keras_ring_tensor* key, const keras_ring_tensor* value,
-    const keras_ring_tensor* lse, const keras_ring_tensor* delta,
-    const keras_ring_tensor* grad_out, const keras_ring_tensor* grad_query,
-    const keras_ring_tensor* grad_key, const keras_ring_tensor* grad_value,
-    int32_t go_on) {
-  const auto queries =
-      ranges(visit->queries, visit->query_parts, visit->query_starts, ROWS);
-  const auto all_keys = ranges(visit->keys, visit->key_parts,
-                               visit->key_starts, BACKWARD_KEYS);
-  const Index head_size = visit->queries * visit->width;
-  const Index of_slice =
-      std::max<Index>(1, visit->batch * visit->heads * head_size);
-  const Index most = 1 + SLICES / of_slice;
-  const Index slices =
-      slices_of(*visit, std::min<Index>(all_keys.size(), most));
-  // What all slices but the first have of the query's gradient: who is ready
-  // first must not decide on the order of a sum.
-  std::vector<float> others((slices - 1) * visit->batch * visit->heads *
-                            head_size);
-  auto other = [&](Index slice, Index sample, Index number) {
-    const Index place =
-        ((slice - 1) * visit->batch + sample) * visit->heads + number;
-    return Matrix{others.data() + place * head_size, visit->width};
-  };
-  const Index D = visit->width, E = visit->value_width;
-  const Index width = up(D), value_width = up(E);
-  const Index key_row = BACKWARD_KEYS + GAP;
-  const Index group = visit->heads / visit->key_heads;
-  each(*visit, slices, [&](Index sample, Index shared, Index slice) {
-    const auto keys = share(all_keys, slice, slices);
-    scratch.begin((D + E) * key_row + 2 * BACKWARD_KEYS * width +
-                  BACKWARD_KEYS * value_width + 2 * ROWS * width +
-                  ROWS * value_width + 2 * ROWS * key_row + 2 * up(ROWS) +
-                  16 * LANES);
-    float* key_turned = scratch.take(D * key_row);
-    float* value_turned = scratch.take(E * key_row);
-    float* keys_here = scratch.take(BACKWARD_KEYS * width);
-    float* key_sums = scratch.take(BACKWARD_KEYS * width);
-    float* value_sums = scratch.take(BACKWARD_KEYS * value_width);
-    float* scaled = scratch.take(ROWS * width);
-    float* query_sums = scratch.take(ROWS * width);
-    float* grads_out = scratch.take(ROWS * value_width);
-    float* p = scratch.take(ROWS * key_row);
-    float* grad_scores = scratch.take(ROWS * key_row);
-    float* minus_lse = scratch.take(ROWS);
-    float* deltas = scratch.take(ROWS);
-    const Matrix own_key = head(*key, sample, shared);
-    const Matrix own_value = head(*value, sample, shared);
-    bool more = go_on || slice;
-    for (const Range& tile : keys) {
-      const Index padded = up(tile.size());
-      const Matrix tile_key{own_key.at(tile.begin), own_key.row};
-      const Matrix tile_value{own_value.at(tile.begin), own_value.row};
-      turn(tile_key, tile.size(), D, key_turned, key_row, padded);
-      turn(tile_value, tile.size(), E, value_turned, key_row, padded);
-      copy(tile_key, tile.size(), D, keys_here, padded, width);
-      std::fill(key_sums, key_sums + padded * width, 0.0f);
-      std::fill(value_sums, value_sums + padded * value_width, 0.0f);
-      for (Index h = shared * group; h < (shared + 1) * group; ++h) {
-        const Matrix all_queries = head(*query, sample, h);
-        const Matrix all_grads = head(*grad_out, sample, h);
-        const Matrix all_lse = head(*lse, sample, h);
-        const Matrix all_deltas = head(*delta, sample, h);
-        const Matrix grad =
-            slice ? other(slice, sample, h) : head(*grad_query, sample, h);
-        const Mask all_pairs = mask_of(*visit, sample, h);
-        for (const Range& part : queries) {
-          const Band seen = band(*visit, part, tile);
-          const Index rows = part.size();
-          if (seen.first(0) >= seen.end(rows - 1)) {
-            if (!more)
-              for (Index i = part.begin; i < part.end; ++i)
-                std::fill(grad.at(i), grad.at(i) + D, 0.0f);
-            continue;
-          }
-          const bool whole =
-              seen.first(rows - 1) == 0 && seen.end(0) == tile.size();
-          copy({all_queries.at(part.begin), all_queries.row}, rows, D, scaled,
-               rows, width, visit->scale * LOG2E);
-          copy({all_grads.at(part.begin), all_grads.row}, rows, E, grads_out,
-               rows, value_width);
-          for (Index i = 0; i < rows; ++i) {
-            const float l = *all_lse.at(part.begin + i);
-            minus_lse[i] = l == NEVER ? NEVER : -l * LOG2E;
-            deltas[i] = *all_deltas.at(part.begin + i);
-          }
-          for (Index i = 0; i < rows; i += DOWN) {
-            const Index some = std::min<Index>(DOWN, rows - i);
-            const Index first = down(seen.first(i));
-            const Index stop =
-                std::max(first, up(seen.end(i + some - 1)));
-            float *row = p + i * key_row, *grad_row = grad_scores + i * key_row;
-            if (first < stop) {
-              product<false>(some, stop - first, scaled + i * width, width, 1,
-                             key_turned + first, key_row, row + first, key_row,
-                             D);
-              product<false>(some, stop - first, grads_out + i * value_width,
-                             value_width, 1, value_turned + first, key_row,
-                             grad_row + first, key_row, E);
-              backward_rows(some, seen,
-                            all_pairs.from(part.begin, tile.begin), i, first,
-                            stop, row, grad_row, key_row,
-                            minus_lse, deltas);
-            }
-            if (!whole)
-              for (Index r = 0; r < some; ++r)
-                for (float* side : {row + r * key_row, grad_row + r * key_row}) {
-                  std::fill(side, side + first, 0.0f);
-                  std::fill(side + stop, side + padded, 0.0f);
-                }
-            float* sums = query_sums + i * width;
-            product<false>(some, width, grad_row + first, key_row, 1,
-                           keys_here + first * width, width, sums, width,
-                           stop - first);
-            for (Index r = 0; r < some; ++r) {
-              float* to = grad.at(part.begin + i + r);
-              const float* from = sums + r * width;
-              if (more)
-                for (Index j = 0; j < D; ++j) to[j] += from[j] * visit->scale;
-              else
-                for (Index j = 0; j < D; ++j) to[j] = from[j] * visit->scale;
-            }
-          }
-          Index row = 0;
-          for (Index j = 0; j < tile.size(); j += DOWN) {
-            const Index some = std::min<Index>(DOWN, tile.size() - j);
-            // The rows that see one of these columns.
-            row = search(row, rows, [&](Index i) { return seen.end(i) > j; });
-            const Index stop = whole ? rows : search(row, rows, [&](Index i) {
-              return seen.first(i) >= j + some;
-            });
-            product<true>(some, value_width, p + row * key_row + j, 1, key_row,
-                          grads_out + row * value_width, value_width,
-                          value_sums + j * value_width, value_width,
-                          stop - row);
-            product<true>(some, width, grad_scores + row * key_row + j, 1,
-                          key_row, scaled + row * width, width,
-                          key_sums + j * width, width, stop - row);
-          }
-        }
-      }
-      more = true;
-      const Matrix key_grad = head(*grad_key, sample, shared);
-      const Matrix value_grad = head(*grad_value, sample, shared);
-      for (Index i = 0; i < tile.size(); ++i) {
-        for (Index j = 0; j < D; ++j)
-          key_grad.at(tile.begin + i)[j] = key_sums[i * width + j] * LN2;
-        std::copy(value_sums + i * value_width, value_sums + i * value_width + E,
-                  value_grad.at(tile.begin + i));
-      }
-    }
-  });
-  if (slices == 1) return;
-  each(*visit, 1, [&](Index sample, Index shared, Index) {
-    for (Index slice = 1; slice < slices; ++slice)
-      for (Index h = shared * group; h < (shared + 1) * group; ++h) {
-        const Matrix grad = head(*grad_query, sample, h);
-        const Matrix share = other(slice, sample, h);
-        for (Index i = 0; i < visit->queries; ++i)
-          for (Index j = 0; j < D; ++j) grad.at(i)[j] += share.at(i)[j];
-      }
-  });
-}
-
+// What a function of the interface returns.
 template <class Function>
 int32_t status(const Function& function) {
   try {
@@ -788,8 +570,52 @@ extern "C" int32_t keras_ring_forward(const keras_ring_visit* visit,
                                       const keras_ring_tensor* out,
                                       const keras_ring_tensor* lse,
                                       int32_t go_on) {
-  return status(
-      [&] { visit_forward(visit, query, key, value, out, lse, go_on); });
+  return status([&] {
+    const Index slices =
+        slices_of(*visit, (visit->queries + ROWS - 1) / ROWS);
+    const auto all_queries =
+        ranges(visit->queries, visit->query_parts, visit->query_starts,
+               slices == 1 ? visit->queries : ROWS);
+    const auto keys = ranges(visit->keys, visit->key_parts, visit->key_starts,
+                             FORWARD_KEYS);
+    const Index value_width = up(visit->value_width);
+    const Index key_row = FORWARD_KEYS + GAP;
+    const Index group = visit->heads / visit->key_heads;
+    each(*visit, slices, [&](Index sample, Index shared, Index slice) {
+      const auto queries = share(all_queries, slice, slices);
+      const Index key_size = visit->width * key_row;
+      const Index value_size = FORWARD_KEYS * value_width;
+      scratch.begin(TOGETHER * (key_size + value_size) + DOWN * FORWARD_KEYS +
+                    DOWN * value_width);
+      float* keys_turned = scratch.take(TOGETHER * key_size);
+      float* values = scratch.take(TOGETHER * value_size);
+      float* scores = scratch.take(DOWN * FORWARD_KEYS);
+      float* sums = scratch.take(DOWN * value_width);
+      const Matrix own_key = head(*key, sample, shared);
+      const Matrix own_value = head(*value, sample, shared);
+      bool more = go_on;
+      for (std::size_t first = 0; first < keys.size(); first += TOGETHER) {
+        std::vector<Packed> tiles;
+        for (std::size_t i = first; i < std::min(first + TOGETHER, keys.size());
+             ++i) {
+          const Range& tile = keys[i];
+          float* key_turned = keys_turned + tiles.size() * key_size;
+          float* tile_value = values + tiles.size() * value_size;
+          const Index padded = up(tile.size());
+          turn({own_key.at(tile.begin), own_key.row}, tile.size(), visit->width,
+               key_turned, key_row, padded);
+          copy({own_value.at(tile.begin), own_value.row}, tile.size(),
+               visit->value_width, tile_value, padded, value_width);
+          tiles.push_back({tile, key_turned, tile_value});
+        }
+        for (Index h = shared * group; h < (shared + 1) * group; ++h)
+          forward_head(*visit, head(*query, sample, h), head(*out, sample, h),
+                       head(*lse, sample, h), mask_of(*visit, sample, h), tiles,
+                       queries, key_row, scores, sums, more);
+        more = true;
+      }
+    });
+  });
 }
 
 extern "C" int32_t keras_ring_backward(
@@ -800,8 +626,163 @@ extern "C" int32_t keras_ring_backward(
     const keras_ring_tensor* grad_key, const keras_ring_tensor* grad_value,
     int32_t go_on) {
   return status([&] {
-    visit_backward(visit, query, key, value, lse, delta, grad_out, grad_query,
-                   grad_key, grad_value, go_on);
+    const auto queries =
+        ranges(visit->queries, visit->query_parts, visit->query_starts, ROWS);
+    const auto all_keys = ranges(visit->keys, visit->key_parts,
+                                 visit->key_starts, BACKWARD_KEYS);
+    const Index head_size = visit->queries * visit->width;
+    const Index of_slice =
+        std::max<Index>(1, visit->batch * visit->heads * head_size);
+    const Index most = 1 + SLICES / of_slice;
+    const Index slices =
+        slices_of(*visit, std::min<Index>(all_keys.size(), most));
+    // What all slices but the first have of the query's gradient: who is ready
+    // first must not decide on the order of a sum.
+    std::vector<float> others((slices - 1) * visit->batch * visit->heads *
+                              head_size);
+    auto other = [&](Index slice, Index sample, Index number) {
+      const Index place =
+          ((slice - 1) * visit->batch + sample) * visit->heads + number;
+      return Matrix{others.data() + place * head_size, visit->width};
+    };
+    const Index D = visit->width, E = visit->value_width;
+    const Index width = up(D), value_width = up(E);
+    const Index key_row = BACKWARD_KEYS + GAP;
+    const Index group = visit->heads / visit->key_heads;
+    each(*visit, slices, [&](Index sample, Index shared, Index slice) {
+      const auto keys = share(all_keys, slice, slices);
+      scratch.begin((D + E) * key_row + 2 * BACKWARD_KEYS * width +
+                    BACKWARD_KEYS * value_width + 2 * ROWS * width +
+                    ROWS * value_width + 2 * ROWS * key_row + 2 * up(ROWS) +
+                    16 * LANES);
+      float* key_turned = scratch.take(D * key_row);
+      float* value_turned = scratch.take(E * key_row);
+      float* keys_here = scratch.take(BACKWARD_KEYS * width);
+      float* key_sums = scratch.take(BACKWARD_KEYS * width);
+      float* value_sums = scratch.take(BACKWARD_KEYS * value_width);
+      float* scaled = scratch.take(ROWS * width);
+      float* query_sums = scratch.take(ROWS * width);
+      float* grads_out = scratch.take(ROWS * value_width);
+      float* p = scratch.take(ROWS * key_row);
+      float* grad_scores = scratch.take(ROWS * key_row);
+      float* minus_lse = scratch.take(ROWS);
+      float* deltas = scratch.take(ROWS);
+      const Matrix own_key = head(*key, sample, shared);
+      const Matrix own_value = head(*value, sample, shared);
+      bool more = go_on || slice;
+      for (const Range& tile : keys) {
+        const Index padded = up(tile.size());
+        const Matrix tile_key{own_key.at(tile.begin), own_key.row};
+        const Matrix tile_value{own_value.at(tile.begin), own_value.row};
+        turn(tile_key, tile.size(), D, key_turned, key_row, padded);
+        turn(tile_value, tile.size(), E, value_turned, key_row, padded);
+        copy(tile_key, tile.size(), D, keys_here, padded, width);
+        std::fill(key_sums, key_sums + padded * width, 0.0f);
+        std::fill(value_sums, value_sums + padded * value_width, 0.0f);
+        for (Index h = shared * group; h < (shared + 1) * group; ++h) {
+          const Matrix all_queries = head(*query, sample, h);
+          const Matrix all_grads = head(*grad_out, sample, h);
+          const Matrix all_lse = head(*lse, sample, h);
+          const Matrix all_deltas = head(*delta, sample, h);
+          const Matrix grad =
+              slice ? other(slice, sample, h) : head(*grad_query, sample, h);
+          const Mask all_pairs = mask_of(*visit, sample, h);
+          for (const Range& part : queries) {
+            const Band seen = band(*visit, part, tile);
+            const Index rows = part.size();
+            if (seen.first(0) >= seen.end(rows - 1)) {
+              if (!more)
+                for (Index i = part.begin; i < part.end; ++i)
+                  std::fill(grad.at(i), grad.at(i) + D, 0.0f);
+              continue;
+            }
+            const bool whole =
+                seen.first(rows - 1) == 0 && seen.end(0) == tile.size();
+            copy({all_queries.at(part.begin), all_queries.row}, rows, D, scaled,
+                 rows, width, visit->scale * LOG2E);
+            copy({all_grads.at(part.begin), all_grads.row}, rows, E, grads_out,
+                 rows, value_width);
+            for (Index i = 0; i < rows; ++i) {
+              const float l = *all_lse.at(part.begin + i);
+              minus_lse[i] = l == NEVER ? NEVER : -l * LOG2E;
+              deltas[i] = *all_deltas.at(part.begin + i);
+            }
+            for (Index i = 0; i < rows; i += DOWN) {
+              const Index some = std::min<Index>(DOWN, rows - i);
+              const Index first = down(seen.first(i));
+              const Index stop =
+                  std::max(first, up(seen.end(i + some - 1)));
+              float *row = p + i * key_row, *grad_row = grad_scores + i * key_row;
+              if (first < stop) {
+                product<false>(some, stop - first, scaled + i * width, width, 1,
+                               key_turned + first, key_row, row + first, key_row,
+                               D);
+                product<false>(some, stop - first, grads_out + i * value_width,
+                               value_width, 1, value_turned + first, key_row,
+                               grad_row + first, key_row, E);
+                backward_rows(some, seen,
+                              all_pairs.from(part.begin, tile.begin), i, first,
+                              stop, row, grad_row, key_row,
+                              minus_lse, deltas);
+              }
+              if (!whole)
+                for (Index r = 0; r < some; ++r)
+                  for (float* side : {row + r * key_row, grad_row + r * key_row}) {
+                    std::fill(side, side + first, 0.0f);
+                    std::fill(side + stop, side + padded, 0.0f);
+                  }
+              float* sums = query_sums + i * width;
+              product<false>(some, width, grad_row + first, key_row, 1,
+                             keys_here + first * width, width, sums, width,
+                             stop - first);
+              for (Index r = 0; r < some; ++r) {
+                float* to = grad.at(part.begin + i + r);
+                const float* from = sums + r * width;
+                if (more)
+                  for (Index j = 0; j < D; ++j) to[j] += from[j] * visit->scale;
+                else
+                  for (Index j = 0; j < D; ++j) to[j] = from[j] * visit->scale;
+              }
+            }
+            Index row = 0;
+            for (Index j = 0; j < tile.size(); j += DOWN) {
+              const Index some = std::min<Index>(DOWN, tile.size() - j);
+              // The rows that see one of these columns.
+              row = search(row, rows, [&](Index i) { return seen.end(i) > j; });
+              const Index stop = whole ? rows : search(row, rows, [&](Index i) {
+                return seen.first(i) >= j + some;
+              });
+              product<true>(some, value_width, p + row * key_row + j, 1, key_row,
+                            grads_out + row * value_width, value_width,
+                            value_sums + j * value_width, value_width,
+                            stop - row);
+              product<true>(some, width, grad_scores + row * key_row + j, 1,
+                            key_row, scaled + row * width, width,
+                            key_sums + j * width, width, stop - row);
+            }
+          }
+        }
+        more = true;
+        const Matrix key_grad = head(*grad_key, sample, shared);
+        const Matrix value_grad = head(*grad_value, sample, shared);
+        for (Index i = 0; i < tile.size(); ++i) {
+          for (Index j = 0; j < D; ++j)
+            key_grad.at(tile.begin + i)[j] = key_sums[i * width + j] * LN2;
+          std::copy(value_sums + i * value_width, value_sums + i * value_width + E,
+                    value_grad.at(tile.begin + i));
+        }
+      }
+    });
+    if (slices == 1) return;
+    each(*visit, 1, [&](Index sample, Index shared, Index) {
+      for (Index slice = 1; slice < slices; ++slice)
+        for (Index h = shared * group; h < (shared + 1) * group; ++h) {
+          const Matrix grad = head(*grad_query, sample, h);
+          const Matrix share = other(slice, sample, h);
+          for (Index i = 0; i < visit->queries; ++i)
+            for (Index j = 0; j < D; ++j) grad.at(i)[j] += share.at(i)[j];
+        }
+    });
   });
 }
 

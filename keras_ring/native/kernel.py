@@ -3,12 +3,11 @@
 import abc
 import os
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 
-from keras_ring.kernel import BlockGradients, Kernel
+from keras_ring.kernel import BlockGradients, FoldingKernel
 from keras_ring.masks import Causal, Mask, SlidingWindow
 from keras_ring.masks.by_position import Before
 from keras_ring.masks.mask import And
@@ -40,7 +39,7 @@ class Band(NamedTuple):
         )
 
 
-class NativeKernel(Kernel):
+class NativeKernel(FoldingKernel):
     """float32 attention with a `Band` of pairs in one call, which adds to what
     was there before.
 
@@ -59,9 +58,6 @@ class NativeKernel(Kernel):
     name = "native"
     any_mask = False
     open_axes = 0
-
-    def __init__(self, otherwise: Kernel):
-        self.otherwise = otherwise
 
     @abc.abstractmethod
     def load(self) -> None:
@@ -134,14 +130,6 @@ class NativeKernel(Kernel):
     def rounds(self, dtype: str) -> bool:
         return False
 
-    def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
-        return self.otherwise.branch(predicate, yes, no)
-
-    def block_forward(
-        self, query: Tensor, key: Tensor, value: Tensor, block: Block
-    ) -> Partial:
-        return self.fold(None, query, key, value, block)
-
     def fold(
         self,
         partial: Partial | None,
@@ -154,21 +142,6 @@ class NativeKernel(Kernel):
             return self.otherwise.fold(partial, query, key, value, block)
         pairs = band(block.scoring.mask)
         return self.forward(partial, query, key, value, block, pairs)
-
-    def block_backward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        grad_out: Tensor,
-        block: Block,
-    ) -> BlockGradients:
-        return self.fold_backward(
-            None, query, key, value, out, lse, delta, grad_out, block
-        )
 
     def fold_backward(
         self,

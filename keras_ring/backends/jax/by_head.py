@@ -39,12 +39,7 @@ class ByHeadKernel(Kernel):
         self, device: str | None = None, dtype: str | None = None
     ) -> bool:
         del dtype  # It takes all of them.
-        if device not in (None, "cpu"):
-            return False
-        try:
-            return len(jax.devices("cpu")) > 1
-        except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
-            return False
+        return device in (None, "cpu") and local.several_cpus()
 
     def rounds(self, dtype: str) -> bool:
         return False

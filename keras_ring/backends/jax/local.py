@@ -66,6 +66,14 @@ def platform() -> str:
     return getattr(device, "platform", None) or jax.default_backend()
 
 
+def several_cpus() -> bool:
+    """Whether this process has CPUs that stand for several devices."""
+    try:
+        return len(jax.devices("cpu")) > 1
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
+        return False
+
+
 def devices() -> int:
     """How many devices of this process what is traced here will run on."""
     mesh = _mesh()

@@ -10,14 +10,14 @@ where it is called: `flash` for CPUs, `cuda` for GPUs.
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from keras_ring import numerics
 from keras_ring.backends.torch.pieces import Grain, Piece, pieces
-from keras_ring.kernel import BlockGradients, Kernel
+from keras_ring.kernel import BlockGradients, FoldingKernel, Kernel
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
 
@@ -99,7 +99,7 @@ class Operation(abc.ABC):
         that sees nothing."""
 
 
-class FusedKernel(Kernel):
+class FusedKernel(FoldingKernel):
     """Fused calls where they fit, another kernel where they do not.
 
     Args:
@@ -123,7 +123,7 @@ class FusedKernel(Kernel):
         masked: Operation | None = None,
     ):
         self.name = name
-        self.otherwise = otherwise
+        super().__init__(otherwise)
         self.plain = plain
         self.masked = masked or plain
         if not self.masked.masks:
@@ -156,15 +156,6 @@ class FusedKernel(Kernel):
         found: torch.Tensor = super().row_delta(out, grad_out, grad_lse)
         return found
 
-    def block_forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        block: Block,
-    ) -> Partial:
-        return self.fold(None, query, key, value, block)
-
     def fold(
         self,
         partial: Partial | None,
@@ -194,21 +185,6 @@ class FusedKernel(Kernel):
         if partial is None:
             return _nothing(query, values, accumulate)
         return partial
-
-    def block_backward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        delta: torch.Tensor | None,
-        grad_out: torch.Tensor,
-        block: Block,
-    ) -> BlockGradients:
-        return self.fold_backward(
-            None, query, key, value, out, lse, delta, grad_out, block
-        )
 
     def fold_backward(
         self,
@@ -273,9 +249,6 @@ class FusedKernel(Kernel):
 
     def add(self, total: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         return total.add_(share)
-
-    def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
-        return self.otherwise.branch(predicate, yes, no)
 
     def _terms(self, dtype: torch.dtype) -> int:
         """How many numbers of the operations' precision `delta` takes."""
