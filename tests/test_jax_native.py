@@ -22,15 +22,10 @@ from keras_ring.scoring import Scoring
 from keras_ring.tiling import Block
 from tests import reference
 from tests.kernel_choice import tensors
+from tests.native_library import needed
 from tests.visits import CASES, Refusing, Visit
 
-try:
-    native.loaded()
-    MISSING = ""
-except library.UnavailableError as error:
-    MISSING = str(error)
-    print(f"The C++ attention is not tested: {MISSING}")
-built = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+built = needed(native.loaded)
 
 # Those whose pairs are a band, in float32.
 BANDS = sorted(
@@ -219,3 +214,11 @@ def test_the_others_follow_by_preference():
     names = [kernel.name for kernel in KERNELS]
     assert names[:2] == ["native", "by_head"]
     assert KERNELS[-1] is KERNEL
+
+
+@built
+def test_other_devices_are_left_to_another_kernel(monkeypatch):
+    """By name it may be asked for there."""
+    monkeypatch.setattr(native.local, "platform", lambda: "gpu")
+    with pytest.raises(AssertionError, match="not fused"):
+        Visit(CASES["causal"]).check(JaxNativeKernel(Refusing()))

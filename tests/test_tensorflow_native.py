@@ -17,12 +17,11 @@ from keras_ring.native.library import UnavailableError
 from keras_ring.scoring import Scoring
 from keras_ring.tiling import Block
 from tests import reference
+from tests.native_library import needed
 from tests.visits import CASES, TOLERANCE, Refusing, Visit
 
 KERNEL = TensorFlowNativeKernel(Refusing())
-pytestmark = pytest.mark.skipif(
-    bool(KERNEL.missing()), reason=f"no library: {KERNEL.missing()}"
-)
+pytestmark = needed(native.loaded)
 FIT = ("full", "causal", "window", "window-causal")
 ATOL = TOLERANCE["float32"]
 OPERATIONS = {"KerasRingForward", "KerasRingBackward"}

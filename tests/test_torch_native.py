@@ -18,10 +18,10 @@ from keras_ring.scoring import Scoring
 from keras_ring.tiling import Block
 from tests import reference
 from tests.kernel_choice import tensors
-from tests.native_library import NEEDED
+from tests.native_library import needed
 from tests.visits import CASES, TOLERANCE, Case, Refusing, Visit
 
-pytestmark = NEEDED
+pytestmark = needed(native.loaded)
 CASES = {
     **{name: case for name, case in CASES.items() if case.dtype == "float32"},
     "halved": Case("causal", queries=1100, keys=1100, batch=2, heads=4),
@@ -77,6 +77,28 @@ def test_what_has_no_memory_is_left_to_another_kernel():
     block = Block((0,), (0,), Scoring(scale=1.0))
     with pytest.raises(AssertionError, match="not fused"):
         TorchNativeKernel(Refusing()).block_forward(*[tensor] * 3, block)
+
+
+def test_what_is_traced_is_left_to_another_kernel(monkeypatch):
+    """Such tensors have no addresses, or none that stay."""
+
+    class Traced(torch.Tensor):
+        pass
+
+    visit = Visit(CASES["causal"])
+    kernel, (query, key, value) = TorchNativeKernel(Refusing()), visit.inputs
+    with pytest.raises(AssertionError, match="not fused"):
+        kernel.block_forward(query, key.as_subclass(Traced), value, visit.block)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(AssertionError, match="not fused"):
+        kernel.block_forward(query, key, value, visit.block)
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="libraries are found in /proc"
+)
+def test_pytorchs_own_threads_are_found():
+    assert native._openmp() is not None
 
 
 @pytest.mark.parametrize("options", [{"soft_cap": 2.0}, {"scale": -0.3}])
