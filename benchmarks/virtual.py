@@ -118,7 +118,7 @@ class VirtualRing:
                 grad_query, query, key, value, *rows, block
             )
             return share.query, *(
-                kernel.add(have, new)
+                new if have is None else kernel.add(have, new)
                 for have, new in zip(others, share[1:3], strict=True)
             )
 
@@ -150,12 +150,7 @@ class VirtualRing:
                 continue
             tensors = self.query[index], self.key[source], self.value[source]
             names = ("query", index), ("key", source), ("value", source)
-            held = tuple(
-                self.grads[name]
-                if name in self.grads
-                else ops.zeros(tensor.shape, out.dtype)
-                for name, tensor in zip(names, tensors, strict=True)
-            )
+            held = tuple(self.grads.get(name) for name in names)
             starts = self.starts[index], self.starts[source]
             found = self._backward(*tensors, rows, held, starts)
             self.grads.update(zip(names, found, strict=True))

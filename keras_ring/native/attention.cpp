@@ -22,6 +22,7 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -203,11 +204,46 @@ Matrix head(const keras_ring_tensor& tensor, Index sample, Index number) {
           tensor.row};
 }
 
+// Numbers of two vectors in turn, of their first or of their second halves.
+template <bool SECOND, int... I>
+inline Vector mixed(Vector a, Vector b, std::integer_sequence<int, I...>) {
+  constexpr int from = SECOND ? LANES / 2 : 0;
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (from + I / 2 + I % 2 * LANES)...);
+#else
+  return __builtin_shuffle(a, b,
+                           Integers{(from + I / 2 + I % 2 * LANES)...});
+#endif
+}
+
+// A square of as many rows as a vector has numbers.
+inline void turn_square(const Matrix& from, float* to, Index to_row) {
+  constexpr std::make_integer_sequence<int, LANES> lanes{};
+  Vector rows[LANES], next[LANES];
+  for (int i = 0; i < LANES; ++i) rows[i] = load(from.at(i));
+  // After each step a row has numbers of twice as many of the rows.
+  for (int step = 1; step < LANES; step *= 2) {
+    for (int i = 0; i < LANES / 2; ++i) {
+      next[2 * i] = mixed<false>(rows[i], rows[i + LANES / 2], lanes);
+      next[2 * i + 1] = mixed<true>(rows[i], rows[i + LANES / 2], lanes);
+    }
+    std::copy(next, next + LANES, rows);
+  }
+  for (int i = 0; i < LANES; ++i) store(to + i * to_row, rows[i]);
+}
+
 // to (columns, rows) = from (rows, columns), with zeros behind up to `padded`.
 void turn(const Matrix& from, Index rows, Index columns, float* to, Index to_row,
           Index padded) {
-  for (Index i = 0; i < rows; ++i)
-    for (Index j = 0; j < columns; ++j) to[j * to_row + i] = from.at(i)[j];
+  for (Index i = 0; i < rows; i += LANES) {
+    Index j = 0;
+    if (i + LANES <= rows)
+      for (; j + LANES <= columns; j += LANES)
+        turn_square({from.at(i) + j, from.row}, to + j * to_row + i, to_row);
+    for (; j < columns; ++j)
+      for (Index r = i; r < std::min(i + LANES, rows); ++r)
+        to[j * to_row + r] = from.at(r)[j];
+  }
   for (Index j = 0; j < columns; ++j)
     std::fill(to + j * to_row + rows, to + j * to_row + padded, 0.0f);
 }
@@ -242,6 +278,11 @@ struct Range {
   Index size() const { return end - begin; }
 };
 
+void clear(const Matrix& rows, const Range& which, Index columns) {
+  for (Index i = which.begin; i < which.end; ++i)
+    std::fill(rows.at(i), rows.at(i) + columns, 0.0f);
+}
+
 // The parts of a side, cut into tiles.
 std::vector<Range> ranges(Index length, Index parts, const int32_t* starts,
                           Index tile) {
@@ -262,6 +303,15 @@ Band band(const keras_ring_visit& visit, const Range& rows,
           : std::max<Index>(visit.stop - columns.position, 0);
   return {rows.position - columns.position, visit.least, visit.most,
           std::min(columns.size(), there)};
+}
+
+// Whether some of the queries see some of the keys.
+bool met(const keras_ring_visit& visit, const std::vector<Range>& queries,
+         const Range& keys) {
+  return std::any_of(queries.begin(), queries.end(), [&](const Range& part) {
+    const Band seen = band(visit, part, keys);
+    return seen.first(0) < seen.end(part.size() - 1);
+  });
 }
 
 // Threads that wait for work. They stay, with their scratch memory: to start
@@ -576,13 +626,16 @@ extern "C" int32_t keras_ring_forward(const keras_ring_visit* visit,
     const auto all_queries =
         ranges(visit->queries, visit->query_parts, visit->query_starts,
                slices == 1 ? visit->queries : ROWS);
-    const auto keys = ranges(visit->keys, visit->key_parts, visit->key_starts,
-                             FORWARD_KEYS);
+    const auto all_keys = ranges(visit->keys, visit->key_parts,
+                                 visit->key_starts, FORWARD_KEYS);
     const Index value_width = up(visit->value_width);
     const Index key_row = FORWARD_KEYS + GAP;
     const Index group = visit->heads / visit->key_heads;
     each(*visit, slices, [&](Index sample, Index shared, Index slice) {
       const auto queries = share(all_queries, slice, slices);
+      std::vector<Range> keys;
+      for (const Range& tile : all_keys)
+        if (met(*visit, queries, tile)) keys.push_back(tile);
       const Index key_size = visit->width * key_row;
       const Index value_size = FORWARD_KEYS * value_width;
       scratch.begin(TOGETHER * (key_size + value_size) + DOWN * FORWARD_KEYS +
@@ -594,7 +647,9 @@ extern "C" int32_t keras_ring_forward(const keras_ring_visit* visit,
       const Matrix own_key = head(*key, sample, shared);
       const Matrix own_value = head(*value, sample, shared);
       bool more = go_on;
-      for (std::size_t first = 0; first < keys.size(); first += TOGETHER) {
+      // Once at least, for what is written where nothing counts.
+      for (std::size_t first = 0; first == 0 || first < keys.size();
+           first += TOGETHER) {
         std::vector<Packed> tiles;
         for (std::size_t i = first; i < std::min(first + TOGETHER, keys.size());
              ++i) {
@@ -670,7 +725,17 @@ extern "C" int32_t keras_ring_backward(
       const Matrix own_key = head(*key, sample, shared);
       const Matrix own_value = head(*value, sample, shared);
       bool more = go_on || slice;
+      const Matrix key_grad = head(*grad_key, sample, shared);
+      const Matrix value_grad = head(*grad_value, sample, shared);
+      const auto grad_of = [&](Index h) {
+        return slice ? other(slice, sample, h) : head(*grad_query, sample, h);
+      };
       for (const Range& tile : keys) {
+        if (!met(*visit, queries, tile)) {
+          clear(key_grad, tile, D);
+          clear(value_grad, tile, E);
+          continue;
+        }
         const Index padded = up(tile.size());
         const Matrix tile_key{own_key.at(tile.begin), own_key.row};
         const Matrix tile_value{own_value.at(tile.begin), own_value.row};
@@ -684,16 +749,13 @@ extern "C" int32_t keras_ring_backward(
           const Matrix all_grads = head(*grad_out, sample, h);
           const Matrix all_lse = head(*lse, sample, h);
           const Matrix all_deltas = head(*delta, sample, h);
-          const Matrix grad =
-              slice ? other(slice, sample, h) : head(*grad_query, sample, h);
+          const Matrix grad = grad_of(h);
           const Mask all_pairs = mask_of(*visit, sample, h);
           for (const Range& part : queries) {
             const Band seen = band(*visit, part, tile);
             const Index rows = part.size();
             if (seen.first(0) >= seen.end(rows - 1)) {
-              if (!more)
-                for (Index i = part.begin; i < part.end; ++i)
-                  std::fill(grad.at(i), grad.at(i) + D, 0.0f);
+              if (!more) clear(grad, part, D);
               continue;
             }
             const bool whole =
@@ -763,8 +825,6 @@ extern "C" int32_t keras_ring_backward(
           }
         }
         more = true;
-        const Matrix key_grad = head(*grad_key, sample, shared);
-        const Matrix value_grad = head(*grad_value, sample, shared);
         for (Index i = 0; i < tile.size(); ++i) {
           for (Index j = 0; j < D; ++j)
             key_grad.at(tile.begin + i)[j] = key_sums[i * width + j] * LN2;
@@ -772,6 +832,9 @@ extern "C" int32_t keras_ring_backward(
                     value_grad.at(tile.begin + i));
         }
       }
+      if (!more)
+        for (Index h = shared * group; h < (shared + 1) * group; ++h)
+          clear(grad_of(h), {0, visit->queries, 0}, D);
     });
     if (slices == 1) return;
     each(*visit, 1, [&](Index sample, Index shared, Index) {
