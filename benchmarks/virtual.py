@@ -96,64 +96,75 @@ class VirtualRing:
             ]
             for tensor in contestants.draw(shape)
         )
-        self.parts, self.rows, self.grads = {}, {}, {}
+        self.parts, self.grads = {}, {}
         kernel = ring_kernel(dtype)
 
-        def first(query, key, value, starts):
-            block = _block(*starts, mask, scale)
-            return tuple(kernel.block_forward(query, key, value, block))
+        def blocks(own, theirs):
+            return [_block(own, starts, mask, scale) for starts in theirs]
 
-        def forward(query, key, value, part, starts):
-            block = _block(*starts, mask, scale)
-            part = numerics.Partial(*part)
-            return tuple(kernel.fold(part, query, key, value, block))
+        def forward(query, keys, values, own, theirs):
+            part = None
+            for key, value, block in zip(
+                keys, values, blocks(own, theirs), strict=True
+            ):
+                part = kernel.fold(part, query, key, value, block)
+            return tuple(part)
 
-        def delta(out, lse, grad_out):
-            return kernel.row_delta(out, grad_out, ops.zeros_like(lse))
+        def backward(query, keys, values, rows, sums, own, theirs):
+            out, lse, grad_out = rows
+            grad_out = ops.cast(grad_out, out.dtype)
+            delta = kernel.row_delta(out, grad_out, ops.zeros_like(lse))
+            rows = out, lse, delta, grad_out
+            grad_query, found = None, []
+            for held, key, value, block in zip(
+                sums, keys, values, blocks(own, theirs), strict=True
+            ):
+                share = kernel.fold_backward(
+                    grad_query, query, key, value, *rows, block
+                )
+                grad_query = share.query
+                found.append(
+                    tuple(
+                        new if have is None else kernel.add(have, new)
+                        for have, new in zip(held, share[1:3], strict=True)
+                    )
+                )
+            return grad_query, tuple(found)
 
-        def backward(query, key, value, rows, grads, starts):
-            block = _block(*starts, mask, scale)
-            grad_query, *others = grads
-            share = kernel.fold_backward(
-                grad_query, query, key, value, *rows, block
-            )
-            return share.query, *(
-                new if have is None else kernel.add(have, new)
-                for have, new in zip(others, share[1:3], strict=True)
-            )
-
-        self._first, self._forward = compiled(first), compiled(forward)
-        self._delta, self._backward = compiled(delta), compiled(backward)
+        self._forward = compiled(forward)
+        self._backward = compiled(backward)
 
     def member_forward(self, index):
-        """The visits of one member, forward."""
+        """The visits of one member, forward: one program, as in a ring."""
         self.parts.pop(index, None)
-        for source in self.visits[index]:
-            if source is None:
-                continue
-            tensors = self.query[index], self.key[source], self.value[source]
-            starts = self.starts[index], self.starts[source]
-            part = self.parts.get(index)
-            self.parts[index] = (
-                self._first(*tensors, starts)
-                if part is None
-                else self._forward(*tensors, part, starts)
-            )
+        _, *visitors = self._visitors(index)
+        self.parts[index] = self._forward(self.query[index], *visitors)
 
     def member_backward(self, index):
         """The visits of one member, backward; after everyone's forward."""
-        out, lse = self.parts[index]
-        grad_out = ops.cast(self.grad_out[index], out.dtype)
-        rows = out, lse, self._delta(out, lse, grad_out), grad_out
-        for source in self.visits[index]:
-            if source is None:
-                continue
-            tensors = self.query[index], self.key[source], self.value[source]
-            names = ("query", index), ("key", source), ("value", source)
-            held = tuple(self.grads.get(name) for name in names)
-            starts = self.starts[index], self.starts[source]
-            found = self._backward(*tensors, rows, held, starts)
-            self.grads.update(zip(names, found, strict=True))
+        sources, keys, values, *starts = self._visitors(index)
+        rows = *self.parts[index], self.grad_out[index]
+        # What comes with the visitors belongs to nobody else.
+        sums = tuple(
+            tuple(self.grads.pop((name, i), None) for name in ("key", "value"))
+            for i in sources
+        )
+        query = self.query[index]
+        self.grads["query", index], sums = self._backward(
+            query, keys, values, rows, sums, *starts
+        )
+        for i, (key, value) in zip(sources, sums, strict=True):
+            self.grads["key", i], self.grads["value", i] = key, value
+
+    def _visitors(self, index):
+        """Who visits a member, their keys and values, the member's places
+        and theirs."""
+        sources = [i for i in self.visits[index] if i is not None]
+        keys, values, theirs = (
+            tuple(held[i] for i in sources)
+            for held in (self.key, self.value, self.starts)
+        )
+        return sources, keys, values, self.starts[index], theirs
 
     def run(self):
         """Everybody's forward, then everybody's backward."""
