@@ -5,6 +5,7 @@ kernel and the same merge, and no transfers: what being cut into chunks
 costs, and how the work is shared. A ring of one is the monolithic call.
 """
 
+import contextlib
 import functools
 
 import keras
@@ -133,6 +134,7 @@ class VirtualRing:
 
         self._forward = compiled(forward)
         self._backward = compiled(backward)
+        self._everyone = one_program(self._run)
 
     def member_forward(self, index):
         """The visits of one member, forward: one program, as in a ring."""
@@ -168,12 +170,16 @@ class VirtualRing:
 
     def run(self):
         """Everybody's forward, then everybody's backward."""
-        self.parts, self.grads = {}, {}
-        for index in range(self.size):
-            self.member_forward(index)
-        for index in range(self.size):
-            self.member_backward(index)
+        self.parts, self.grads = self._everyone()
         self.wait()
+
+    def _run(self):
+        self.parts, self.grads = {}, {}
+        for visits in self.member_forward, self.member_backward:
+            for index in range(self.size):
+                with alone([self.parts, self.grads]):
+                    visits(index)
+        return self.parts, self.grads
 
     def wait(self):
         """Until everything that was issued is computed."""
@@ -242,6 +248,24 @@ def compiled(function):
                     return function(*arguments)
 
             return without_gradients
+
+
+def one_program(function):
+    """A function of nothing, in one call where many cost time of their own:
+    each of TensorFlow's takes a millisecond or two, which no step of a model
+    spends."""
+    if keras.backend.backend() == "tensorflow":
+        return compiled(function)
+    return function
+
+
+def alone(tensors):
+    """What follows runs behind the tensors, also in a program."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.control_dependencies(tf.nest.flatten(tensors))
+    return contextlib.nullcontext()
 
 
 def done(tensors):
