@@ -1,6 +1,7 @@
 """The C++ attention as a kernel, as far as it is the same on each backend."""
 
 import abc
+import functools
 import os
 import warnings
 from typing import Any, NamedTuple
@@ -175,7 +176,7 @@ class NativeKernel(FoldingKernel):
         return (
             scoring.only_products
             and scoring.scale > 0
-            and all(dtype_of(tensor) == "float32" for tensor in tensors)
+            and all(_name(tensor.dtype) == "float32" for tensor in tensors)
             and all(
                 isinstance(size, int) and size
                 for tensor in tensors
@@ -185,8 +186,9 @@ class NativeKernel(FoldingKernel):
         )
 
 
-def dtype_of(tensor: Tensor) -> str:
-    found: str = keras.backend.standardize_dtype(tensor.dtype)
+@functools.cache
+def _name(dtype: Any) -> str:
+    found: str = keras.backend.standardize_dtype(dtype)
     return found
 
 

@@ -2,6 +2,7 @@
 may be views, so that nothing is copied. Python lets go of its lock while the
 library computes."""
 
+import array
 import ctypes
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,13 +42,8 @@ class Visit(ctypes.Structure):
     )
 
 
-class Tensor(ctypes.Structure):
-    """`keras_ring_tensor` of `attention.h`."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        *((name, Count) for name in ("batch", "head", "row")),
-    )
+# Numbers of a `keras_ring_tensor` of `attention.h`: address and strides.
+FIELDS = 4
 
 
 class TorchNativeKernel(NativeKernel):
@@ -161,21 +157,14 @@ def _forward(
     visit: Visit,
 ) -> Partial:
     """The partial result, with what was there before, which is overwritten."""
-    batch, heads, length, _ = query.shape
     go_on = partial is not None
     if partial is None:
+        rows = query.shape[:3]
         partial = Partial(
-            _empty((batch, heads, length, value.shape[3])),
-            torch.empty((batch, heads, length), **PLAIN),
+            _empty((*rows, value.shape[3])), torch.empty(rows, **PLAIN)
         )
-    _measure(visit, query, key, value)
-    _check(
-        loaded().keras_ring_forward(
-            ctypes.byref(visit),
-            *_tensors(query, key, value, partial.out, partial.lse[..., None]),
-            int(go_on),
-        )
-    )
+    call = loaded().keras_ring_forward
+    _call(call, visit, (query, key, value, *partial), go_on)
     return partial
 
 
@@ -195,19 +184,46 @@ def _backward(
     if grad_query is None:
         grad_query = _empty(query.shape)
     grads = grad_query, _empty(key.shape), _empty(value.shape)
-    _measure(visit, query, key, value)
-    _check(
-        loaded().keras_ring_backward(
-            ctypes.byref(visit),
-            *_tensors(query, key, value, lse[..., None], delta[..., None]),
-            *_tensors(grad_out, *grads),
-            int(go_on),
-        )
+    call = loaded().keras_ring_backward
+    _call(
+        call, visit, (query, key, value, lse, delta, grad_out, *grads), go_on
     )
     return BlockGradients(*grads)
 
 
-def _check(status: int) -> None:
+def _call(
+    function: Any, visit: Visit, tensors: Sequence[torch.Tensor], go_on: bool
+) -> None:
+    """Call a function of the library.
+
+    Args:
+        function: as loaded.
+        visit: without sizes.
+        tensors: query, key, value and the others. What is read may be any
+            view; what is written is made here, with rows without gaps.
+        go_on: whether results are there already.
+    """
+    query, key, value = (tensor.shape for tensor in tensors[:3])
+    visit.batch, visit.heads, visit.queries, visit.width = query
+    _, visit.key_heads, visit.keys, visit.value_width = value
+    numbers, held = array.array("q"), []
+    for tensor in tensors:
+        if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+            raise TypeError(
+                "The C++ attention takes float32 tensors on a CPU. Received: "
+                f"{tensor.dtype} on {tensor.device}."
+            )
+        strides = tensor.stride()
+        if len(strides) == 4 and strides[3] != 1 and tensor.shape[3] > 1:
+            tensor = tensor.contiguous()
+            held.append(tensor)  # Until the call is over.
+            strides = tensor.stride()
+        numbers.extend((tensor.data_ptr(), *strides[:3]))
+    first, _ = numbers.buffer_info()
+    places = range(first, first + 8 * len(numbers), 8 * FIELDS)
+    status = function(
+        ctypes.byref(visit), *map(ctypes.c_void_p, places), int(go_on)
+    )
     if status:
         raise MemoryError("Attention has no memory for its tiles.")
 
@@ -242,8 +258,9 @@ loaded = library.Once(_load)
 def _empty(shape: Sequence[int]) -> torch.Tensor:
     """(batch, heads, length, width), with the heads behind the length as
     everywhere outside of attention."""
-    batch, heads, length, width = shape
-    return torch.empty((batch, length, heads, width), **PLAIN).transpose(1, 2)
+    _, heads, length, width = shape
+    strides = length * heads * width, width, heads * width, 1
+    return torch.empty_strided(tuple(shape), strides, **PLAIN)
 
 
 def _visit(block: Block, band: Band) -> Visit:
@@ -289,29 +306,3 @@ def _made(
         threads=torch.get_num_threads(),
         **band._asdict(),
     )
-
-
-def _measure(
-    visit: Visit, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> None:
-    """Enter the sizes."""
-    visit.batch, visit.heads, visit.queries, visit.width = query.shape
-    _, visit.key_heads, visit.keys, visit.value_width = value.shape
-
-
-def _tensors(*tensors: torch.Tensor) -> list[Any]:
-    """Addresses and strides. What is read may be any view; what is written is
-    made here, with rows without gaps."""
-    found = []
-    for tensor in tensors:
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            raise TypeError(
-                "The C++ attention takes float32 tensors on a CPU. Received: "
-                f"{tensor.dtype} on {tensor.device}."
-            )
-        if tensor.stride(3) != 1 and tensor.shape[3] > 1:
-            tensor = tensor.contiguous()
-        made = Tensor(tensor.data_ptr(), *tensor.stride()[:3])
-        made.hold = tensor  # Until the call is over.
-        found.append(ctypes.byref(made))
-    return found
