@@ -14,7 +14,7 @@ from keras import ops
 
 from benchmarks import contestants
 from benchmarks.child import accelerators
-from keras_ring import backends, kernels, masks, numerics, placement
+from keras_ring import backends, kernels, masks, placement
 from keras_ring.scoring import Scoring
 from keras_ring.tiling import TILE, Block, Side, relations
 

@@ -185,9 +185,7 @@ def _backward(
         grad_query = _empty(query.shape)
     grads = grad_query, _empty(key.shape), _empty(value.shape)
     call = loaded().keras_ring_backward
-    _call(
-        call, visit, (query, key, value, lse, delta, grad_out, *grads), go_on
-    )
+    _call(call, visit, (query, key, value, lse, delta, grad_out, *grads), go_on)
     return BlockGradients(*grads)
 
 
@@ -203,7 +201,7 @@ def _call(
             view; what is written is made here, with rows without gaps.
         go_on: whether results are there already.
     """
-    query, key, value = (tensor.shape for tensor in tensors[:3])
+    query, _, value = (tensor.shape for tensor in tensors[:3])
     visit.batch, visit.heads, visit.queries, visit.width = query
     _, visit.key_heads, visit.keys, visit.value_width = value
     numbers, held = array.array("q"), []
