@@ -560,7 +560,8 @@ def _needed(some: Any, shape: tuple[Any, Any], turned: bool) -> Needed:
         if xp is np
         else ops.sum(ops.cast(some, "int32"), axis=1)
     )
-    return Needed(counts, xp.argsort(behind, axis=1))
+    order = xp.argsort(behind, axis=1)
+    return Needed(counts, order.astype("int32") if xp is np else order)
 
 
 def _entry(row: np.ndarray, number: Any) -> Any:

@@ -193,7 +193,23 @@ def _dressed(structure: Any, tensors: list[tf.Tensor]) -> Any:
     return tf.nest.map_structure(dress, structure)
 
 
+class _OfOneDevice(Kernel):
+    """Where the places of a visit are known while its program is traced, the
+    few tiles of a short sequence need no loop: what is masked, and how, is
+    known then too."""
+
+    unrolled = 2
+
+    def loop(self, count: Any, body: Callable, carry: Any) -> Any:
+        if not isinstance(count, int) or count > self.unrolled:
+            return super().loop(count, body, carry)
+        for index in range(count):
+            carry = body(index, carry)
+        return carry
+
+
 KERNEL = Kernel()
+_OF_ONE_DEVICE = _OfOneDevice()
 # By preference; the last is the reference.
 KERNELS = (TensorFlowNativeKernel(KERNEL), KERNEL)
 
@@ -210,12 +226,17 @@ def _visit(name: str, block: Block, *tensors: tf.Tensor) -> list[tf.Tensor]:
     scoring = block.scoring.replace(
         Carried(*(tuple(_PLACE for _ in side) for side in carried))
     )
-    kind = name, scoring.structure()
+    places = block.query_starts, block.key_starts
+    # Programs for all places in a ring would be too many.
+    known = all(
+        len(side) == 1 and isinstance(side[0], int) and side[0] == 0
+        for side in places
+    )
+    kind = name, scoring.structure(), known
     if kind not in _PROGRAMS:
-        _PROGRAMS[kind] = _program(name, scoring)
+        _PROGRAMS[kind] = _program(name, scoring, known)
     return _PROGRAMS[kind](
-        _scalars(block.query_starts),
-        _scalars(block.key_starts),
+        ((0,), (0,)) if known else tuple(map(_scalars, places)),
         tf.nest.map_structure(tf.convert_to_tensor, carried),
         *tensors,
     )
@@ -231,7 +252,10 @@ _PLACE = types.SimpleNamespace(shape=())
 _PROGRAMS: dict[Any, Callable[..., list[tf.Tensor]]] = {}
 
 
-def _program(name: str, scoring: Scoring) -> Callable[..., list[tf.Tensor]]:
+def _program(
+    name: str, scoring: Scoring, known: bool
+) -> Callable[..., list[tf.Tensor]]:
+    primitives = _OF_ONE_DEVICE if known else KERNEL
     compute: Any = {
         "forward": blockwise.block_forward,
         "backward": blockwise.block_backward,
@@ -239,11 +263,10 @@ def _program(name: str, scoring: Scoring) -> Callable[..., list[tf.Tensor]]:
 
     # Not with `reduce_retracing`, which would forget the number of heads.
     @tf.function(autograph=False)
-    def visit(
-        query_starts: Any, key_starts: Any, carried: Carried, *tensors: Any
-    ) -> Any:
+    def visit(places: Any, carried: Carried, *tensors: Any) -> Any:
+        query_starts, key_starts = places
         block = Block(query_starts, key_starts, scoring.replace(carried))
-        results = compute(KERNEL, *tensors, block)
+        results = compute(primitives, *tensors, block)
         return [tensor for tensor in results if tensor is not None]
 
     # A program for each kind is what is wanted.
