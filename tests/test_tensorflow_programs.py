@@ -1,5 +1,7 @@
 """The programs that visits become on TensorFlow."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -11,12 +13,10 @@ from tests import reference
 LOOPS = {"While", "StatelessWhile", "If", "StatelessIf"}
 
 
-def attention(query, key, value, grad_out):
+def attention(query, key, value, grad_out, mask=masks.Causal()):
     with tf.GradientTape() as tape:
         tape.watch([query, key, value])
-        out = keras_ring.ops.ring_attention(
-            query, key, value, mask=masks.Causal()
-        )
+        out = keras_ring.ops.ring_attention(query, key, value, mask=mask)
     return out, *tape.gradient(out, [query, key, value], grad_out)
 
 
@@ -68,7 +68,11 @@ def test_places_of_a_ring_are_not_taken_for_those_of_one_device(blockwise):
     arrays = [
         draw.normal(size=(1, 64, 2, 4)).astype("float32") for _ in range(4)
     ]
-    alone = attention(*map(tf.constant, arrays))
+    # A window, so that what a visit sees depends on where its keys are.
+    windowed = functools.partial(
+        attention, mask=masks.Causal() & masks.SlidingWindow(20)
+    )
+    alone = windowed(*map(tf.constant, arrays))
     strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
-    for have, want in zip(strategy.run(attention, *arrays), alone, strict=True):
+    for have, want in zip(strategy.run(windowed, *arrays), alone, strict=True):
         np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-5)
