@@ -11,9 +11,10 @@ from keras_ring import config, masks
 from tests import reference
 
 LOOPS = {"While", "StatelessWhile", "If", "StatelessIf"}
+CAUSAL = masks.Causal()
 
 
-def attention(query, key, value, grad_out, mask=masks.Causal()):
+def attention(query, key, value, grad_out, mask=CAUSAL):
     with tf.GradientTape() as tape:
         tape.watch([query, key, value])
         out = keras_ring.ops.ring_attention(query, key, value, mask=mask)
@@ -70,7 +71,7 @@ def test_places_of_a_ring_are_not_taken_for_those_of_one_device(blockwise):
     ]
     # A window, so that what a visit sees depends on where its keys are.
     windowed = functools.partial(
-        attention, mask=masks.Causal() & masks.SlidingWindow(20)
+        attention, mask=CAUSAL & masks.SlidingWindow(20)
     )
     alone = windowed(*map(tf.constant, arrays))
     strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
