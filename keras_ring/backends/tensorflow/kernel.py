@@ -236,7 +236,7 @@ def _visit(name: str, block: Block, *tensors: tf.Tensor) -> list[tf.Tensor]:
     if kind not in _PROGRAMS:
         _PROGRAMS[kind] = _program(name, scoring, known)
     return _PROGRAMS[kind](
-        ((0,), (0,)) if known else tuple(map(_scalars, places)),
+        places if known else tuple(map(_scalars, places)),
         tf.nest.map_structure(tf.convert_to_tensor, carried),
         *tensors,
     )
