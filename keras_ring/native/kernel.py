@@ -176,13 +176,15 @@ class NativeKernel(FoldingKernel):
         return (
             scoring.only_products
             and scoring.scale > 0
-            and all(_name(tensor.dtype) == "float32" for tensor in tensors)
-            and all(
-                isinstance(size, int) and size
-                for tensor in tensors
-                for size in tensor.shape[self.open_axes :]
-            )
+            and all(map(self._takes, tensors))
             and (self.any_mask or band(scoring.mask) is not None)
+        )
+
+    def _takes(self, tensor: Tensor) -> bool:
+        """Whether it is of float32, of sizes that are known and not 0."""
+        return _name(tensor.dtype) == "float32" and all(
+            isinstance(size, int) and size
+            for size in tensor.shape[self.open_axes :]
         )
 
 

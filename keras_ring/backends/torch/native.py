@@ -4,9 +4,10 @@ library computes."""
 
 import array
 import ctypes
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,33 +18,26 @@ from keras_ring.native.kernel import Band, NativeKernel
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
 
-Count = ctypes.c_int64
-
-
 # What the library computes with, whatever PyTorch's defaults are.
 PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
-
-class Visit(ctypes.Structure):
-    """`keras_ring_visit` of `attention.h`."""
-
-    _fields_ = (
-        *((name, Count) for name in ("batch", "heads", "key_heads")),
-        *((name, Count) for name in ("queries", "keys")),
-        *((name, Count) for name in ("width", "value_width")),
-        *((name, Count) for name in ("query_parts", "key_parts")),
-        ("query_starts", ctypes.POINTER(ctypes.c_int32)),
-        ("key_starts", ctypes.POINTER(ctypes.c_int32)),
-        *((name, Count) for name in ("least", "most", "stop")),
-        ("scale", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-        ("mask", ctypes.c_void_p),
-        *((name, Count) for name in ("mask_batch", "mask_head", "mask_row")),
-    )
-
-
-# Numbers of a `keras_ring_tensor` of `attention.h`: address and strides.
+# `keras_ring_visit` of `attention.h`.
+VISIT = struct.Struct("@9q2P3qfiP3q")
+# Numbers of a `keras_ring_tensor`: address and strides.
 FIELDS = 4
+# Those of them that have an address.
+KINDS = torch.Tensor, torch.nn.Parameter
+
+
+class Visit(NamedTuple):
+    """What counts in a visit; a mask is boolean, (batch or 1, heads or 1,
+    queries or 1, keys), its keys without gaps."""
+
+    query_starts: Sequence[Any]
+    key_starts: Sequence[Any]
+    band: Band
+    scale: float
+    mask: torch.Tensor | None = None
 
 
 class TorchNativeKernel(NativeKernel):
@@ -62,17 +56,21 @@ class TorchNativeKernel(NativeKernel):
         value: torch.Tensor,
         block: Block,
     ) -> bool:
-        # By name it may be asked for what is elsewhere, and what is traced,
-        # exported or compiled has no addresses, or none that stay.
+        # What is traced, exported or compiled has no addresses, or none that
+        # stay.
         return (
-            all(
-                type(tensor) in (torch.Tensor, torch.nn.Parameter)
-                and tensor.device.type == "cpu"
-                for tensor in (query, key, value)
-            )
-            and not torch.jit.is_tracing()
+            not torch.jit.is_tracing()
             and not torch.compiler.is_compiling()
             and super()._fits(query, key, value, block)
+        )
+
+    def _takes(self, tensor: torch.Tensor) -> bool:
+        # By name it may be asked for what is elsewhere.
+        return (
+            type(tensor) in KINDS
+            and tensor.dtype is torch.float32
+            and tensor.device.type == "cpu"
+            and tensor.numel() > 0
         )
 
     def forward(
@@ -196,14 +194,12 @@ def _call(
 
     Args:
         function: as loaded.
-        visit: without sizes.
+        visit: what counts.
         tensors: query, key, value and the others. What is read may be any
             view; what is written is made here, with rows without gaps.
         go_on: whether results are there already.
     """
     query, _, value = (tensor.shape for tensor in tensors[:3])
-    visit.batch, visit.heads, visit.queries, visit.width = query
-    _, visit.key_heads, visit.keys, visit.value_width = value
     numbers, held = array.array("q"), []
     for tensor in tensors:
         if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
@@ -218,12 +214,37 @@ def _call(
             strides = tensor.stride()
         numbers.extend((tensor.data_ptr(), *strides[:3]))
     first, _ = numbers.buffer_info()
-    places = range(first, first + 8 * len(numbers), 8 * FIELDS)
+    sides = visit.query_starts, visit.key_starts
+    starts = array.array("i", [int(start) for side in sides for start in side])
+    start, _ = starts.buffer_info()
     status = function(
-        ctypes.byref(visit), *map(ctypes.c_void_p, places), int(go_on)
+        VISIT.pack(
+            *(query[0], query[1], value[1], query[2], value[2]),
+            *(query[3], value[3], *map(len, sides)),
+            *(start, start + starts.itemsize * len(visit.query_starts)),
+            *(*visit.band, visit.scale, torch.get_num_threads()),
+            *_address(visit.mask),
+        ),
+        *map(
+            ctypes.c_void_p,
+            range(
+                first,
+                first + numbers.itemsize * len(numbers),
+                numbers.itemsize * FIELDS,
+            ),
+        ),
+        int(go_on),
     )
     if status:
         raise MemoryError("Attention has no memory for its tiles.")
+
+
+def _address(mask: torch.Tensor | None) -> tuple[int, ...]:
+    """Of a mask and its strides; an axis of 1 is the same for all."""
+    if mask is None:
+        return 0, 0, 0, 0
+    axes = zip(mask.shape[:3], mask.stride(), strict=False)
+    return mask.data_ptr(), *(0 if size == 1 else step for size, step in axes)
 
 
 def _load() -> Any:
@@ -262,45 +283,17 @@ def _empty(shape: Sequence[int]) -> torch.Tensor:
 
 
 def _visit(block: Block, band: Band) -> Visit:
-    """All but the sizes."""
-    return _made(
+    return Visit(
         block.query_starts, block.key_starts, band, block.scoring.scale
     )
 
 
 def _rectangle(piece: Piece, scale: float) -> Visit:
     """The same of a rectangle with places of its own."""
-    pairs = Band(least=0) if piece.causal else Band()
-    visit = _made((0,), (0,), pairs, scale)
+    mask = None
     if piece.mask is not None:
         mask = piece.allowed(torch.device("cpu"))
         if mask.stride(3) != 1:
             mask = mask.contiguous()
-        # An axis of 1 is the same for all.
-        visit.mask_batch, visit.mask_head, visit.mask_row = (
-            0 if size == 1 else stride
-            for size, stride in zip(mask.shape[:3], mask.stride(), strict=False)
-        )
-        visit.mask, visit.hold = mask.data_ptr(), mask
-    return visit
-
-
-def _made(
-    query_starts: Sequence[Any],
-    key_starts: Sequence[Any],
-    band: Band,
-    scale: float,
-) -> Visit:
-    starts = [
-        (ctypes.c_int32 * len(side))(*map(int, side))
-        for side in (query_starts, key_starts)
-    ]
-    return Visit(
-        query_parts=len(query_starts),
-        key_parts=len(key_starts),
-        query_starts=starts[0],
-        key_starts=starts[1],
-        scale=scale,
-        threads=torch.get_num_threads(),
-        **band._asdict(),
-    )
+    band = Band(least=0) if piece.causal else Band()
+    return Visit((0,), (0,), band, scale, mask)
