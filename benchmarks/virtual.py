@@ -5,7 +5,6 @@ kernel and the same merge, and no transfers: what being cut into chunks
 costs, and how the work is shared. A ring of one is the monolithic call.
 """
 
-import contextlib
 import functools
 
 import keras
@@ -140,7 +139,7 @@ class VirtualRing:
         """The visits of one member, forward: one program, as in a ring."""
         self.parts.pop(index, None)
         _, *visitors = self._visitors(index)
-        self.parts[index] = self._forward(self.query[index], *visitors)
+        self.parts[index] = self._forward(self._next_query(index), *visitors)
 
     def member_backward(self, index):
         """The visits of one member, backward; after everyone's forward."""
@@ -151,12 +150,15 @@ class VirtualRing:
             tuple(self.grads.pop((name, i), None) for name in ("key", "value"))
             for i in sources
         )
-        query = self.query[index]
         self.grads["query", index], sums = self._backward(
-            query, keys, values, rows, sums, *starts
+            self._next_query(index), keys, values, rows, sums, *starts
         )
         for i, (key, value) in zip(sources, sums, strict=True):
             self.grads["key", i], self.grads["value", i] = key, value
+
+    def _next_query(self, index):
+        """The queries of the member whose turn it is."""
+        return behind([self.parts, self.grads], self.query[index])
 
     def _visitors(self, index):
         """Who visits a member, their keys and values, the member's places
@@ -177,8 +179,7 @@ class VirtualRing:
         self.parts, self.grads = {}, {}
         for visits in self.member_forward, self.member_backward:
             for index in range(self.size):
-                with alone([self.parts, self.grads]):
-                    visits(index)
+                visits(index)
         return self.parts, self.grads
 
     def wait(self):
@@ -259,13 +260,17 @@ def one_program(function):
     return function
 
 
-def alone(tensors):
-    """What follows runs behind the tensors, also in a program."""
+def behind(others, tensor):
+    """The tensor, which in a program is there after the others."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.control_dependencies(tf.nest.flatten(tensors))
-    return contextlib.nullcontext()
+        # Where a function is put in place of its call, nothing waits for the
+        # call or before it: only for tensors.
+        there = [tf.identity(other) for other in tf.nest.flatten(others)]
+        with tf.control_dependencies(there):
+            return tf.identity(tensor)
+    return tensor
 
 
 def done(tensors):
