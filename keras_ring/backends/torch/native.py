@@ -19,7 +19,8 @@ from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
 
 # What the library computes with, whatever PyTorch's defaults are.
-PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+FLOAT = torch.float32
+PLAIN: dict[str, Any] = {"dtype": FLOAT, "device": "cpu"}
 
 # `keras_ring_visit` of `attention.h`.
 VISIT = struct.Struct("@9q2P3qfiP3q")
@@ -68,8 +69,8 @@ class TorchNativeKernel(NativeKernel):
         # By name it may be asked for what is elsewhere.
         return (
             type(tensor) in KINDS
-            and tensor.dtype is torch.float32
-            and tensor.device.type == "cpu"
+            and tensor.dtype is FLOAT
+            and tensor.is_cpu
             and tensor.numel() > 0
         )
 
@@ -200,9 +201,10 @@ def _call(
         go_on: whether results are there already.
     """
     query, _, value = (tensor.shape for tensor in tensors[:3])
-    numbers, held = array.array("q"), []
+    found: list[int] = []
+    held: list[torch.Tensor] = []
     for tensor in tensors:
-        if tensor.dtype is not torch.float32 or tensor.device.type != "cpu":
+        if tensor.dtype is not FLOAT or not tensor.is_cpu:
             raise TypeError(
                 "The C++ attention takes float32 tensors on a CPU. Received: "
                 f"{tensor.dtype} on {tensor.device}."
@@ -212,7 +214,8 @@ def _call(
             tensor = tensor.contiguous()
             held.append(tensor)  # Until the call is over.
             strides = tensor.stride()
-        numbers.extend((tensor.data_ptr(), *strides[:3]))
+        found += (tensor.data_ptr(), *strides[:3])
+    numbers = array.array("q", found)
     first, _ = numbers.buffer_info()
     sides = visit.query_starts, visit.key_starts
     starts = array.array("i", [int(start) for side in sides for start in side])
