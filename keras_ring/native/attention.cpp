@@ -48,6 +48,9 @@ constexpr Index FORWARD_KEYS = 256, BACKWARD_KEYS = 256, ROWS = 96;
 // Tiles of keys that rows of the forward meet one after the other, before the
 // next rows.
 constexpr Index TOGETHER = 4;
+// Queries, of all heads that share a key head, that the backward packs at a
+// time.
+constexpr Index BAND = 2048;
 // What slices of keys may have of the query's gradient beside the result.
 constexpr Index SLICES = Index(1) << 26;
 // Rows of packed keys do not all begin in the same places of a cache.
@@ -56,7 +59,9 @@ constexpr Index GAP = LANES;
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
-constexpr Index up(Index number) { return (number + LANES - 1) / LANES * LANES; }
+constexpr Index up(Index number) {
+  return (number + LANES - 1) / LANES * LANES;
+}
 constexpr Index down(Index number) { return number / LANES * LANES; }
 
 inline Vector load(const float* from) {
@@ -233,8 +238,8 @@ inline void turn_square(const Matrix& from, float* to, Index to_row) {
 }
 
 // to (columns, rows) = from (rows, columns), with zeros behind up to `padded`.
-void turn(const Matrix& from, Index rows, Index columns, float* to, Index to_row,
-          Index padded) {
+void turn(const Matrix& from, Index rows, Index columns, float* to,
+          Index to_row, Index padded) {
   for (Index i = 0; i < rows; i += LANES) {
     Index j = 0;
     if (i + LANES <= rows)
@@ -312,6 +317,22 @@ bool met(const keras_ring_visit& visit, const std::vector<Range>& queries,
     const Band seen = band(visit, part, keys);
     return seen.first(0) < seen.end(part.size() - 1);
   });
+}
+
+Index size_of(const std::vector<Range>& parts) {
+  return parts.back().end - parts.front().begin;
+}
+
+// Neighbouring parts in bands of up to so many rows, one part at least.
+std::vector<std::vector<Range>> bands_of(const std::vector<Range>& parts,
+                                         Index most) {
+  std::vector<std::vector<Range>> found;
+  for (const Range& part : parts) {
+    if (found.empty() || part.end - found.back().front().begin > most)
+      found.emplace_back();
+    found.back().push_back(part);
+  }
+  return found;
 }
 
 // Threads that wait for work. They stay, with their scratch memory: to start
@@ -467,10 +488,10 @@ inline void hide(float* row, const Band& band, const Mask& mask, Index i,
 
 // A few rows of queries and a tile of keys.
 void forward_rows(Index rows, const Band& band, const Mask& mask, Index from,
-                  Index width, Index value_width, const float* query, Index query_row,
-                  const float* key_turned, Index key_row, const float* value,
-                  float factor, float* scores, float* out, float* top,
-                  float* total) {
+                  Index width, Index value_width, const float* query,
+                  Index query_row, const float* key_turned, Index key_row,
+                  const float* value, float factor, float* scores, float* out,
+                  float* top, float* total) {
   const Index first = down(band.first(from));
   const Index stop = up(band.end(from + rows - 1));
   if (first >= stop) return;
@@ -546,12 +567,14 @@ void forward_head(const keras_ring_visit& visit, const Matrix& query,
         for (Index r = 0; r < rows; ++r) {
           const float before = go_on ? *lse.at(row + r) : NEVER;
           const bool there = before != NEVER;
-          top[r] = there ? before * LOG2E : std::numeric_limits<float>::lowest();
+          top[r] =
+              there ? before * LOG2E : std::numeric_limits<float>::lowest();
           total[r] = there ? 1.0f : 0.0f;
           float* sum = sums + r * value_width;
           std::fill(sum, sum + value_width, 0.0f);
           if (there)
-            std::copy(out.at(row + r), out.at(row + r) + visit.value_width, sum);
+            std::copy(out.at(row + r), out.at(row + r) + visit.value_width,
+                      sum);
         }
         begun = true;
       };
@@ -601,6 +624,75 @@ template <class Function>
 Index search(Index row, Index rows, const Function& found) {
   while (row < rows && !found(row)) ++row;
   return row;
+}
+
+// to = from * factor, added to what is there with `more`.
+void put(const float* from, float factor, Index count, float* to, bool more) {
+  if (more)
+    for (Index j = 0; j < count; ++j) to[j] += from[j] * factor;
+  else
+    for (Index j = 0; j < count; ++j) to[j] = from[j] * factor;
+}
+
+// A tile of keys in the backward, with the sums of its gradients.
+struct BackwardTile {
+  const float *key_turned, *value_turned, *keys;
+  float *key_sums, *value_sums;
+  Index size;
+};
+
+// A part of the queries and a tile of keys: `scaled` (rows, width) and
+// `grads_out` (rows, value width) are packed, `query_sums` is added to, `p` and
+// `grad_scores` are room for scores.
+__attribute__((noinline))
+void backward_part(const Band& seen, Index rows, Index D, Index E,
+                   const Mask& mask, const BackwardTile& tile,
+                   const float* scaled, const float* grads_out,
+                   const float* minus_lse, const float* delta,
+                   float* query_sums, float* p, float* grad_scores) {
+  if (seen.first(0) >= seen.end(rows - 1)) return;
+  const Index width = up(D), value_width = up(E), padded = up(tile.size);
+  const Index key_row = BACKWARD_KEYS + GAP;
+  const bool whole = seen.first(rows - 1) == 0 && seen.end(0) == tile.size;
+  for (Index i = 0; i < rows; i += DOWN) {
+    const Index some = std::min<Index>(DOWN, rows - i);
+    const Index first = down(seen.first(i));
+    const Index stop = std::max(first, up(seen.end(i + some - 1)));
+    float *row = p + i * key_row, *grad_row = grad_scores + i * key_row;
+    if (first < stop) {
+      product<false>(some, stop - first, scaled + i * width, width, 1,
+                     tile.key_turned + first, key_row, row + first, key_row, D);
+      product<false>(some, stop - first, grads_out + i * value_width,
+                     value_width, 1, tile.value_turned + first, key_row,
+                     grad_row + first, key_row, E);
+      backward_rows(some, seen, mask, i, first, stop, row, grad_row, key_row,
+                    minus_lse, delta);
+    }
+    if (!whole)
+      for (Index r = 0; r < some; ++r)
+        for (float* side : {row + r * key_row, grad_row + r * key_row}) {
+          std::fill(side, side + first, 0.0f);
+          std::fill(side + stop, side + padded, 0.0f);
+        }
+    product<true>(some, width, grad_row + first, key_row, 1,
+                  tile.keys + first * width, width, query_sums + i * width,
+                  width, stop - first);
+  }
+  Index row = 0;
+  for (Index j = 0; j < tile.size; j += DOWN) {
+    const Index some = std::min<Index>(DOWN, tile.size - j);
+    // The rows that see one of these columns.
+    row = search(row, rows, [&](Index i) { return seen.end(i) > j; });
+    const Index stop = whole ? rows : search(row, rows, [&](Index i) {
+      return seen.first(i) >= j + some;
+    });
+    product<true>(some, value_width, p + row * key_row + j, 1, key_row,
+                  grads_out + row * value_width, value_width,
+                  tile.value_sums + j * value_width, value_width, stop - row);
+    product<true>(some, width, grad_scores + row * key_row + j, 1, key_row,
+                  scaled + row * width, width, tile.key_sums + j * width, width,
+                  stop - row);
+  }
 }
 
 // What a function of the interface returns.
@@ -707,137 +799,104 @@ extern "C" int32_t keras_ring_backward(
     const Index width = up(D), value_width = up(E);
     const Index key_row = BACKWARD_KEYS + GAP;
     const Index group = visit->heads / visit->key_heads;
+    const auto bands = bands_of(queries, std::max<Index>(ROWS, BAND / group));
+    Index most_rows = 0;
+    for (const auto& parts : bands)
+      most_rows = std::max(most_rows, size_of(parts));
     each(*visit, slices, [&](Index sample, Index shared, Index slice) {
       const auto keys = share(all_keys, slice, slices);
       scratch.begin((D + E) * key_row + 2 * BACKWARD_KEYS * width +
-                    BACKWARD_KEYS * value_width + 2 * ROWS * width +
-                    ROWS * value_width + 2 * ROWS * key_row + 2 * up(ROWS) +
+                    BACKWARD_KEYS * value_width + 2 * ROWS * key_row +
+                    group * (most_rows * (2 * width + value_width) +
+                             2 * up(most_rows)) +
                     16 * LANES);
       float* key_turned = scratch.take(D * key_row);
       float* value_turned = scratch.take(E * key_row);
       float* keys_here = scratch.take(BACKWARD_KEYS * width);
       float* key_sums = scratch.take(BACKWARD_KEYS * width);
       float* value_sums = scratch.take(BACKWARD_KEYS * value_width);
-      float* scaled = scratch.take(ROWS * width);
-      float* query_sums = scratch.take(ROWS * width);
-      float* grads_out = scratch.take(ROWS * value_width);
       float* p = scratch.take(ROWS * key_row);
       float* grad_scores = scratch.take(ROWS * key_row);
-      float* minus_lse = scratch.take(ROWS);
-      float* deltas = scratch.take(ROWS);
+      float* all_scaled = scratch.take(group * most_rows * width);
+      float* all_grads_out = scratch.take(group * most_rows * value_width);
+      float* all_query_sums = scratch.take(group * most_rows * width);
+      float* all_minus_lse = scratch.take(group * most_rows);
+      float* all_deltas = scratch.take(group * most_rows);
       const Matrix own_key = head(*key, sample, shared);
       const Matrix own_value = head(*value, sample, shared);
-      bool more = go_on || slice;
+      const bool more = go_on && !slice;
       const Matrix key_grad = head(*grad_key, sample, shared);
       const Matrix value_grad = head(*grad_value, sample, shared);
-      const auto grad_of = [&](Index h) {
-        return slice ? other(slice, sample, h) : head(*grad_query, sample, h);
-      };
-      for (const Range& tile : keys) {
-        if (!met(*visit, queries, tile)) {
-          clear(key_grad, tile, D);
-          clear(value_grad, tile, E);
-          continue;
-        }
-        const Index padded = up(tile.size());
-        const Matrix tile_key{own_key.at(tile.begin), own_key.row};
-        const Matrix tile_value{own_value.at(tile.begin), own_value.row};
-        turn(tile_key, tile.size(), D, key_turned, key_row, padded);
-        turn(tile_value, tile.size(), E, value_turned, key_row, padded);
-        copy(tile_key, tile.size(), D, keys_here, padded, width);
-        std::fill(key_sums, key_sums + padded * width, 0.0f);
-        std::fill(value_sums, value_sums + padded * value_width, 0.0f);
-        for (Index h = shared * group; h < (shared + 1) * group; ++h) {
-          const Matrix all_queries = head(*query, sample, h);
-          const Matrix all_grads = head(*grad_out, sample, h);
-          const Matrix all_lse = head(*lse, sample, h);
-          const Matrix all_deltas = head(*delta, sample, h);
-          const Matrix grad = grad_of(h);
-          const Mask all_pairs = mask_of(*visit, sample, h);
-          for (const Range& part : queries) {
-            const Band seen = band(*visit, part, tile);
-            const Index rows = part.size();
-            if (seen.first(0) >= seen.end(rows - 1)) {
-              if (!more) clear(grad, part, D);
-              continue;
-            }
-            const bool whole =
-                seen.first(rows - 1) == 0 && seen.end(0) == tile.size();
-            copy({all_queries.at(part.begin), all_queries.row}, rows, D, scaled,
-                 rows, width, visit->scale * LOG2E);
-            copy({all_grads.at(part.begin), all_grads.row}, rows, E, grads_out,
-                 rows, value_width);
-            for (Index i = 0; i < rows; ++i) {
-              const float l = *all_lse.at(part.begin + i);
-              minus_lse[i] = l == NEVER ? NEVER : -l * LOG2E;
-              deltas[i] = *all_deltas.at(part.begin + i);
-            }
-            for (Index i = 0; i < rows; i += DOWN) {
-              const Index some = std::min<Index>(DOWN, rows - i);
-              const Index first = down(seen.first(i));
-              const Index stop =
-                  std::max(first, up(seen.end(i + some - 1)));
-              float *row = p + i * key_row, *grad_row = grad_scores + i * key_row;
-              if (first < stop) {
-                product<false>(some, stop - first, scaled + i * width, width, 1,
-                               key_turned + first, key_row, row + first, key_row,
-                               D);
-                product<false>(some, stop - first, grads_out + i * value_width,
-                               value_width, 1, value_turned + first, key_row,
-                               grad_row + first, key_row, E);
-                backward_rows(some, seen,
-                              all_pairs.from(part.begin, tile.begin), i, first,
-                              stop, row, grad_row, key_row,
-                              minus_lse, deltas);
-              }
-              if (!whole)
-                for (Index r = 0; r < some; ++r)
-                  for (float* side : {row + r * key_row, grad_row + r * key_row}) {
-                    std::fill(side, side + first, 0.0f);
-                    std::fill(side + stop, side + padded, 0.0f);
-                  }
-              float* sums = query_sums + i * width;
-              product<false>(some, width, grad_row + first, key_row, 1,
-                             keys_here + first * width, width, sums, width,
-                             stop - first);
-              for (Index r = 0; r < some; ++r) {
-                float* to = grad.at(part.begin + i + r);
-                const float* from = sums + r * width;
-                if (more)
-                  for (Index j = 0; j < D; ++j) to[j] += from[j] * visit->scale;
-                else
-                  for (Index j = 0; j < D; ++j) to[j] = from[j] * visit->scale;
-              }
-            }
-            Index row = 0;
-            for (Index j = 0; j < tile.size(); j += DOWN) {
-              const Index some = std::min<Index>(DOWN, tile.size() - j);
-              // The rows that see one of these columns.
-              row = search(row, rows, [&](Index i) { return seen.end(i) > j; });
-              const Index stop = whole ? rows : search(row, rows, [&](Index i) {
-                return seen.first(i) >= j + some;
-              });
-              product<true>(some, value_width, p + row * key_row + j, 1, key_row,
-                            grads_out + row * value_width, value_width,
-                            value_sums + j * value_width, value_width,
-                            stop - row);
-              product<true>(some, width, grad_scores + row * key_row + j, 1,
-                            key_row, scaled + row * width, width,
-                            key_sums + j * width, width, stop - row);
-            }
+      // Tiles of keys whose gradients are there.
+      std::vector<bool> there(keys.size(), false);
+      for (const std::vector<Range>& parts : bands) {
+        const Index begin = parts.front().begin;
+        const Index count = size_of(parts);
+        for (Index h = 0; h < group; ++h) {
+          const Index number = shared * group + h, place = h * most_rows;
+          const Matrix own_query = head(*query, sample, number);
+          const Matrix own_grad = head(*grad_out, sample, number);
+          const Matrix own_lse = head(*lse, sample, number);
+          const Matrix own_delta = head(*delta, sample, number);
+          copy({own_query.at(begin), own_query.row}, count, D,
+               all_scaled + place * width, count, width, visit->scale * LOG2E);
+          copy({own_grad.at(begin), own_grad.row}, count, E,
+               all_grads_out + place * value_width, count, value_width);
+          float* sums = all_query_sums + place * width;
+          std::fill(sums, sums + count * width, 0.0f);
+          for (Index i = 0; i < count; ++i) {
+            const float l = *own_lse.at(begin + i);
+            all_minus_lse[place + i] = l == NEVER ? NEVER : -l * LOG2E;
+            all_deltas[place + i] = *own_delta.at(begin + i);
           }
         }
-        more = true;
-        for (Index i = 0; i < tile.size(); ++i) {
-          for (Index j = 0; j < D; ++j)
-            key_grad.at(tile.begin + i)[j] = key_sums[i * width + j] * LN2;
-          std::copy(value_sums + i * value_width, value_sums + i * value_width + E,
-                    value_grad.at(tile.begin + i));
+        for (std::size_t t = 0; t < keys.size(); ++t) {
+          const Range& tile = keys[t];
+          if (!met(*visit, parts, tile)) continue;
+          const Index padded = up(tile.size());
+          const Matrix tile_key{own_key.at(tile.begin), own_key.row};
+          const Matrix tile_value{own_value.at(tile.begin), own_value.row};
+          turn(tile_key, tile.size(), D, key_turned, key_row, padded);
+          turn(tile_value, tile.size(), E, value_turned, key_row, padded);
+          copy(tile_key, tile.size(), D, keys_here, padded, width);
+          std::fill(key_sums, key_sums + padded * width, 0.0f);
+          std::fill(value_sums, value_sums + padded * value_width, 0.0f);
+          for (Index h = 0; h < group; ++h) {
+            const Mask all_pairs = mask_of(*visit, sample, shared * group + h);
+            for (const Range& part : parts) {
+              const Index place = h * most_rows + part.begin - begin;
+              backward_part(band(*visit, part, tile), part.size(), D, E,
+                            all_pairs.from(part.begin, tile.begin),
+                            {key_turned, value_turned, keys_here, key_sums,
+                             value_sums, tile.size()},
+                            all_scaled + place * width,
+                            all_grads_out + place * value_width,
+                            all_minus_lse + place, all_deltas + place,
+                            all_query_sums + place * width, p, grad_scores);
+            }
+          }
+          for (Index i = 0; i < tile.size(); ++i) {
+            put(key_sums + i * width, LN2, D, key_grad.at(tile.begin + i),
+                there[t]);
+            put(value_sums + i * value_width, 1.0f, E,
+                value_grad.at(tile.begin + i), there[t]);
+          }
+          there[t] = true;
+        }
+        for (Index h = 0; h < group; ++h) {
+          const Index number = shared * group + h;
+          const Matrix grad = slice ? other(slice, sample, number)
+                                    : head(*grad_query, sample, number);
+          for (Index i = 0; i < count; ++i)
+            put(all_query_sums + (h * most_rows + i) * width, visit->scale, D,
+                grad.at(begin + i), more);
         }
       }
-      if (!more)
-        for (Index h = shared * group; h < (shared + 1) * group; ++h)
-          clear(grad_of(h), {0, visit->queries, 0}, D);
+      for (std::size_t t = 0; t < keys.size(); ++t)
+        if (!there[t]) {
+          clear(key_grad, keys[t], D);
+          clear(value_grad, keys[t], E);
+        }
     });
     if (slices == 1) return;
     each(*visit, 1, [&](Index sample, Index shared, Index) {
