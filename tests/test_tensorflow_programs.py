@@ -62,6 +62,35 @@ def test_short_sequences_on_one_device_have_no_loops(length, loops, blockwise):
         )
 
 
+def test_what_a_tensor_hides_is_not_known_to_a_program(blockwise):
+    """Another padding of the same shape has the same program."""
+    length, draw = 1000, np.random.default_rng(0)
+    arrays = [draw.normal(size=(2, length, 2, 4)) for _ in range(4)]
+    tensors = [tf.constant(a, tf.float32) for a in arrays]
+
+    def padded(valid, *tensors):
+        return attention(*tensors, mask=CAUSAL & masks.Padding(valid))
+
+    program = tf.function(padded, autograph=False).get_concrete_function(
+        tf.TensorSpec((2, length), tf.bool), *tensors
+    )
+    assert types_of(program) & {"If", "StatelessIf"}
+    for ends in (1000, 300), (700, 1):
+        valid = np.arange(length) < np.array(ends)[:, None]
+        want = reference.attention(
+            *arrays,
+            allowed=reference.causal(length, length) & valid[:, None, None, :],
+        )
+        for have, name in zip(
+            program(tf.constant(valid), *tensors),
+            ("out", "grad_query", "grad_key", "grad_value"),
+            strict=True,
+        ):
+            np.testing.assert_allclose(
+                have, getattr(want, name), 1e-5, 1e-4, err_msg=name
+            )
+
+
 def test_places_of_a_ring_are_not_taken_for_those_of_one_device(blockwise):
     """After one device has its program for a kind of visit, a ring has
     another."""
