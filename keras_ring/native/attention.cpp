@@ -311,11 +311,16 @@ Band band(const keras_ring_visit& visit, const Range& rows,
 }
 
 // Whether some of the queries see some of the keys.
+bool met(const keras_ring_visit& visit, const Range& queries,
+         const Range& keys) {
+  const Band seen = band(visit, queries, keys);
+  return seen.first(0) < seen.end(queries.size() - 1);
+}
+
 bool met(const keras_ring_visit& visit, const std::vector<Range>& queries,
          const Range& keys) {
   return std::any_of(queries.begin(), queries.end(), [&](const Range& part) {
-    const Band seen = band(visit, part, keys);
-    return seen.first(0) < seen.end(part.size() - 1);
+    return met(visit, part, keys);
   });
 }
 
@@ -328,7 +333,8 @@ std::vector<std::vector<Range>> bands_of(const std::vector<Range>& parts,
                                          Index most) {
   std::vector<std::vector<Range>> found;
   for (const Range& part : parts) {
-    if (found.empty() || part.end - found.back().front().begin > most)
+    if (found.empty() || part.begin != found.back().back().end ||
+        part.end - found.back().front().begin > most)
       found.emplace_back();
     found.back().push_back(part);
   }
@@ -799,7 +805,15 @@ extern "C" int32_t keras_ring_backward(
     const Index width = up(D), value_width = up(E);
     const Index key_row = BACKWARD_KEYS + GAP;
     const Index group = visit->heads / visit->key_heads;
-    const auto bands = bands_of(queries, std::max<Index>(ROWS, BAND / group));
+    // Of a visiting chunk half the queries may see nothing.
+    std::vector<Range> seeing, blind;
+    for (const Range& part : queries) {
+      const bool some = std::any_of(
+          all_keys.begin(), all_keys.end(),
+          [&](const Range& tile) { return met(*visit, part, tile); });
+      (some ? seeing : blind).push_back(part);
+    }
+    const auto bands = bands_of(seeing, std::max<Index>(ROWS, BAND / group));
     Index most_rows = 0;
     for (const auto& parts : bands)
       most_rows = std::max(most_rows, size_of(parts));
@@ -825,6 +839,10 @@ extern "C" int32_t keras_ring_backward(
       const Matrix own_key = head(*key, sample, shared);
       const Matrix own_value = head(*value, sample, shared);
       const bool more = go_on && !slice;
+      const auto grad_of = [&](Index number) {
+        return slice ? other(slice, sample, number)
+                     : head(*grad_query, sample, number);
+      };
       const Matrix key_grad = head(*grad_key, sample, shared);
       const Matrix value_grad = head(*grad_value, sample, shared);
       // Tiles of keys whose gradients are there.
@@ -885,13 +903,16 @@ extern "C" int32_t keras_ring_backward(
         }
         for (Index h = 0; h < group; ++h) {
           const Index number = shared * group + h;
-          const Matrix grad = slice ? other(slice, sample, number)
-                                    : head(*grad_query, sample, number);
+          const Matrix grad = grad_of(number);
           for (Index i = 0; i < count; ++i)
             put(all_query_sums + (h * most_rows + i) * width, visit->scale, D,
                 grad.at(begin + i), more);
         }
       }
+      if (!more)
+        for (Index h = 0; h < group; ++h)
+          for (const Range& part : blind)
+            clear(grad_of(shared * group + h), part, D);
       for (std::size_t t = 0; t < keys.size(); ++t)
         if (!there[t]) {
           clear(key_grad, keys[t], D);
