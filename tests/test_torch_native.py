@@ -28,6 +28,8 @@ CASES = {
     "odd": Case("causal", queries=301, keys=523, head_dim=20, value_dim=36),
     "wide": Case("window", queries=130, keys=140, head_dim=70, value_dim=130),
     "narrow": Case("window-causal", head_dim=1, value_dim=3),
+    # Heads that threads cannot share equally.
+    "uneven": Case("causal", queries=300, keys=600, heads=3, key_heads=3),
     # Of more queries than the backward packs at a time.
     "bands": Case("causal", queries=1300, keys=600, heads=4, key_heads=1),
     "bands-window": Case(

@@ -51,6 +51,8 @@ constexpr Index TOGETHER = 4;
 // Queries, of all heads that share a key head, that the backward packs at a
 // time.
 constexpr Index BAND = 2048;
+// What a slice costs, in the time of a whole head.
+constexpr double SLICE = 0.05;
 // What slices of keys may have of the query's gradient beside the result.
 constexpr Index SLICES = Index(1) << 26;
 // Rows of packed keys do not all begin in the same places of a cache.
@@ -432,11 +434,23 @@ void in_threads(Index threads, const std::function<void()>& work) {
 }
 
 // In how many slices the work of a sample and key head is cut, `most` at most:
-// as many as give all threads something to do.
+// as many as leave the fewest threads idle at the end, against what each slice
+// costs.
 Index slices_of(const keras_ring_visit& visit, Index most) {
   const Index count = std::max<Index>(1, visit.batch * visit.key_heads);
-  const Index wanted = (visit.threads + count - 1) / count;
-  return std::max<Index>(1, std::min(wanted, most));
+  const Index threads = std::max<Index>(1, visit.threads);
+  Index found = 1;
+  double least = std::numeric_limits<double>::infinity();
+  // More than one for each thread never helps.
+  for (Index slices = 1; slices <= std::min(most, threads); ++slices) {
+    const Index turns = (count * slices + threads - 1) / threads;
+    const double time = turns * (1.0 / slices + SLICE);
+    if (time < least) {
+      least = time;
+      found = slices;
+    }
+  }
+  return found;
 }
 
 // Call a function for each sample, key head and slice, in threads.
