@@ -14,7 +14,7 @@ from keras_ring.kernel import BlockGradients
 from keras_ring.masks import Carried
 from keras_ring.numerics import Partial
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.tiling import TILE, Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,8 +208,36 @@ class _OfOneDevice(Kernel):
         return carry
 
 
+class _WrittenOut(_OfOneDevice):
+    """Where there are no other loops and no tensor decides which tiles are
+    visited: tiles are slices of their tensors, and no list of them is laid out
+    anew."""
+
+    def takes(self, query: tf.Tensor, key: tf.Tensor, scoring: Scoring) -> bool:
+        """Whether a visit has a number for each of its tiles."""
+        lengths = query.shape[2], key.shape[2]
+        return all(
+            length and length <= self.unrolled * TILE for length in lengths
+        ) and (scoring.mask is None or not any(scoring.mask.carried()))
+
+    def store(self, tensor: tf.Tensor, axis: int = 0) -> Any:
+        return tuple(tf.unstack(tf.convert_to_tensor(tensor), axis=axis))
+
+    def read(self, store: Any, index: Any, axis: int = 0) -> tf.Tensor:
+        return store[index]
+
+    def write(
+        self, store: Any, index: Any, tile: tf.Tensor, axis: int = 0
+    ) -> Any:
+        return *store[:index], tile, *store[index + 1 :]
+
+    def stacked(self, store: Any, axis: int = 0) -> tf.Tensor:
+        return tf.stack(store, axis)
+
+
 KERNEL = Kernel()
 _OF_ONE_DEVICE = _OfOneDevice()
+_WRITTEN_OUT = _WrittenOut()
 # By preference; the last is the reference.
 KERNELS = (TensorFlowNativeKernel(KERNEL), KERNEL)
 
@@ -255,7 +283,6 @@ _PROGRAMS: dict[Any, Callable[..., list[tf.Tensor]]] = {}
 def _program(
     name: str, scoring: Scoring, known: bool
 ) -> Callable[..., list[tf.Tensor]]:
-    primitives = _OF_ONE_DEVICE if known else KERNEL
     compute: Any = {
         "forward": blockwise.block_forward,
         "backward": blockwise.block_backward,
@@ -266,6 +293,11 @@ def _program(
     def visit(places: Any, carried: Carried, *tensors: Any) -> Any:
         query_starts, key_starts = places
         block = Block(query_starts, key_starts, scoring.replace(carried))
+        primitives = KERNEL
+        if known:
+            query, key, *_ = tensors
+            written = _WRITTEN_OUT.takes(query, key, block.scoring)
+            primitives = _WRITTEN_OUT if written else _OF_ONE_DEVICE
         results = compute(primitives, *tensors, block)
         return [tensor for tensor in results if tensor is not None]
 
