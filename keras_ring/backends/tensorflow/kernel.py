@@ -7,14 +7,14 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_ring import blockwise, numerics
+from keras_ring import blockwise, numerics, tiling
 from keras_ring.backends.tensorflow.native import TensorFlowNativeKernel
 from keras_ring.blockwise import BlockwiseKernel
 from keras_ring.kernel import BlockGradients
 from keras_ring.masks import Carried
 from keras_ring.numerics import Partial
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import TILE, Block
+from keras_ring.tiling import Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,17 +208,23 @@ class _OfOneDevice(Kernel):
         return carry
 
 
-class _WrittenOut(_OfOneDevice):
-    """Where there are no other loops and no tensor decides which tiles are
-    visited: tiles are slices of their tensors, and no list of them is laid out
+class _WrittenOut(Kernel):
+    """Where no tensor decides which of few tiles are visited: no loop at all,
+    and tiles are slices of their tensors, so that no list of them is laid out
     anew."""
 
     def takes(self, query: tf.Tensor, key: tf.Tensor, scoring: Scoring) -> bool:
-        """Whether a visit has a number for each of its tiles."""
-        lengths = query.shape[2], key.shape[2]
+        """Whether a visit has few tiles, and a number for each."""
+        most = _OfOneDevice.unrolled * tiling.TILE
         return all(
-            length and length <= self.unrolled * TILE for length in lengths
+            length and length <= most
+            for length in (query.shape[2], key.shape[2])
         ) and (scoring.mask is None or not any(scoring.mask.carried()))
+
+    def loop(self, count: Any, body: Callable, carry: Any) -> Any:
+        for index in range(count):
+            carry = body(index, carry)
+        return carry
 
     def store(self, tensor: tf.Tensor, axis: int = 0) -> Any:
         return tuple(tf.unstack(tf.convert_to_tensor(tensor), axis=axis))
