@@ -195,9 +195,10 @@ def _dressed(structure: Any, tensors: list[tf.Tensor]) -> Any:
 
 class _OfOneDevice(Kernel):
     """Where the places of a visit are known while its program is traced, the
-    few tiles of a short sequence need no loop: what is masked, and how, is
-    known then too."""
+    few tiles of a side that is short need no loop, and what positions alone
+    mask is a constant. Which tiles are visited may still depend on tensors."""
 
+    # Tiles of a side at most.
     unrolled = 2
 
     def loop(self, count: Any, body: Callable, carry: Any) -> Any:
