@@ -16,7 +16,8 @@ LENGTHS = (4096, 8192, 16384)
 
 
 def measure_here(length, sizes, kinds, rounds, limit):
-    """In a child: seconds by ring, and how far results are apart."""
+    """In a child: a ring's name, chunk and seconds, and how far its results
+    are apart."""
     import numpy as np
 
     from benchmarks.virtual import VirtualRing
@@ -36,7 +37,10 @@ def measure_here(length, sizes, kinds, rounds, limit):
         )
         for name, ring in rings.items()
     }
-    return [[name, own, apart[name]] for name, own in times.items()]
+    return [
+        [name, length // rings[name].size, own, apart[name]]
+        for name, own in times.items()
+    ]
 
 
 def main():
@@ -76,12 +80,13 @@ def main():
                 threads=timing.cores(),
                 simulated=simulated,
             )
-            one = found[0][1]
-            for name, own, apart in found:
+            _, _, one, _ = found[0]
+            for name, chunk, own, apart in found:
                 body.append(
                     [
                         f"{length:,}",
                         name,
+                        f"{chunk:,}",
                         f"{timing.median(own):.4f}",
                         f"{timing.ratio(own, one):.3f}",
                         f"{apart:.1e}",
@@ -90,7 +95,8 @@ def main():
         sections += [
             f"## {backend}",
             reports.table(
-                ["length", "who", "seconds", "of one call", "apart"], body
+                ["length", "who", "chunk", "seconds", "of one call", "apart"],
+                body,
             ),
         ]
     path = reports.write(
@@ -104,9 +110,11 @@ def main():
                 "The members' visits one after the other on one device, by "
                 "the kernel and merge of the ring, against the same kernel "
                 "over the whole sequence. Causal, batch 1, 8 heads, head_dim "
-                "64, float32, forward and backward. Seconds are medians, `of "
-                "one call` is the median of the rounds' ratios, `apart` the "
-                "largest difference of a result or gradient.",
+                "64, float32, forward and backward. `chunk` is the positions "
+                "that a member holds, which is what the cost depends on. "
+                "Seconds are medians, `of one call` is the median of the "
+                "rounds' ratios, `apart` the largest difference of a result "
+                "or gradient.",
                 *sections,
             ]
         ),
