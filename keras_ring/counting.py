@@ -16,7 +16,7 @@ import keras
 from keras import ops, tree
 
 from keras_ring import step as steps
-from keras_ring.keras_internals import added_losses
+from keras_ring.keras_internals import added_losses, without_values
 from keras_ring.step import Output, Step
 from keras_ring.world import World
 
@@ -130,7 +130,7 @@ def reduced_loss(apply_mask: Function, original: Function) -> Function:
             dtype=dtype,
         )
         step = steps.running()
-        if step is None or reduction in (None, "none") or _meta(value):
+        if step is None or reduction in (None, "none") or without_values(value):
             return value
         known = _REDUCED.get()
         output, prediction, weights_split = known or (None, None, True)
@@ -367,11 +367,4 @@ def _like(values: Any, prediction: Any) -> bool:
 def _cast(weight: Any, value: Any) -> Any:
     return (
         weight if isinstance(weight, float) else ops.cast(weight, value.dtype)
-    )
-
-
-def _meta(value: Any) -> bool:
-    """Whether Keras is only inferring shapes."""
-    return isinstance(value, keras.KerasTensor) or (
-        str(getattr(value, "device", "")) == "meta"
     )

@@ -1,9 +1,10 @@
 """What the shared code needs of Keras and Keras does not publish.
 
 The layers that a layer is made of, the calls that made a functional model,
-the masks of tensors and the full values of variables. All have been in every
-Keras 3 release; a release without them is named in the error. Private names
-that only one backend needs are in that backend's folder.
+whether only shapes are inferred, the masks of tensors and the full values of
+variables. All have been in every Keras 3 release; a release without them is
+named in the error. Private names that only one backend needs are in that
+backend's folder.
 """
 
 from typing import Any
@@ -36,6 +37,23 @@ def calls(part: Any) -> list[Any]:
     `input_tensors` and `output_tensors`; none for one that was never called
     symbolically."""
     return list(getattr(part, "_inbound_nodes", []))
+
+
+def in_symbolic_scope() -> bool:
+    """Whether Keras is only inferring shapes, with made-up lengths."""
+    try:
+        from keras.src.backend.common import symbolic_scope
+    except ImportError:
+        return False
+    return bool(symbolic_scope.in_symbolic_scope())
+
+
+def without_values(tensor: Any) -> bool:
+    """Whether a tensor has a shape only: Keras' own, or one that is on no
+    device (PyTorch)."""
+    return isinstance(tensor, keras.KerasTensor) or (
+        str(getattr(tensor, "device", "")) == "meta"
+    )
 
 
 def mask_of(tensor: Any) -> Any:

@@ -1,5 +1,6 @@
 """Layers that would be wrong on a shard are refused by name; others run."""
 
+import contextlib
 import types
 import warnings
 
@@ -309,6 +310,31 @@ def test_what_the_compiler_gets_wrong_is_refused(layer):
     with pytest.raises(ValueError, match="overlapping windows"):
         guard.check(model_of(layer()), WHOLE)
     guard.check(model_of(L.MaxPooling1D(3)), WHOLE)
+
+
+def regularized_loss(parallel=None):
+    """Of a model on one device, or on two by what they share."""
+    scope = contextlib.nullcontext()
+    if parallel:
+        scope = kr.DistributedStrategy(**{parallel: 2}).scope()
+    keras.utils.set_random_seed(0)
+    with scope:
+        x = keras.Input((None, 8))
+        pooled = kr.layers.Gathered(L.GlobalAveragePooling1D())(x)
+        model = keras.Model(x, L.Dense(4, activity_regularizer="l2")(pooled))
+        model.compile("sgd", "mse")
+        draw = np.random.default_rng(0)
+        x = draw.normal(size=(4, 8, 8)).astype("float32")
+        y = draw.normal(size=(4, 4)).astype("float32")
+        return model.evaluate(x, y, batch_size=4, verbose=0)
+
+
+@pytest.mark.parametrize("parallel", ["sequence_parallel", "data_parallel"])
+def test_activities_of_what_is_whole_may_be_regularized(on_devices, parallel):
+    """Keras adds a mean over samples, and devices are averaged."""
+    want = regularized_loss()
+    found = on_devices(2, regularized_loss, parallel)
+    assert found == pytest.approx(want, rel=1e-5)
 
 
 def fit_refused(size):

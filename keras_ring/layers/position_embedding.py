@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_ring import padding, placement, strategy
+from keras_ring.keras_internals import without_values
 from keras_ring.layers.positions import checked_positions
 from keras_ring.ops.dense_take import dense_take
 from keras_ring.ops.sequence import shard_ring, true_length, whole_length
@@ -150,8 +151,8 @@ class PositionEmbedding(keras.layers.Layer):
 
 
 def _has_values(tensor: Tensor, length: Any) -> bool:
-    """False where Keras only infers shapes: with a length that is an
-    expression (JAX), or a tensor that is on no device (PyTorch)."""
-    if str(getattr(tensor, "device", "")) == "meta":
-        return False
-    return isinstance(length, int) or ops.is_tensor(length)
+    """False where Keras only infers shapes, on JAX with a length that is an
+    expression."""
+    return not without_values(tensor) and (
+        isinstance(length, int) or ops.is_tensor(length)
+    )

@@ -19,6 +19,7 @@ from keras import tree
 
 from keras_ring import batches, numerics, training, world
 from keras_ring.backends.jax.transport import RingTransport
+from keras_ring.keras_internals import in_symbolic_scope, without_values
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.world import LOCAL
 
@@ -101,7 +102,8 @@ class World(world.World):
         tensors: list[jax.Array],
         shared: Sequence[jax.Array] = (),
     ) -> Any:
-        if self.sequence_size == 1 or _building_symbolically(tensors):
+        inferring = in_symbolic_scope() or any(map(without_values, tensors))
+        if self.sequence_size == 1 or inferring:
             return function(LOCAL, *tensors, *shared)
         sharded = PartitionSpec(None, "seq")
         dtypes = [tensor.dtype for tensor in shared]
@@ -260,17 +262,6 @@ def _summed_widely(tensor: jax.Array) -> jax.Array:
     if jnp.issubdtype(tensor.dtype, jnp.floating):
         return tensor.astype(numerics.accumulation_dtype(tensor.dtype))
     return tensor
-
-
-def _building_symbolically(tensors: list[jax.Array]) -> bool:
-    """Whether Keras is only inferring shapes, with made-up lengths."""
-    if any(isinstance(t, keras.KerasTensor) for t in tensors):
-        return True
-    try:
-        from keras.src.backend.common.symbolic_scope import in_symbolic_scope
-    except ImportError:
-        return False
-    return bool(in_symbolic_scope())
 
 
 def current() -> World | None:

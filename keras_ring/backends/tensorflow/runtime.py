@@ -23,6 +23,7 @@ from keras_ring.backends.tensorflow.transport import (
     RingTransport,
     after,
 )
+from keras_ring.keras_internals import in_symbolic_scope
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.world import LOCAL
 
@@ -156,7 +157,7 @@ class World(world.World):
             tf.distribute.has_strategy()
             and tf.distribute.get_strategy() is self.tf_strategy
             and not tf.distribute.in_cross_replica_context()
-            and not _building_symbolically()
+            and not in_symbolic_scope()
         )
 
     def ring(self) -> RingTransport:
@@ -320,15 +321,6 @@ def _replica() -> int:
             f"while a program is traced. Received: tensorflow {tf.__version__}."
         )
     return int(replica)
-
-
-def _building_symbolically() -> bool:
-    """Whether Keras is only inferring shapes, with made-up lengths."""
-    try:
-        from keras.src.backend.common.symbolic_scope import in_symbolic_scope
-    except ImportError:
-        return False
-    return bool(in_symbolic_scope())
 
 
 def current() -> World | None:

@@ -21,6 +21,7 @@ from keras import tree
 from keras_ring import batches, padding, training, world
 from keras_ring.backends.torch import agreement, hooks, launch
 from keras_ring.backends.torch.training import Step
+from keras_ring.keras_internals import without_values
 from keras_ring.padding import PaddedAxis
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.transport import Transport
@@ -130,7 +131,7 @@ class World(world.World):
         tensors: list[torch.Tensor],
         shared: Sequence[torch.Tensor] = (),
     ) -> Any:
-        if not self.inside() or _symbolic(tensors):
+        if not self.inside() or any(map(without_values, tensors)):
             return function(LOCAL, *tensors, *shared)
         return function(self.ring(), *tensors, *shared)
 
@@ -214,15 +215,6 @@ class World(world.World):
                 self.strategy, (self.data_size, self.sequence_size)
             )
         return self._groups
-
-
-def _symbolic(tensors: list[Any]) -> bool:
-    """Whether Keras is only inferring shapes."""
-    return any(
-        isinstance(t, keras.KerasTensor)
-        or (isinstance(t, torch.Tensor) and t.device.type == "meta")
-        for t in tensors
-    )
 
 
 def current() -> World | None:
