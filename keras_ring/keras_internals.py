@@ -2,9 +2,9 @@
 
 The layers that a layer is made of, the calls that made a functional model,
 whether only shapes are inferred, the masks of tensors and the full values of
-variables. All have been in every Keras 3 release; a release without them is
-named in the error. Private names that only one backend needs are in that
-backend's folder.
+variables. All have been in every Keras 3 release; what cannot be done without
+one names the release in its error. Private names that only one backend needs
+are in that backend's folder.
 """
 
 from typing import Any
@@ -40,19 +40,20 @@ def calls(part: Any) -> list[Any]:
 
 
 def in_symbolic_scope() -> bool:
-    """Whether Keras is only inferring shapes, with made-up lengths."""
+    """Whether Keras is only inferring shapes, with made-up lengths; a release
+    that does not tell is taken to compute."""
     try:
-        from keras.src.backend.common import symbolic_scope
+        from keras.src.backend.common.symbolic_scope import in_symbolic_scope
     except ImportError:
         return False
-    return bool(symbolic_scope.in_symbolic_scope())
+    return bool(in_symbolic_scope())
 
 
 def without_values(tensor: Any) -> bool:
     """Whether a tensor has a shape only: Keras' own, or one that is on no
     device (PyTorch)."""
-    return isinstance(tensor, keras.KerasTensor) or (
-        str(getattr(tensor, "device", "")) == "meta"
+    return isinstance(tensor, keras.KerasTensor) or bool(
+        getattr(tensor, "is_meta", False)
     )
 
 

@@ -102,8 +102,11 @@ class World(world.World):
         tensors: list[jax.Array],
         shared: Sequence[jax.Array] = (),
     ) -> Any:
-        inferring = in_symbolic_scope() or any(map(without_values, tensors))
-        if self.sequence_size == 1 or inferring:
+        if (
+            self.sequence_size == 1
+            or any(map(without_values, tensors))
+            or in_symbolic_scope()
+        ):
             return function(LOCAL, *tensors, *shared)
         sharded = PartitionSpec(None, "seq")
         dtypes = [tensor.dtype for tensor in shared]
