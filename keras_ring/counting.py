@@ -8,6 +8,7 @@ names of Keras these are is said in each backend's `hooks.py`.
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -15,12 +16,14 @@ from typing import Any
 import keras
 from keras import ops, tree
 
+from keras_ring import position_wise, whole_batch
 from keras_ring import step as steps
 from keras_ring.keras_internals import added_losses, without_values
 from keras_ring.step import Output, Step
 from keras_ring.world import World
 
 _MARK = "_keras_ring_wrapped"
+_TOLD = "_keras_ring_told_of_steps"
 Function = Callable[..., Any]
 # Object, attribute, and what makes the wrapper of the original.
 Target = tuple[Any, str, Callable[[Function], Function]]
@@ -59,8 +62,8 @@ def outputs(holder: str) -> Callable[[Function], Function]:
             self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
         ) -> Any:
             step = steps.running()
-            if step is not None and self is getattr(step.model, holder):
-                step.know_outputs(y_pred)
+            if step is not None and self is getattr(step.model, holder, None):
+                step.know_outputs(step.model, y_pred)
             return original(self, y_true, y_pred, sample_weight)
 
         return call
@@ -72,7 +75,7 @@ def model_loss(original: Function) -> Function:
     """Of a model: refuse losses that its layers computed of padding."""
 
     def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
-        step = steps.running()
+        step = steps.innermost()
         if step is not None and step.padded and self is step.model:
             _check_added_losses(self)
         return original(self, *args, **kwargs)
@@ -89,6 +92,9 @@ def loss(original: Function) -> Function:
         step, output = _seen(y_pred)
         if step is None or output is None:
             return original(self, y_true, y_pred, sample_weight)
+        if not position_wise.loss(self, y_pred, output.split):
+            given = y_true, y_pred, sample_weight
+            return whole_batch.loss(original, self, step, output, given)
         split = sample_weight is not None and step.carries(
             sample_weight, output, y_pred
         )
@@ -138,11 +144,11 @@ def reduced_loss(apply_mask: Function, original: Function) -> Function:
         lengthless = output is not None and (
             output.split and not _like(values, prediction)
         )
-        if not values.shape:
+        if len(values.shape) == 0:
             _check_scalar(output)
-            return value * _cast(step.scale, value)
+            return value
         if reduction == "sum":
-            weight = step.sum_weight(output, lengthless) * step.scale
+            weight = step.sum_weight(output, lengthless)
             return value * _cast(weight, value)
         if reduction == "mean_with_sample_weight" and (
             sample_weight is not None or mask is not None
@@ -178,23 +184,45 @@ def output_metrics(original: Function) -> Function:
     def update_state(
         self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
     ) -> Any:
+        given = y_true, y_pred, sample_weight
         step, output = _seen(y_pred)
         if step is None or output is None:
-            return original(self, y_true, y_pred, sample_weight)
-        if not output.split and step.sequence_index > 0:
-            # Every member of the ring has it; the first one counts it.
-            y_true, y_pred, sample_weight = tree.map_structure(
-                lambda t: t if t is None else t[:0],
-                (y_true, y_pred, sample_weight),
+            return original(self, *given)
+        own: list[Any] = []
+        others: list[Any] = []
+        for metric in self.metrics:
+            fits = step.sums_metrics and position_wise.metric(
+                metric, y_pred, output.split
             )
-        elif output.padded:
-            y_true, y_pred, sample_weight = step.trimmed(
-                (y_true, y_pred, sample_weight), output, y_pred, least=0
-            )
+            (own if fits else others).append(metric)
+        if others:
+            whole_batch.metrics(others, step, output, given)
+        if not own or (not output.split and step.sequence_index > 0):
+            return None  # Every member of the ring has it; the first counts.
+        if output.padded:
+            given = step.trimmed(given, output, y_pred, least=0)
+        if output.nothing:
+            return None
         with _now(_MEASURED, output):
-            return original(self, y_true, y_pred, sample_weight)
+            for metric in own:
+                metric.update_state(given[0], given[1], sample_weight=given[2])
+        return None
 
     return update_state
+
+
+def model_call(original: Function) -> Function:
+    """Of a model: a loss that is computed of its outputs by hand is one of
+    this step's."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        step = steps.running()
+        if step is not None and step.model in (None, self):
+            step.know_outputs(self, result)
+        return result
+
+    return call
 
 
 def mean_metric(original: Function) -> Function:
@@ -213,7 +241,7 @@ def mean_metric(original: Function) -> Function:
         if weight is None:
             return original(self, values, sample_weight)
         values = ops.convert_to_tensor(values)
-        if not values.shape:
+        if len(values.shape) == 0:
             _check_scalar(output)
         weight = ops.cast(weight, self.dtype)
         if sample_weight is None:
@@ -230,11 +258,7 @@ def mean_metric(original: Function) -> Function:
 
 def is_tracker(model: Any, metric: Any) -> bool:
     """Whether a metric is the mean of a loss of a model."""
-    trackers = [getattr(model, "_loss_tracker", None)]
-    losses = getattr(model, "_compile_loss", None)
-    if losses is not None:
-        trackers += losses.metrics
-    return any(metric is tracker for tracker in trackers)
+    return any(metric is tracker for tracker in whole_batch.trackers(model))
 
 
 def check(world: World, model: Any, *, padded: bool) -> None:
@@ -250,7 +274,20 @@ def check(world: World, model: Any, *, padded: bool) -> None:
         NotImplementedError: for a model or layers that count something
             themselves.
     """
+    steps_of_its_own = [
+        name
+        for name in ("train_step", "test_step")
+        if whole_batch.computes_itself(model, name)
+    ]
     own = _own_metrics(model)
+    if not steps_of_its_own:
+        # `compute_metrics` of the model's own is given the whole batch.
+        given_all = (
+            getattr(model, "_metrics", ())
+            if whole_batch.is_given_whole(model, "compute_metrics")
+            else ()
+        )
+        own = [m for m in own if not any(m is other for other in given_all)]
     others = [m.name for m in own if not isinstance(m, _RATIOS)]
     if others and world.sequence_size > 1:
         raise NotImplementedError(
@@ -261,21 +298,14 @@ def check(world: World, model: Any, *, padded: bool) -> None:
             "Give them to `compile`, where every element counts once."
         )
     if not padded:
+        _tell_of_own_steps(model, steps_of_its_own)
         return
-    replaced = [
-        name
-        for name in (
-            *("train_step", "test_step"),
-            *("compute_loss", "compute_metrics"),
-        )
-        if _overrides(model, name)
-    ]
-    if replaced:
+    if steps_of_its_own:
         raise NotImplementedError(
             "Padding cannot be kept out of what a model computes itself. "
             f"Received: the model {model.name!r} with its own "
-            f"{', '.join(replaced)}, and a batch or length that the devices "
-            f"cannot split equally. {_FIX}"
+            f"{', '.join(steps_of_its_own)}, and a batch or length that the "
+            f"devices cannot split equally. {_FIX}"
         )
     others = [m.name for m in own if not getattr(m, "updated_by_loss", False)]
     if others:
@@ -285,6 +315,22 @@ def check(world: World, model: Any, *, padded: bool) -> None:
             f"{model.name!r}, and a batch or length that the devices cannot "
             f"split equally. {_FIX}"
         )
+
+
+def _tell_of_own_steps(model: Any, names: Sequence[str]) -> None:
+    """Say once what a step of a model's own sees."""
+    if not names or getattr(model, _TOLD, False):
+        return
+    setattr(model, _TOLD, True)
+    warnings.warn(
+        f"The {' and '.join(names)} of the model {model.name!r} sees this "
+        "device's part of a batch, and its gradients are averaged over the "
+        "devices. Losses of `compile`, and those that are means over samples "
+        "and positions, are those of one device. Give others what "
+        "keras_ring.ops.gather_batch makes whole. The attribute "
+        f"`{position_wise.MARK} = True` on the model says that it is right.",
+        stacklevel=2,
+    )
 
 
 # Quotients of counts, all of which may be too large by the same factor.
@@ -332,10 +378,6 @@ def _now(variable: ContextVar[Any], value: Any) -> Iterator[None]:
         yield
     finally:
         variable.reset(token)
-
-
-def _overrides(model: Any, name: str) -> bool:
-    return getattr(type(model), name) is not getattr(keras.Model, name)
 
 
 def _check_added_losses(model: Any) -> None:

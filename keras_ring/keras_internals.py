@@ -7,6 +7,7 @@ one names the release in its error. Private names that only one backend needs
 are in that backend's folder.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -66,6 +67,28 @@ def attach_mask(tensor: Any, mask: Any) -> None:
     """Attach a mask to a tensor, as layers and losses of Keras do."""
     # Not by the attribute itself: some tensors take none.
     _backend("set_keras_mask")(tensor, mask)
+
+
+def with_companions(tensor: Any, function: Callable[[Any, str], Any]) -> Any:
+    """A tensor made from another one, with what Keras keeps at that.
+
+    Keras keeps a mask at a tensor, and at probabilities the logits that they
+    were made from, which losses on TensorFlow use in their place.
+
+    Args:
+        tensor: a tensor of the backend.
+        function: `(tensor, name) -> tensor`, for the tensor itself (named
+            "") and for what is kept, by the name of its attribute.
+    """
+    result = function(tensor, "")
+    names = ["_keras_mask"]
+    if keras.backend.backend() == "tensorflow":
+        names.append("_keras_logits")
+    for name in names:
+        kept = getattr(tensor, name, None)
+        if kept is not None and getattr(result, name, None) is None:
+            setattr(result, name, function(kept, name))
+    return result
 
 
 def full_values(variables: Any) -> list[Any]:

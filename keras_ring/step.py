@@ -9,13 +9,14 @@ puts this into Keras.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 from keras import ops, tree
 
 from keras_ring import batches, padding
+from keras_ring.keras_internals import with_companions
 from keras_ring.padding import PaddedAxis, Size
 from keras_ring.world import World
 
@@ -43,21 +44,27 @@ class Output:
     all_length: Size
     padded: bool
 
+    @property
+    def nothing(self) -> bool:
+        """Whether it is known that all of the own part is padding."""
+        sizes = (self.rows, self.length)
+        return any(isinstance(size, int) and size == 0 for size in sizes)
+
 
 class Step:
     """One step of training or evaluation on one device.
 
     Args:
         world: the mesh.
-        model: whose step it is.
+        model: whose step it is; None for a function of the user's own, see
+            `DistributedStrategy.run`.
         place: `(data index, sequence index)` of this device.
         rows: the batch axis.
         lengths: the sequence axis.
         local: the own part of the batch.
         splits: the structure of `local`; whether a leaf has the sequence.
         everyones_sum: the sum over all devices of a float32 scalar.
-        scale: factor on the losses that Keras sums but does not average,
-            where it expects each device to give its share of a mean.
+        sums_metrics: whether what each device counts is added up.
     """
 
     def __init__(
@@ -71,7 +78,7 @@ class Step:
         local: Any,
         splits: Any,
         everyones_sum: Callable[[Tensor], Tensor],
-        scale: float = 1.0,
+        sums_metrics: bool = True,
     ):
         self.world = world
         self.model = model
@@ -80,7 +87,7 @@ class Step:
         self.lengths = lengths
         self.devices = world.data_size * world.sequence_size
         self.everyones_sum = everyones_sum
-        self.scale = scale
+        self.sums_metrics = sums_metrics
         # Tensors are known by identity, and kept so that it stays theirs.
         self._splits: dict[int, tuple[Any, bool]] = {}
         leaves = [leaf for leaf in tree.flatten(local) if leaf is not None]
@@ -105,9 +112,9 @@ class Step:
         """Whether what the step sees has padding somewhere."""
         return self.rows.padded or self.lengths.padded
 
-    def know_outputs(self, outputs: Any) -> None:
-        """Remember which outputs of the model carry the sequence."""
-        flags = batches.split_outputs(self.model, outputs, self.local_lengths)
+    def know_outputs(self, model: Any, outputs: Any) -> None:
+        """Remember which outputs of a model carry the sequence."""
+        flags = batches.split_outputs(model, outputs, self.local_lengths)
         for leaf, flag in zip(
             tree.flatten(outputs), tree.flatten(flags), strict=True
         ):
@@ -128,6 +135,13 @@ class Step:
             length = self.lengths.valid(shape[1], self.sequence_index)
             all_length = self.lengths.whole(shape[1])
         return Output(split, rows, all_rows, length, all_length, self.padded)
+
+    def split(self, tensor: Any) -> bool:
+        """Whether a tensor has the sequence on axis 1; of one that is neither
+        of the batch nor an output its size decides."""
+        if id(tensor) in self._splits:
+            return self._splits[id(tensor)][1]
+        return len(tensor.shape) > 1 and tensor.shape[1] in self.local_lengths
 
     def carries(self, tensor: Any, output: Output, prediction: Any) -> bool:
         """Whether labels or weights of an output carry the sequence."""
@@ -158,19 +172,16 @@ class Step:
         length = padding.clip(output.length, 1, output.all_length)
 
         def cut(tensor: Any) -> Any:
-            if tensor is None or not tensor.shape:
+            if tensor is None or len(tensor.shape) == 0:
                 return tensor
             carries = self.carries(tensor, output, prediction)
 
-            def own(tensor: Any) -> Any:
+            def own(tensor: Any, name: str) -> Any:
+                del name
                 tensor = padding.trim(tensor, 0, rows)
                 return padding.trim(tensor, 1, length) if carries else tensor
 
-            mask = getattr(tensor, "_keras_mask", None)
-            result = own(tensor)
-            if mask is not None:
-                result._keras_mask = own(mask)
-            return result
+            return with_companions(tensor, own)
 
         return tree.map_structure(cut, structure)
 
@@ -255,6 +266,13 @@ class Step:
 
     # Metrics.
 
+    def full_state(
+        self, metrics: Sequence[Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Code in here sees the state of metrics as one device would, and
+        changes it on every device alike; afterwards it counts once."""
+        raise NotImplementedError
+
     def mean_weight(self, output: Output) -> Any:
         """Factor on the own means over positions of an output, so that they
         add up to the mean over the whole sequence; None where all are of
@@ -313,11 +331,28 @@ def _only_if(there: Size, rows: Size) -> Size:
 
 
 _RUNNING: ContextVar[Step | None] = ContextVar("keras_ring_step", default=None)
+_PAUSED: ContextVar[bool] = ContextVar("keras_ring_step_paused", default=False)
 
 
 def running() -> Step | None:
-    """The step that runs here, None outside."""
+    """The step of which code sees a part here; None outside of steps, and
+    where a step computes something of the whole batch."""
+    return None if _PAUSED.get() else _RUNNING.get()
+
+
+def innermost() -> Step | None:
+    """The step that runs here, whatever the code sees; None outside."""
     return _RUNNING.get()
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Code in here is given the whole batch in the middle of a step."""
+    token = _PAUSED.set(True)
+    try:
+        yield
+    finally:
+        _PAUSED.reset(token)
 
 
 @contextlib.contextmanager

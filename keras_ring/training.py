@@ -10,7 +10,7 @@ themselves are spread over devices is the business of each backend's
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -22,6 +22,7 @@ from keras_ring import (
     counting,
     guard,
     strategy,
+    whole_batch,
 )
 from keras_ring.keras_internals import sublayers
 from keras_ring.world import World
@@ -96,7 +97,8 @@ def _under_strategy(method: Callable[..., Any]) -> Callable[..., Any]:
         world = model_world(self)
         if world is None:
             return method(self, *args, **kwargs)
-        with world.scope(), _running(world, self):
+        seen = _own_methods(world, self)
+        with world.scope(), _running(world, self), seen:
             guard.check(self, world)
             _check_arguments(world, self, signature.bind(self, *args, **kwargs))
             world.prepare(self)
@@ -116,6 +118,13 @@ def _running(world: World, model: Any) -> Iterator[None]:
         yield
     finally:
         world.model = previous
+
+
+def _own_methods(world: World, model: Any) -> AbstractContextManager[None]:
+    """Give the whole batch to what a model computes itself of it."""
+    if world.layers_see_shards and world.data_size * world.sequence_size > 1:
+        return whole_batch.own_methods(model)
+    return nullcontext()
 
 
 def _check_arguments(

@@ -58,6 +58,17 @@ class World(abc.ABC):
     def ring(self) -> Transport:
         """The ring of this device; only where `inside()` is true."""
 
+    @property
+    def everyone(self) -> Transport:
+        """All devices of the mesh as one ring; only where `inside()` is
+        true."""
+        raise NotImplementedError
+
+    def place(self) -> tuple[int, int]:
+        """The data index and the sequence index of the part that the running
+        code sees; only where `inside()` is true."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def data_index(self) -> int:
         """Which part of the batch the code that runs now sees: a number

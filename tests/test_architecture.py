@@ -44,8 +44,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "world": {"transport"},
     "strategy": {"backends", "kernels", "placement", "world"},
     "batches": {"padding", "world"},
-    "step": {"batches", "padding", "world"},
-    "counting": {"keras_internals", "step", "world"},
+    "step": {"batches", "keras_internals", "padding", "world"},
+    "position_wise": set(),
+    "whole_batch": {
+        *("keras_internals", "ops", "position_wise", "step", "strategy"),
+    },
+    "counting": {
+        *("keras_internals", "position_wise", "step", "whole_batch", "world"),
+    },
     "chunked": {"backends", "numerics", "strategy"},
     "rematerialised": {"backends"},
     "ops": {
@@ -73,7 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "guard",
             "keras_internals",
         ),
-        *("strategy", "world"),
+        *("strategy", "whole_batch", "world"),
     },
     "a backend": {
         *("batches", "blockwise", "counting", "kernel"),

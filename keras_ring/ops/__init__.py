@@ -1,5 +1,6 @@
 """The functional interface: operations on tensors."""
 
+from keras_ring.ops.batch import gather_batch
 from keras_ring.ops.blockwise_feed_forward import blockwise_feed_forward
 from keras_ring.ops.chunked_cross_entropy import (
     CrossEntropy,
@@ -18,6 +19,7 @@ __all__ = [
     "CrossEntropy",
     "blockwise_feed_forward",
     "chunked_cross_entropy",
+    "gather_batch",
     "gather_sequence",
     "own_chunk",
     "positional_dropout",

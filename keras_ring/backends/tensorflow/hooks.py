@@ -7,7 +7,6 @@ names of these on TensorFlow are in this file.
 
 import functools
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import keras
@@ -15,8 +14,7 @@ import tensorflow as tf
 from keras import tree
 
 from keras_ring import counting, step
-
-_SUMMED: ContextVar[bool] = ContextVar("keras_ring_summed", default=False)
+from keras_ring.backends.tensorflow import gradients
 
 
 def install() -> None:
@@ -59,9 +57,27 @@ def install() -> None:
                     counting.output_metrics,
                 ),
                 (keras.metrics.Mean, "update_state", counting.mean_metric),
-                (BaseOptimizer, "apply", _apply),
-                (LossScaleOptimizer, "apply", _apply),
-                (TFOptimizer, "_all_reduce_sum_gradients", _add_up),
+                (keras.Model, "__call__", counting.model_call),
+                (loss_module, "scale_loss_for_distribution", _as_it_is),
+                (loss_module, "unscale_loss_for_distribution", _as_it_is),
+                *(
+                    (optimizer, *wrapped)
+                    for optimizer in (BaseOptimizer, LossScaleOptimizer)
+                    for wrapped in (
+                        ("apply", gradients.apply),
+                        ("scale_loss", gradients.scale_loss),
+                    )
+                ),
+                (
+                    TFOptimizer,
+                    "_all_reduce_sum_gradients",
+                    gradients.all_reduce_sum_gradients,
+                ),
+                (
+                    BaseOptimizer,
+                    "_backend_apply_gradients",
+                    gradients.backend_apply_gradients,
+                ),
                 (keras.layers.Layer, "add_loss", _add_loss),
                 (keras.layers.Layer, "_get_own_losses", _own_losses),
                 (keras.layers.Layer, "_clear_losses", _clear_losses),
@@ -75,42 +91,15 @@ def install() -> None:
         ) from error
 
 
-def _apply(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Inside a step, add the gradients up over all replicas first: an
-    optimizer that clips them, or looks for an overflow, must see their sum.
-    Keras adds them up afterwards."""
+def _as_it_is(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss of a replica stays what it is: the objective is the mean over
+    the replicas. Keras would make it the replica's share of a sum."""
 
-    def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
-        if step.running() is None or _SUMMED.get():
-            return original(self, grads, trainable_variables)
-        grads = list(grads)
-        sums = iter(
-            tf.distribute.get_replica_context().all_reduce(
-                tf.distribute.ReduceOp.SUM, [g for g in grads if g is not None]
-            )
-        )
-        grads = [None if g is None else next(sums) for g in grads]
-        # Optimizers nest.
-        token = _SUMMED.set(True)
-        try:
-            return original(self, grads, trainable_variables)
-        finally:
-            _SUMMED.reset(token)
+    def scaled(value: Any) -> Any:
+        strategy = tf.distribute.get_strategy()
+        return value if hasattr(strategy, "ring_world") else original(value)
 
-    return apply
-
-
-def _add_up(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Not again what `_apply` has added up. A loss scale applies its inner
-    optimizer in other threads than that of the step."""
-
-    def all_reduce_sum_gradients(self: Any, grads_and_vars: Any) -> Any:
-        world = getattr(tf.distribute.get_strategy(), "ring_world", None)
-        if world is None or world.model is None:
-            return original(self, grads_and_vars)
-        return list(grads_and_vars)
-
-    return all_reduce_sum_gradients
+    return scaled
 
 
 def _add_loss(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,7 +108,7 @@ def _add_loss(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def add_loss(self: Any, loss: Any) -> None:
         original(self, loss)
-        running = step.running()
+        running = step.innermost()
         if running is not None:
             running.added.setdefault(id(self), []).extend(tree.flatten(loss))
 
@@ -128,7 +117,7 @@ def _add_loss(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _own_losses(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_own_losses(self: Any) -> list[Any]:
-        running = step.running()
+        running = step.innermost()
         if running is None:
             return list(original(self))
         return list(running.added.get(id(self), ()))
@@ -139,7 +128,7 @@ def _own_losses(original: Callable[..., Any]) -> Callable[..., Any]:
 def _clear_losses(original: Callable[..., Any]) -> Callable[..., Any]:
     def clear_losses(self: Any) -> None:
         original(self)
-        running = step.running()
+        running = step.innermost()
         if running is not None:
             running.added.pop(id(self), None)
 

@@ -16,7 +16,7 @@ from typing import Any
 import tensorflow as tf
 from keras import tree
 
-from keras_ring import padding, world
+from keras_ring import padding, step, world
 from keras_ring.backends.tensorflow import hooks, native, training
 from keras_ring.backends.tensorflow.transport import (
     InstanceKeys,
@@ -71,6 +71,8 @@ class World(world.World):
         self.tf_strategy.ring_world = self
         # Placed copies are the faster way; see `transport`.
         self.placed = self.workers == 1
+        # The places of the replicas that apply gradients now.
+        self.applying: set[tuple[int, int]] = set()
 
     def _take_devices(self, strategy: DistributedStrategy) -> None:
         available = _device_names()
@@ -209,7 +211,8 @@ class World(world.World):
         def on_replica(shards: Any, sizes: training.Sizes) -> Any:
             splits = [shard.shape.rank >= 2 for shard in shards]
             axes = training.axes_on_replica(self, shards, splits, sizes)
-            with padding.seen(*axes):
+            own = training.Step(self, None, axes, (shards,), (splits,))
+            with step.run(own):
                 result = function(*shards)
                 results[:] = [result]
                 return training.result_on_replica(

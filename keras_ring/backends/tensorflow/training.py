@@ -257,20 +257,57 @@ def _step_on_replica(
     world: "World", model: Any, data: Any, sizes: Sizes, splits: Any
 ) -> step.Step:
     """The step of the replica whose code runs."""
-    rows, lengths = axes_on_replica(
+    axes = axes_on_replica(
         world, tree.flatten(data), tree.flatten(splits), sizes
     )
-    return step.Step(
-        world,
-        model,
-        place=world.place(),
-        rows=rows,
-        lengths=lengths,
-        local=data,
-        splits=splits,
-        everyones_sum=world.everyone.sum,
-        scale=1.0 / len(world.devices),
-    )
+    return Step(world, model, axes, data, splits)
+
+
+class Step(step.Step):
+    """What one step knows on one replica."""
+
+    world: "World"
+
+    def __init__(
+        self,
+        world: "World",
+        model: Any,
+        axes: tuple[PaddedAxis, PaddedAxis],
+        local: Any,
+        splits: Any,
+    ):
+        super().__init__(
+            world,
+            model,
+            place=world.place(),
+            rows=axes[0],
+            lengths=axes[1],
+            local=local,
+            splits=splits,
+            everyones_sum=world.everyone.sum,
+        )
+
+    @contextlib.contextmanager
+    def full_state(self, metrics: Sequence[Any]) -> Iterator[None]:
+        # What is read of a metric is the sum over the replicas.
+        context = tf.distribute.get_replica_context()
+        summed = _summed_variables(metrics)
+        if summed:
+            totals = context.all_reduce(
+                tf.distribute.ReduceOp.SUM,
+                [tf.convert_to_tensor(v.value) for v in summed],
+            )
+            for variable, total in zip(summed, totals, strict=True):
+                variable.assign(total)
+        yield
+        if self.world.place() != (0, 0):
+            for variable in _summed_variables(metrics):
+                variable.assign(keras.ops.zeros_like(variable))
+
+
+def _summed_variables(metrics: Sequence[Any]) -> list[Any]:
+    variables = {id(v): v for metric in metrics for v in metric.variables}
+    return [v for v in variables.values() if v.aggregation == "sum"]
 
 
 def axes_on_replica(

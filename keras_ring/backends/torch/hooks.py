@@ -53,6 +53,8 @@ def install(current: Current) -> None:
             (Trainer, "get_metrics_result", _metrics_result),
             (BaseOptimizer, "apply", _apply),
             (LossScaleOptimizer, "apply", _apply),
+            (BaseOptimizer, "scale_loss", _scale_loss),
+            (LossScaleOptimizer, "scale_loss", _scale_loss),
             (keras.callbacks.CallbackList, "__init__", _callback_list),
             (keras.Model, "save", _save),
             (keras.Model, "save_weights", _save),
@@ -83,6 +85,7 @@ def install(current: Current) -> None:
                 counting.output_metrics,
             ),
             (keras.metrics.Mean, "update_state", counting.mean_metric),
+            (keras.Model, "__call__", counting.model_call),
         ]
         counting.wrap_once(
             [
@@ -212,19 +215,49 @@ def _metrics_result(
 def _apply(
     original: Callable[..., Any], current: Current
 ) -> Callable[..., Any]:
-    """Inside a step, average the gradients over all processes first."""
+    """Where code sees a shard, average the gradients over all processes
+    first."""
 
     def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
-        step = _running_step(current)
-        if step is None:
+        from keras_ring.backends.torch import training
+
+        world = current()
+        if world is None or world.size == 1 or not world.inside():
             return original(self, grads, trainable_variables)
-        with step.applying() as outermost:
+        # Optimizers nest: what was averaged is not averaged again.
+        with world.applying() as outermost:
             if outermost:
                 variables = trainable_variables or self._trainable_variables
-                grads = step.mean_gradients(list(grads), list(variables))
+                grads = training.reduced_gradients(
+                    world, list(grads), list(variables), scales_losses(self)
+                )
             return original(self, grads, trainable_variables)
 
     return apply
+
+
+def _scale_loss(
+    original: Callable[..., Any], current: Current
+) -> Callable[..., Any]:
+    """Give each process its share of a loss that is scaled: then gradients
+    in half precision are as large as on one device, and overflow alike."""
+
+    def scale_loss(self: Any, loss: Any) -> Any:
+        scaled = original(self, loss)
+        world = current()
+        if world is None or not world.inside() or not scales_losses(self):
+            return scaled
+        return scaled / world.size
+
+    return scale_loss
+
+
+def scales_losses(optimizer: Any) -> bool:
+    """Whether an optimizer takes gradients of losses that it has scaled."""
+    return (
+        isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        or getattr(optimizer, "loss_scale_factor", None) is not None
+    )
 
 
 def _callback_list(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from keras import tree
 
-from keras_ring import batches, padding, training, world
+from keras_ring import padding, step, training, world
 from keras_ring.backends.torch import agreement, hooks, launch
 from keras_ring.backends.torch.training import Step
 from keras_ring.keras_internals import without_values
@@ -81,6 +81,7 @@ class World(world.World):
         self.step: Step | None = None
         self._groups: launch.Groups | None = None
         self._depth = 0
+        self._applying = 0
 
     @property
     def everyone(self) -> Transport:
@@ -119,8 +120,21 @@ class World(world.World):
         finally:
             self._depth -= 1
 
+    @contextlib.contextmanager
+    def applying(self) -> Iterator[bool]:
+        """Code in here applies gradients; tells whether this is the outermost
+        time."""
+        self._applying += 1
+        try:
+            yield self._applying == 1
+        finally:
+            self._applying -= 1
+
     def ring(self) -> Transport:
         return self._connected().ring
+
+    def place(self) -> tuple[int, int]:
+        return self.data_place, self.sequence_index
 
     def data_index(self) -> int:
         return self.data_place if self.inside() else 0
@@ -141,16 +155,12 @@ class World(world.World):
 
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
         tensors = [keras.ops.convert_to_tensor(t) for t in tensors]
-        splits = [t.ndim > 1 for t in tensors]
-        rows, lengths = batches.axes(self, tensors, splits)
-        with self.scope(), self.stepping(), padding.seen(rows, lengths):
-            shards = [
-                self.shard(tensor, split, rows, lengths)
-                for tensor, split in zip(tensors, splits, strict=True)
-            ]
-            results = function(*shards)
+        with self.scope():
+            own = Step(self, None, (tensors,), ([t.ndim > 1 for t in tensors],))
+            with self.stepping(), step.run(own):
+                results = function(*own.local[0])
         return tree.map_structure(
-            lambda result: self._joined(result, rows, lengths), results
+            lambda result: self._joined(result, own.rows, own.lengths), results
         )
 
     def prepare(self, model: Any) -> None:

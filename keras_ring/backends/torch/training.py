@@ -19,6 +19,7 @@ from keras import tree
 
 from keras_ring import batches, counting, step
 from keras_ring.keras_internals import sublayers
+from keras_ring.padding import PaddedAxis
 
 if TYPE_CHECKING:
     from keras_ring.backends.torch.runtime import World
@@ -29,9 +30,15 @@ class Step(step.Step):
 
     world: "World"
 
-    def __init__(self, world: "World", model: Any, batch: Any):
-        splits = batches.split_batch(world, model, batch)
-        rows, lengths = batches.axes(world, batch, splits)
+    def __init__(
+        self,
+        world: "World",
+        model: Any,
+        batch: Any,
+        splits: Any,
+        axes: tuple[PaddedAxis, PaddedAxis] | None = None,
+    ):
+        rows, lengths = axes or batches.axes(world, batch, splits)
         self.local = tree.map_structure(
             lambda leaf, split: (
                 None
@@ -44,47 +51,27 @@ class Step(step.Step):
         super().__init__(
             world,
             model,
-            place=(world.data_place, world.sequence_index),
+            place=world.place(),
             rows=rows,
             lengths=lengths,
             local=self.local,
             splits=splits,
             everyones_sum=world.everyone.sum,
+            sums_metrics=model is not None,
         )
         self.results_read = False
-        self._applying = 0
+        # By the identity of a metric's variable: what it was before the step,
+        # of those that count this step alone; and those that know it all.
         self._before: dict[int, tuple[Any, torch.Tensor]] = {}
+        self._started: list[tuple[Any, torch.Tensor]] = []
+        self._whole: dict[int, Any] = {}
 
-    # Gradients.
-
-    @contextlib.contextmanager
-    def applying(self) -> Iterator[bool]:
-        """Tells whether this is the outermost call: optimizers nest, and
-        the gradients are averaged once."""
-        self._applying += 1
-        try:
-            yield self._applying == 1
-        finally:
-            self._applying -= 1
-
-    def mean_gradients(
-        self, gradients: Sequence[Any], variables: Sequence[Any]
-    ) -> list[Any]:
-        """Everyone's mean gradient of each variable, in one transfer per
-        dtype; None where there is none."""
-        for variable in variables:
-            if getattr(variable, "overwrite_with_gradient", False):
-                raise NotImplementedError(
-                    "Variables that their gradient overwrites (float8 "
-                    "training) are not supported under a strategy. Received: "
-                    f"the variable {variable.path!r}."
-                )
-        present = [g is not None for g in gradients]
-        self.world.agreement.check_gradients(present, variables)
-        means = iter(
-            _summed(self.world, [g for g in gradients if g is not None])
+    @classmethod
+    def of_batch(cls, world: "World", model: Any, batch: Any) -> "Step":
+        """The step of a model that is given a global batch."""
+        return cls(
+            world, model, batch, batches.split_batch(world, model, batch)
         )
-        return [next(means) / self.world.size if p else None for p in present]
 
     # Metrics.
 
@@ -94,13 +81,27 @@ class Step(step.Step):
             value = variable.value.detach()
             self._before[id(variable)] = (variable, value.clone())
             variable.assign(torch.zeros_like(value))
+        self._started = list(self._before.values())
 
     def sum_metrics(self) -> None:
         """Add everyone's counts of this step to what was there before."""
-        variables = self._metric_variables()
-        added = _summed(
-            self.world, [variable.value.detach() for variable in variables]
+        self._sum(
+            [v for v in self._metric_variables() if id(v) not in self._whole]
         )
+
+    @contextlib.contextmanager
+    def full_state(self, metrics: Sequence[Any]) -> Iterator[None]:
+        self._sum(
+            [v for v in _variables(metrics).values() if id(v) in self._before]
+        )
+        try:
+            yield
+        finally:
+            # Some are made by the first update.
+            self._whole.update(_variables(metrics))
+
+    def _sum(self, variables: Sequence[Any]) -> None:
+        added = _summed(self.world, [v.value.detach() for v in variables])
         for variable, counts in zip(variables, added, strict=True):
             _, before = self._before.pop(id(variable), (None, None))
             variable.assign(counts if before is None else before + counts)
@@ -118,37 +119,50 @@ class Step(step.Step):
         may have read a metric itself, or added a number of its own: the one
         is read again, the other averaged.
         """
-        known: dict[str, Any] = {}
-        if self.results_read:
-            known = self.model.get_metrics_result()
-        else:
+        metrics = {metric.name: metric for metric in self.model.metrics}
+        # As this process read them, in case the step has done so.
+        results = {name: m.result() for name, m in metrics.items()}
+        if not self.results_read:
             self.read_metrics()
-            known = {m.name: m.result() for m in self.model.metrics}
         if not isinstance(logs, dict):
             return logs
-        other = [name for name in logs if name not in known]
-        if other:
-            own = torch.stack(
-                [
-                    keras.ops.convert_to_tensor(logs[name], "float32").reshape(
-                        ()
-                    )
-                    for name in other
-                ]
+        known = self.model.get_metrics_result()
+        if _computed_by_keras(self.model) and set(logs) <= set(known):
+            return {name: known[name] for name in logs}
+        values = {
+            name: keras.ops.convert_to_tensor(value)
+            for name, value in logs.items()
+        }
+        sources = [
+            [_same(value, results[name]) for name in metrics]
+            for value in values.values()
+        ]
+        device = next(iter(values.values())).device if values else None
+        flags = torch.tensor(sources, dtype=torch.float32, device=device)
+        *means, agreed = (
+            total / self.world.size
+            for total in _summed(
+                self.world,
+                [*(v.to(torch.float32) for v in values.values()), flags],
             )
-            known = known | dict(
-                zip(other, self.world.mean(own).unbind(), strict=True)
-            )
-        return {name: known[name] for name in logs}
+        )
+        for name, mean, row in zip(values, means, agreed.tolist(), strict=True):
+            # Every process must have read it of the same metric.
+            read = [
+                m for m, share in zip(metrics, row, strict=True) if share == 1
+            ]
+            source = name if name in read or not read else read[0]
+            values[name] = metrics[source].result() if read else mean
+        return values
 
     def restore_metrics(self) -> None:
         """After an error: the counts before the step."""
-        for variable, before in self._before.values():
+        for variable, before in self._started:
             variable.assign(before)
         self._before.clear()
 
     def _metric_variables(self) -> list[Any]:
-        variables = {id(v): v for m in self.model.metrics for v in m.variables}
+        variables = _variables(self.model.metrics)
         for variable in variables.values():
             if variable.aggregation not in ("sum", "none"):
                 raise NotImplementedError(
@@ -160,13 +174,56 @@ class Step(step.Step):
         return list(variables.values())
 
 
+def _computed_by_keras(model: Any) -> bool:
+    """Whether the steps of a model, and their logs, are Keras' own."""
+    return all(
+        getattr(type(model), name) is getattr(keras.Model, name)
+        for name in ("train_step", "test_step", "compute_metrics")
+    )
+
+
+def _same(value: torch.Tensor, result: Any) -> bool:
+    return (
+        isinstance(result, torch.Tensor)
+        and result.shape == value.shape
+        and torch.equal(result.to(value.dtype), value)
+    )
+
+
+def _variables(metrics: Sequence[Any]) -> dict[int, Any]:
+    return {id(v): v for metric in metrics for v in metric.variables}
+
+
+def reduced_gradients(
+    world: "World",
+    gradients: Sequence[Any],
+    variables: Sequence[Any],
+    summed: bool,
+) -> list[Any]:
+    """Everyone's mean gradient of each variable (the sum, if the losses have
+    been divided by the number of processes), in one transfer per dtype; None
+    where there is none."""
+    for variable in variables:
+        if getattr(variable, "overwrite_with_gradient", False):
+            raise NotImplementedError(
+                "Variables that their gradient overwrites (float8 "
+                "training) are not supported under a strategy. Received: "
+                f"the variable {variable.path!r}."
+            )
+    present = [g is not None for g in gradients]
+    world.agreement.check_gradients(present, variables)
+    sums = iter(_summed(world, [g for g in gradients if g is not None]))
+    count = 1 if summed else world.size
+    return [next(sums) / count if p else None for p in present]
+
+
 def run_step(
     world: "World", model: Any, function: Callable[..., Any], batch: Any
 ) -> Any:
     """A step of fit or evaluate on the own part of a global batch; gives
     the global logs."""
     world.agreement.check(model, batch)
-    own = Step(world, model, batch)
+    own = Step.of_batch(world, model, batch)
     counting.check(world, model, padded=own.padded)
     previous, world.step = world.step, own
     own.start_metrics()
@@ -192,7 +249,7 @@ def predict_step(
     if not built(model):
         _build(model, batch, batches.split_batch(world, model, batch))
     world.agreement.check(model, batch)
-    own = Step(world, model, batch)
+    own = Step.of_batch(world, model, batch)
     with world.stepping(), step.run(own), world.agreement.own_seeds(model):
         outputs = function([own.local])
     carries = batches.split_outputs(model, outputs, own.local_lengths)
@@ -221,7 +278,7 @@ def _layers(model: Any) -> list[Any]:
 
 def own_part(world: "World", model: Any, batch: Any) -> Any:
     """What of a global batch this process has in a step."""
-    return Step(world, model, batch).local
+    return Step.of_batch(world, model, batch).local
 
 
 def _build(model: Any, batch: Any, splits: Any) -> None:
