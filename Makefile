@@ -28,12 +28,12 @@ PYTHON ?= $(shell \
 N ?= 1000
 SEED ?=
 
-.PHONY: help demo test fuzz lint format clean bench bench-peers
+.PHONY: help demo test test-all fuzz lint format clean bench bench-peers
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
 	  | awk -F'\t' '{ printf "make %-11s %s\n", $$1, $$2 }'
-	@echo "demo, test, fuzz and bench take BACKEND=jax, BACKEND=tensorflow or"
+	@echo "demo, test, test-all, fuzz and bench take BACKEND=jax, BACKEND=tensorflow or"
 	@echo "BACKEND=torch, and bench-peers the first and the last of them."
 
 demo: known-backend $(DEMO)/ready ## Train a small language model over simulated devices
@@ -48,10 +48,13 @@ endif
 test: known-backend $(TEST)/ready ## Lint, check types, and test on each backend
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
-	$(TEST)/bin/python -m tests $(TEST_BACKENDS) || status=1; \
+	$(TEST)/bin/python -m tests $(ALL) $(TEST_BACKENDS) || status=1; \
 	if [ $$status = 0 ]; then echo "make test: passed"; \
 	else echo "make test: FAILED (see above)"; fi; \
 	exit $$status
+
+test-all: ALL := --all
+test-all: test ## The same with every combination of the tests' parameters
 
 fuzz: known-backend $(TEST)/ready ## Compare N=1000 random cases with the oracle (SEED=...)
 	@status=0; for backend in $(TEST_BACKENDS); do \

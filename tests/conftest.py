@@ -10,7 +10,7 @@ import os
 os.environ.setdefault("KERAS_BACKEND", "jax")
 BACKEND = os.environ["KERAS_BACKEND"]
 if BACKEND == "jax":
-    # `JAX_PLATFORMS=cuda` is for tests/test_jax_cudnn.py.
+    # `JAX_PLATFORMS=cuda` is for tests/test_jax_gpu.py.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "")
@@ -25,18 +25,101 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import pytest  # noqa: E402
 
-from tests import worlds  # noqa: E402
+from tests import thinning, worlds  # noqa: E402
 
 collect_ignore_glob = [
     f"test_{other}_*.py"
     for other in ("jax", "tensorflow", "torch")
     if other != BACKEND
 ]
+# The file that needs a GPU, unless there is one.
+NEEDS_GPU = {"jax": "test_jax_gpu.py", "torch": "test_torch_cuda.py"}
+collect_ignore = []
+if BACKEND in NEEDS_GPU and not worlds.has_gpu():
+    collect_ignore.append(NEEDS_GPU[BACKEND])
+# What is not run, by reason, for the summary.
+LEFT_OUT = pytest.StashKey[dict]()
+MARKS = {
+    "once": "no backend has a part in it: one of them runs it",
+    "pairwise": "runs every pair of its parameters' values; all with --all",
+    "mostly(every, name=value)": (
+        "runs all with one value, few with the others; all with --all"
+    ),
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="every combination of parameters (tests/thinning.py)",
+    )
+    parser.addoption(
+        "--without-once",
+        action="store_true",
+        help="without the tests that no backend has a part in",
+    )
 
 
 def pytest_configure(config):
-    del config
+    for name, text in MARKS.items():
+        config.addinivalue_line("markers", f"{name}: {text}")
+    config.stash[LEFT_OUT] = {}
     worlds.simulate_devices()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Leave out what another backend or `--all` runs."""
+    left = {}
+    if config.option.without_once:
+        left["are run on another backend"] = {
+            i for i, item in enumerate(items) if item.get_closest_marker("once")
+        }
+    named = any("::" in argument for argument in config.args)
+    if not config.option.all and not named:
+        left["are run with --all"] = thinning.left_out(
+            [described(item) for item in items]
+        )
+    for item in items:
+        # Their processes live as long as the worker that started them, and
+        # keep both cores of a small machine busy.
+        if "on_devices" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("processes"))
+    gone = set().union(*left.values())
+    config.hook.pytest_deselected(items=[items[i] for i in sorted(gone)])
+    items[:] = [item for i, item in enumerate(items) if i not in gone]
+    counts = {why: len(places) for why, places in left.items()}
+    config.stash[LEFT_OUT].update(counts)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = counts
+
+
+def described(item):
+    """A test as `thinning.left_out` takes it."""
+    marks = {
+        mark.name: mark.kwargs
+        for mark in item.iter_markers()
+        if mark.name in ("pairwise", "mostly")
+    }
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    test = (item.parent.nodeid, getattr(item, "originalname", item.name))
+    return test, marks, values
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """A worker of pytest-xdist says what it has left out, as all have."""
+    output = getattr(node, "workeroutput", {})
+    node.config.stash[LEFT_OUT].update(output.get("left_out", {}))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for why, count in config.stash[LEFT_OUT].items():
+        if count:
+            terminalreporter.write_line(f"{count} tests {why}.")
+    for name in collect_ignore:
+        terminalreporter.write_line(f"{name} needs a GPU: not collected.")
 
 
 @pytest.fixture(scope="session")

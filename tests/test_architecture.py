@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "keras_ring"
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import context_table, overlap, schedule, timing, tpu_aot
 from keras_ring import masks
 
+pytestmark = pytest.mark.once
 # A loop body that hides one transfer behind a product in a branch, and waits
 # for the other at once.
 PROGRAM = """\

@@ -63,6 +63,7 @@ def plain_problem(draw, dtype):
     return found, rounding.bounds(found, *tensors, None, {}, dtype)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", rounding.UNIT)
 def test_the_bounds_find_small_errors(dtype):
     """An error of some hundred roundings in one element is found, so the
@@ -81,6 +82,7 @@ def test_the_bounds_find_small_errors(dtype):
             differential.compare_one(name, wrong, want, bounds[name], dtype)
 
 
+@pytest.mark.once
 def test_the_oracle_s_gradients_are_differences():
     """All of them at once, along random directions, in float64."""
     draw = np.random.default_rng(3)
@@ -198,6 +200,7 @@ def test_dropout_is_the_same_for_every_ring_size(on_devices, size):
     np.testing.assert_array_equal(entries, np.swapaxes(expected, 1, 2))
 
 
+@pytest.mark.once
 def test_dropout_drops_as_often_as_it_says():
     kept = differential.kept((1, 2), (2, 4, 300, 300), 0.4)
     # Five standard deviations of the share of 720,000 coins.

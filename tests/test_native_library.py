@@ -15,6 +15,7 @@ from keras_ring.masks.by_position import Before
 from keras_ring.native import kernel, library
 from tests.native_library import NEEDED
 
+pytestmark = pytest.mark.once
 SOURCE = 'extern "C" __attribute__((visibility("default")))\nint answer() {'
 
 

@@ -43,6 +43,7 @@ def wheel(tmp_path_factory):
         }
 
 
+@pytest.mark.once
 def test_the_wheel_holds_what_the_tree_holds(wheel):
     in_tree = {
         str(path.relative_to(ROOT))
@@ -54,6 +55,7 @@ def test_the_wheel_holds_what_the_tree_holds(wheel):
     assert "keras_ring/py.typed" in in_wheel
 
 
+@pytest.mark.once
 def test_the_wheel_installs_one_top_level_package(wheel):
     version = keras_ring.__version__
     assert {name.split("/")[0] for name in wheel} == {
@@ -62,6 +64,7 @@ def test_the_wheel_installs_one_top_level_package(wheel):
     }
 
 
+@pytest.mark.once
 def test_the_wheel_needs_keras_and_no_backend(wheel):
     (metadata,) = (t for n, t in wheel.items() if n.endswith("/METADATA"))
     lines = metadata.splitlines()
@@ -74,6 +77,7 @@ def test_the_wheel_needs_keras_and_no_backend(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
 
 
+@pytest.mark.once
 def test_the_root_shows_the_backends():
     link = ROOT / "backends"
     assert link.is_symlink()
@@ -168,6 +172,7 @@ def public_objects():
 PUBLIC = dict(public_objects())
 
 
+@pytest.mark.once
 def test_every_layer_is_exported():
     """What Keras can load by name has a public name here too."""
     found = []
@@ -182,6 +187,7 @@ def test_every_layer_is_exported():
     assert sorted(found) == sorted(keras_ring.layers.__all__)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", PUBLIC)
 def test_what_is_public_is_documented(name):
     """Args where something is taken, Returns where something comes back,

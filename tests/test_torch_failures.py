@@ -11,6 +11,7 @@ import keras_ring
 from tests.language_model import batch, language_model
 from tests.processes import Pool
 
+pytestmark = pytest.mark.xdist_group("processes")
 TIMEOUT = 4.0
 
 

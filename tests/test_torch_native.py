@@ -62,6 +62,7 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(
     "options",

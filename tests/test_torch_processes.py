@@ -9,6 +9,8 @@ import pytest
 
 from tests.processes import Pool
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 
 @pytest.fixture(scope="module")
 def pool():

@@ -5,12 +5,25 @@ simply called. On PyTorch a pool of real processes per world size is started
 once, each runs the function, and the first failure is raised here.
 """
 
+import os
+
 import keras
 
 from tests.processes import Pool
 
 # Devices that a test may ask for.
 DEVICES = {"jax": 8, "tensorflow": 4, "torch": 4}[keras.backend.backend()]
+
+
+def has_gpu() -> bool:
+    """Whether tests run on a GPU: on JAX they do where they are told to."""
+    if keras.backend.backend() == "jax":
+        return "cuda" in os.environ.get("JAX_PLATFORMS", "")
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.is_available()
+    return False
 
 
 def simulate_devices() -> None:
