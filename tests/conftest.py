@@ -45,6 +45,7 @@ MARKS = {
     "mostly(every, name=value)": (
         "runs all with one value, few with the others; all with --all"
     ),
+    "extra": "runs with --all",
 }
 
 
@@ -100,7 +101,7 @@ def described(item):
     marks = {
         mark.name: mark.kwargs
         for mark in item.iter_markers()
-        if mark.name in ("pairwise", "mostly")
+        if mark.name in ("pairwise", "mostly", "extra")
     }
     values = item.callspec.params if hasattr(item, "callspec") else {}
     test = (item.parent.nodeid, getattr(item, "originalname", item.name))

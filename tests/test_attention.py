@@ -191,6 +191,7 @@ def check_against_oracle(size, case, data=None, seed=None):
         )
 
 
+@pytest.mark.mostly(size=3, every=4)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_oracle(on_devices, name, size):
@@ -239,6 +240,7 @@ def check_hard_cases(size):
         assert np.isfinite(ops.convert_to_numpy(tensor)).all()
 
 
+@pytest.mark.mostly(size=3, every=2)
 @pytest.mark.parametrize("size", SIZES)
 def test_hard_inputs(on_devices, size):
     on_devices(size, check_hard_cases, size)
@@ -285,6 +287,7 @@ def check_half_precision(size, dtype):
         assert error < tolerance * max(1.0, np.abs(target).max())
 
 
+@pytest.mark.mostly(size=3, every=2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("size", SIZES)
 def test_half_precision(on_devices, size, dtype):

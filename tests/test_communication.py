@@ -149,6 +149,7 @@ def check_bytes(size, dtype, mask, hops):
     assert sent["backward"] == moved + 4 * entries * (hops + further)
 
 
+@pytest.mark.mostly(size=3, every=2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("size", SIZES)
 def test_bytes_of_a_hop_are_keys_and_values_as_they_are(

@@ -254,6 +254,7 @@ def check_training(size, weighted):
         close(ours, theirs)
 
 
+@pytest.mark.mostly(size=4, every=2)
 @pytest.mark.parametrize("size", [1, *RINGS])
 def test_training_equals_stock_layers(on_devices, size):
     on_devices(size, check_training, size, False)
@@ -295,8 +296,8 @@ def check_uneven(mesh, length, rows):
     ("mesh", "length", "rows"),
     [
         ((1, 2), LENGTH, 2 * BATCH),
-        ((1, 4), LENGTH, 2 * BATCH),
-        ((1, 4), 7, 2 * BATCH),
+        pytest.param((1, 4), LENGTH, 2 * BATCH, marks=pytest.mark.extra),
+        pytest.param((1, 4), 7, 2 * BATCH, marks=pytest.mark.extra),
         ((1, 4), 3, 2 * BATCH),
         # In the last batch half of the devices have nothing.
         ((2, 2), 7, BATCH + 1),

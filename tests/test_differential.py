@@ -169,6 +169,7 @@ def check_packed_documents(size):
         )
 
 
+@pytest.mark.mostly(size=3, every=2)
 @pytest.mark.parametrize("size", SIZES)
 def test_packed_documents_equal_separate_documents(on_devices, size):
     on_devices(size, check_packed_documents, size)
@@ -192,6 +193,7 @@ def dropped_entries(size, seed, length=48):
     return out != 0
 
 
+@pytest.mark.mostly(size=3, every=2)
 @pytest.mark.parametrize("size", SIZES)
 def test_dropout_is_the_same_for_every_ring_size(on_devices, size):
     seed = (-5, 2**31 - 1)

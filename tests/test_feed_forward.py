@@ -119,6 +119,7 @@ def check_training(size, name):
         close(ours, theirs)
 
 
+@pytest.mark.mostly(size=4, every=2)
 @pytest.mark.parametrize("size", RINGS)
 @pytest.mark.parametrize("name", ["plain", "swiglu"])
 def test_training_on_a_ring_equals_one_device(on_devices, size, name):

@@ -119,6 +119,7 @@ def check(errors):
     assert not wrong, wrong
 
 
+@pytest.mark.mostly(size=4, every=4)
 @pytest.mark.parametrize("size", RINGS)
 @pytest.mark.parametrize("kind", SEQUENCE)
 def test_a_layer_over_the_sequence(on_devices, kind, size):
@@ -127,6 +128,7 @@ def test_a_layer_over_the_sequence(on_devices, kind, size):
     check(on_devices(size, run_kind, size, "SEQUENCE", kind, x, options, False))
 
 
+@pytest.mark.mostly(size=4, every=3)
 @pytest.mark.parametrize("size", RINGS)
 @pytest.mark.parametrize("kind", POOLED)
 def test_a_pooled_result_stays_whole(on_devices, kind, size):

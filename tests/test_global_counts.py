@@ -229,6 +229,7 @@ def check_model(name, mesh):
     check(mesh, MODELS[name], batches, valid)
 
 
+@pytest.mark.mostly(mesh=(2, 2), every=3)
 @pytest.mark.parametrize("mesh", [(1, 4), (2, 2)], ids=["1x4", "2x2"])
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_and_metrics(on_devices, name, mesh):
@@ -254,6 +255,7 @@ def check_what_layers_add(mesh):
                 watched("ring", metric).train_on_batch(*batch)
 
 
+@pytest.mark.mostly(mesh=(2, 2))
 @pytest.mark.parametrize("mesh", [(1, 4), (2, 2)], ids=["1x4", "2x2"])
 def test_what_layers_add(on_devices, mesh):
     on_devices(mesh[0] * mesh[1], check_what_layers_add, mesh)

@@ -25,6 +25,7 @@ def by_head(otherwise):
     return ByHeadKernel(CacheKernel(), otherwise)
 
 
+@pytest.mark.mostly(options={"rest": 40}, every=3)
 @pytest.mark.parametrize("name", ALONE)
 @pytest.mark.parametrize(
     "options",

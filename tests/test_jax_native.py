@@ -41,6 +41,7 @@ def draw(*shape):
 
 
 @built
+@pytest.mark.mostly(options={"rest": 40}, every=3)
 @pytest.mark.parametrize("name", BANDS)
 @pytest.mark.parametrize(
     "options",

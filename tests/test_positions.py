@@ -47,6 +47,7 @@ def run_positions(size, shape, axis):
     return ops.convert_to_numpy(strategy.run(function, np.zeros(shape, "f")))
 
 
+@pytest.mark.mostly(size=3, every=3)
 @pytest.mark.parametrize("size", RINGS)
 @pytest.mark.parametrize("rank", [2, 4])
 def test_positions_are_global(on_devices, size, rank):
@@ -94,6 +95,7 @@ def run_rotary(size, x, weight, config, positions):
     return ops.convert_to_numpy(out), ops.convert_to_numpy(grad)
 
 
+@pytest.mark.mostly(size=3, every=3)
 @pytest.mark.parametrize("size", RINGS)
 @pytest.mark.parametrize(
     ("shape", "config", "given"),
@@ -222,6 +224,7 @@ def run_learned(size, x, weight, table, positions):
     return ops.convert_to_numpy(out), total(grad)
 
 
+@pytest.mark.mostly(size=3, every=3)
 @pytest.mark.parametrize("size", RINGS)
 @pytest.mark.parametrize("given", [False, True], ids=["natural", "given"])
 def test_position_embedding_is_that_of_one_device(on_devices, size, given):

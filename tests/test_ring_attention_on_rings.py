@@ -99,6 +99,7 @@ def attended(layer, inputs, masks):
     return call(layer, inputs, weights, {**masks, "training": True})
 
 
+@pytest.mark.mostly(size=3, every=4)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", RING_CASES)
 def test_a_ring_equals_one_device(on_devices, size, name):
@@ -167,6 +168,7 @@ def check_ring_gradients(size):
         )
 
 
+@pytest.mark.mostly(size=3, every=2)
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_on_a_ring_equal_one_device(on_devices, size):
     on_devices(size, check_ring_gradients, size)

@@ -31,6 +31,7 @@ def fits(case):
     return case.kind in FIT and case.dtype == "float32"
 
 
+@pytest.mark.mostly(options={"rest": 40}, every=3)
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if fits(c)])
 @pytest.mark.parametrize(
     "options",
@@ -287,6 +288,7 @@ MASKS = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("placed", [True, False], ids=["placed", "broadcast"])
 @pytest.mark.parametrize("name", MASKS)

@@ -24,6 +24,7 @@ def shift(shard):
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     "dtype", ["bool", "int8", "int32", "float16", "bfloat16", "float64"]
 )

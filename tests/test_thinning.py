@@ -38,6 +38,7 @@ def test_one_value_meets_everything_and_the_others_some():
     # Not the same ones.
     for one, other in itertools.product(counts[1], counts[2]):
         assert one | {"size": 2} != other
+    assert len(thinning.mostly(ROWS, size=3)) == 14
     with pytest.raises(ValueError, match="size=5 is not in all"):
         thinning.mostly(ROWS, every=4, size=5)
 
@@ -49,5 +50,6 @@ def test_only_what_is_marked_is_thinned():
     every = set(range(len(ROWS)))
     assert left({}) == set()
     assert left({"pairwise": {}}) == every - set(thinning.pairwise(ROWS))
+    assert left({"extra": {}}) == every
     few = {"every": 4, "size": 3}
     assert left({"mostly": few}) == every - set(thinning.mostly(ROWS, **few))

@@ -37,6 +37,7 @@ def flash(otherwise: Kernel):
     return FusedKernel("flash", otherwise, CpuFlash())
 
 
+@pytest.mark.mostly(options={"rest": 40}, every=3)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(
     "options",

@@ -56,12 +56,14 @@ def check_shift(size, by, times, dtype):
     np.testing.assert_array_equal(result, moved(array, size, targets))
 
 
+@pytest.mark.mostly(size=3, every=3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_size_shifts_are_the_identity(on_devices, size, dtype):
     on_devices(size, check_shift, size, 1, size, dtype)
 
 
+@pytest.mark.mostly(size=3, every=3)
 @pytest.mark.parametrize("by", [1, -1, 2])
 @pytest.mark.parametrize("size", SIZES)
 def test_shift_moves_to_index_plus_by(on_devices, size, by):

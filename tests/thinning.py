@@ -1,12 +1,15 @@
 """Which combinations of parameters run by default; `--all` runs every one.
 
-Two marks beside `pytest.mark.parametrize` say how a test may be thinned:
+Three marks beside `pytest.mark.parametrize` say how a test may be thinned:
 
 - `pytest.mark.pairwise`: every two values of two parameters that meet in
   some combination meet in one that runs.
 - `pytest.mark.mostly(name=value, every=n)`: of the parameter `name`, `value`
   runs with all combinations of the others, and each other value with every
-  n-th of them, beginning at another one each.
+  n-th of them, beginning at another one each; with none where `every` is not
+  given.
+- `pytest.mark.extra`, of one combination (`pytest.param(..., marks=...)`): it
+  runs with `--all` alone.
 
 What runs is decided by the order in which parameters are written down, so it
 is the same each time and on each worker. A test that is named by its id
@@ -32,6 +35,7 @@ def left_out(tests):
         groups.setdefault(test, []).append(place)
     left: set[int] = set()
     for places in groups.values():
+        left.update(place for place in places if "extra" in tests[place][1])
         marks = tests[places[0]][1]
         rows = [tests[place][2] for place in places]
         if "pairwise" in marks:
@@ -76,13 +80,13 @@ def pairwise(rows):
     return chosen
 
 
-def mostly(rows, every, **main):
+def mostly(rows, every=None, **main):
     """Places of rows with the main value, and of every n-th of the others.
 
     Args:
         rows: list of dictionaries of values by name, all of the same names.
         every: how many combinations of the other parameters another value
-            goes on after each that it runs with.
+            goes on after each that it runs with; None for never.
         **main: the parameter's name and its main value.
     """
     ((name, value),) = main.items()
@@ -97,7 +101,7 @@ def mostly(rows, every, **main):
             met += 1
             continue
         turn = others.setdefault(own, len(others))
-        if rest % every == turn % every:
+        if every and rest % every == turn % every:
             chosen.append(place)
     if met < len(combinations):
         raise ValueError(f"{name}={value!r} is not in all combinations")
