@@ -1,5 +1,8 @@
 """Tests that need the C++ library."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from keras_ring.native import library
@@ -23,3 +26,16 @@ def needed(load):
 
 
 NEEDED = needed(lambda: library.build("attention", [library.ATTENTION]))
+
+
+# A command that prints the library made of the source that follows. It loads
+# no framework, which takes longer than to compile.
+BUILDING = [
+    *(sys.executable, "-c"),
+    "import pathlib, sys, types\n"
+    "package = types.ModuleType('keras_ring')\n"
+    f"package.__path__ = [{str(Path(library.__file__).parent.parent)!r}]\n"
+    "sys.modules['keras_ring'] = package\n"
+    "from keras_ring.native import library\n"
+    "print(library.build('small', [pathlib.Path(sys.argv[1])]))\n",
+]

@@ -24,7 +24,8 @@ FRAMEWORKS = ("jax", "tensorflow", "torch")
 # part needs a line.
 LEAVES = {
     *("backends", "keras_internals", "masks", "numerics", "placement"),
-    *("padding", "primitives", "random_bits", "transport", "version"),
+    *("padding", "primitives", "random_bits", "scratch", "transport"),
+    "version",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "balance": {"masks", "placement", "transport"},
     "tiling": {"masks", "numerics", "primitives", "random_bits", "scoring"},
     "kernel": {"numerics", "tiling"},
-    "native": {"kernel", "masks", "numerics", "tiling"},
+    "native": {"kernel", "masks", "numerics", "scratch", "tiling"},
     "blockwise": {"kernel", "numerics", "primitives", "tiling"},
     "attention": {
         *("kernel", "numerics", "placement", "scoring", "tiling"),
@@ -86,7 +87,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("batches", "blockwise", "counting", "kernel"),
         *("keras_internals", "masks", "native"),
         *("numerics", "padding", "step"),
-        *("primitives", "random_bits", "scoring", "tiling"),
+        *("primitives", "random_bits", "scoring", "scratch", "tiling"),
         *("placement", "strategy", "training", "transport", "world"),
     },
 }

@@ -3,7 +3,6 @@
 import abc
 import functools
 import os
-import warnings
 from typing import Any, NamedTuple
 
 import keras
@@ -12,7 +11,7 @@ from keras_ring.kernel import BlockGradients, FoldingKernel
 from keras_ring.masks import Causal, Mask, SlidingWindow
 from keras_ring.masks.by_position import Before
 from keras_ring.masks.mask import And
-from keras_ring.native.library import UnavailableError
+from keras_ring.native.library import UnavailableError, tell
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
 
@@ -116,7 +115,7 @@ class NativeKernel(FoldingKernel):
             self.load()
         except UnavailableError as error:
             if not error.expected:
-                _tell(str(error))
+                tell(f"The attention kernel 'native' is not used: {error}")
             return False
         return True
 
@@ -218,17 +217,3 @@ def threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-_told: set[str] = set()
-
-
-def _tell(why: str) -> None:
-    """Warn once."""
-    if why not in _told:
-        _told.add(why)
-        warnings.warn(
-            f"The attention kernel 'native' is not used: {why}",
-            RuntimeWarning,
-            stacklevel=3,
-        )

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from keras_ring import strategy
 from keras_ring.backends.jax import local
 from keras_ring.kernel import BlockGradients
 from keras_ring.native import kernel, library
@@ -115,7 +116,9 @@ def _load() -> Any:
         f"-DKERAS_RING_JAX={metadata.version('jaxlib')}",
         *("-isystem", jax.ffi.include_dir()),
     )
-    path = library.build("jax", [SOURCE, library.ATTENTION], flags)
+    seconds = library.patience(strategy.current())
+    sources = [SOURCE, library.ATTENTION]
+    path = library.build("jax", sources, flags, seconds)
     found = ctypes.CDLL(str(path))
     for name in (FORWARD, BACKWARD):
         jax.ffi.register_ffi_target(

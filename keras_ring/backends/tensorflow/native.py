@@ -97,7 +97,9 @@ def _load() -> Any:
         f'-DKERAS_RING_TENSORFLOW="{tf.__version__}"',
         *tf.sysconfig.get_link_flags(),
     )
-    path = library.build("tensorflow", [SOURCE, library.ATTENTION], flags)
+    seconds = library.patience(strategy.current())
+    sources = [SOURCE, library.ATTENTION]
+    path = library.build("tensorflow", sources, flags, seconds)
     return tf.load_op_library(str(path))
 
 

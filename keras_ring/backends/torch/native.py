@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from keras_ring import strategy
 from keras_ring.backends.torch.pieces import Piece, pieces
 from keras_ring.kernel import BlockGradients
 from keras_ring.native import library
@@ -251,7 +252,9 @@ def _address(mask: torch.Tensor | None) -> tuple[int, ...]:
 
 
 def _load() -> Any:
-    found = ctypes.CDLL(str(library.build("attention", [library.ATTENTION])))
+    seconds = library.patience(strategy.current())
+    path = library.build("attention", [library.ATTENTION], seconds=seconds)
+    found = ctypes.CDLL(str(path))
     found.keras_ring_use_threads(_openmp())
     return found
 

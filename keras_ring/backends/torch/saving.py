@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from keras_ring.backends.torch import launch
+from keras_ring.scratch import scratch
 
 
 def whole_files(method: Callable[..., Any]) -> Callable[..., Any]:
     """A saving method of a model that several processes may call at once.
 
-    Every process writes a file of its own next to the target and then puts
-    it in its place in one operation. The target is whole at any time, and
-    after its own call a process finds it, also on a disk of its own. What is
-    no single local file is written by rank 0 alone.
+    Every process writes a file of its own, in a folder next to the target,
+    and then puts it in its place in one operation. The target is whole at any
+    time, and after its own call a process finds it, also on a disk of its own.
+    What a process leaves that is killed meanwhile goes when the next saves
+    there. What is no single local file is written by rank 0 alone.
 
     Args:
         method: `Model.save` or `Model.save_weights`.
@@ -38,15 +40,13 @@ def whole_files(method: Callable[..., Any]) -> Callable[..., Any]:
                 return None
             return method(self, filepath, overwrite=overwrite, **kwargs)
         target = Path(filepath)
-        if target.exists() and not overwrite:
+        if not target.parent.is_dir() or (target.exists() and not overwrite):
             # Keras asks or refuses.
             return method(self, filepath, overwrite=overwrite, **kwargs)
-        own = target.with_name(f".rank{launch.rank()}-{target.name}")
-        try:
+        with scratch(target.parent) as folder:
+            own = folder / target.name
             result = method(self, str(own), overwrite=True, **kwargs)
             os.replace(own, target)
-        finally:
-            own.unlink(missing_ok=True)
         return result
 
     return save
