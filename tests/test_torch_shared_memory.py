@@ -1,5 +1,6 @@
 """Messages through memory that the processes of one machine share."""
 
+import contextlib
 import errno
 import mmap
 import os
@@ -20,7 +21,7 @@ from keras_ring.backends.torch.shared_memory import Inbox, Outbox
 
 pytestmark = pytest.mark.skipif(
     not shared_memory._possible(),
-    reason="memory is shared on x86 with /dev/shm alone; this is "
+    reason="memory is shared on Linux on x86 alone; this is "
     f"{platform.machine()}",
 )
 # Numbers of a message, below and above what is sent through sockets.
@@ -59,20 +60,39 @@ def check_arrives(ring, refused=()):
         assert all(slot.free for slot in outbox.slots.values())
 
 
-def own_files():
-    """What the processes of this one's ring have left."""
-    ring = ring_of(int(os.environ["WORLD_SIZE"]))
-    distributed.barrier(group=ring.group)
-    return [
-        path
-        for path in shared_memory.FOLDER.iterdir()
-        if any(path.name.startswith(name) for name in ring.memory.names)
-    ]
+def open_files(name=""):
+    """Files of shared memory that this process has open."""
+    links = []
+    prefix = f"memfd:{name or 'keras_ring-'}"
+    for number in os.listdir("/proc/self/fd"):
+        # The one that the list itself was read from is closed.
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [link for link in links if prefix in link]
+
+
+def check_open(outbox, inbox):
+    """No more than the one that goes with a map of Python's."""
+    for box in (outbox, inbox):
+        assert len(open_files(f"{box.name}-")) <= len(box.slots)
+
+
+def visible_files(ring):
+    """What would be left of processes that are killed now."""
+    names = tuple(member.name for member in ring.memory.members)
+    return [name for name in os.listdir("/dev/shm") if name.startswith(names)]
 
 
 def check_messages(size):
-    check_arrives(ring_of(size))
-    assert own_files() == []
+    ring = ring_of(size)
+    check_arrives(ring)
+    # All that was sent has been mapped, as whoever sends the next one sees.
+    ring.start_shift(message(ring.index(), 1)).wait()
+    check_open(
+        ring.memory.outbox((ring.index() + 1) % ring.size),
+        ring.memory.inbox((ring.index() - 1) % ring.size),
+    )
+    assert visible_files(ring) == []
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -94,7 +114,8 @@ def check_refused(size):
         check_arrives(ring, refused=(1,))
     finally:
         os.posix_fallocate = before
-    assert own_files() == []
+    if ring.index() == 1:
+        assert open_files(ring.memory.members[1].name) == []
 
 
 def test_a_message_without_memory_is_sent_as_it_is(on_devices):
@@ -102,33 +123,32 @@ def test_a_message_without_memory_is_sent_as_it_is(on_devices):
     on_devices(3, check_refused, 3)
 
 
-def check_apart(size, folder):
+def check_apart(size):
+    """One numbers processes in its own way, as a container does."""
     ring = ring_of(size)
-    before = shared_memory.FOLDER
+    before = os.getpid
     if ring.index() == 1:
-        shared_memory.FOLDER = before / folder
-        shared_memory.FOLDER.mkdir()
+        os.getpid = lambda: os.getppid()
     try:
         assert shared_memory.connect(ring.group) is None
     finally:
-        distributed.barrier(group=ring.group)
-        if ring.index() == 1:
-            shared_memory.FOLDER.rmdir()  # It is empty.
-        shared_memory.FOLDER = before
+        os.getpid = before
 
 
 def test_processes_that_see_different_memory_share_none(on_devices):
-    on_devices(3, check_apart, 3, f"apart-{secrets.token_hex(4)}")
+    on_devices(3, check_apart, 3)
 
 
 def test_a_slot_is_free_when_its_message_was_copied():
-    name = f"keras_ring-test-{secrets.token_hex(8)}"
-    outbox, inbox = Outbox(name), Inbox(name)
+    name = f"keras_ring-{secrets.token_hex(8)}"
+    outbox, inbox = Outbox(name), Inbox(name, os.getpid())
     first, first_note = outbox.take(100)
     first.fill_(1)
     second, second_note = outbox.take(100)
     second.fill_(2)
     assert (first_note.slot, second_note.slot) == (0, 1)
+    # Nobody has fetched them, and they have no name that stays.
+    assert not [file for file in os.listdir("/dev/shm") if name in file]
     with inbox.message(second_note) as found:
         assert found.tolist() == [2] * 100
         assert outbox.take(10)[1].slot == 2
@@ -144,7 +164,11 @@ def test_a_slot_is_free_when_its_message_was_copied():
     with inbox.message(note) as found:
         assert found.tolist() == [3] * 200
     assert sorted(inbox.slots) == [1, 3]
-    Inbox(name)._opened(2)
+    # A file is open until its slot is seen to be free.
+    outbox.take(200)
+    assert len(open_files(name)) <= 3 + 2 + 2
+    del outbox, inbox, first, second, large, found
+    assert open_files(name) == []
 
 
 @pytest.mark.parametrize("where", [(os, "posix_fallocate"), (mmap, "mmap")])
@@ -152,8 +176,8 @@ def test_where_memory_runs_out_nothing_is_left_and_a_slot_goes(
     where, monkeypatch
 ):
     """Here and there, although the message itself goes another way."""
-    name = f"keras_ring-test-{secrets.token_hex(8)}"
-    outbox, inbox = Outbox(name), Inbox(name)
+    name = f"keras_ring-{secrets.token_hex(8)}"
+    outbox, inbox = Outbox(name), Inbox(name, os.getpid())
     with inbox.message(outbox.take(100)[1]):
         pass
 
@@ -167,7 +191,7 @@ def test_where_memory_runs_out_nothing_is_left_and_a_slot_goes(
     assert (note.slot, note.gone) == (-1, 0)
     inbox.forget(note)
     assert outbox.slots == inbox.slots == {}
-    assert list(shared_memory.FOLDER.glob(f"{name}-*")) == []
+    assert open_files(name) == []
     # There is some again.
     with inbox.message(outbox.take(200)[1]) as found:
         assert found.numel() == 200

@@ -6,6 +6,10 @@ computation. Here the sender writes a message once into memory that the
 receiver has mapped too, and what goes through the process group is where it
 lies: a few numbers, that also wake the receiver, and fail if the sender died.
 
+The memory is a file without a name in any folder, which is gone with the last
+process that has it, however that ends. The receiver opens it as a file of the
+sender, by its number there.
+
 A slot of memory belongs to one sender and one receiver. The sender writes,
 the receiver copies what it finds and counts that up in the slot, and the
 sender takes the slot again. Nobody ever waits for a slot: if none is free
@@ -18,14 +22,14 @@ import mmap
 import os
 import platform
 import secrets
+import weakref
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-FOLDER = Path("/dev/shm")
+FILES = "/proc/{process}/fd/{descriptor}"
 # Bytes in front of a message: how many were copied out of the slot so far.
 HEADER = 64
 NONE = -1
@@ -35,11 +39,14 @@ class Slot:
     """Memory that two processes have mapped.
 
     Args:
-        descriptor: of its file, which may be closed afterwards.
+        descriptor: of its file, which is the slot's from then on.
         size: bytes of the file.
     """
 
     def __init__(self, descriptor: int, size: int):
+        self.descriptor = descriptor
+        # The memory is there for as long as it is mapped, open or not.
+        self.close = weakref.finalize(self, os.close, descriptor)
         memory = mmap.mmap(descriptor, size)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         self.copied = whole[:8].view(torch.int64)
@@ -60,11 +67,14 @@ class Note(NamedTuple):
             down from `NONE`.
         size: bytes of the message.
         gone: the number of a slot that is no more; `NONE` if none is.
+        descriptor: of the slot's file at the sender; only for a slot that the
+            receiver does not know.
     """
 
     slot: int
     size: int
     gone: int
+    descriptor: int = NONE
 
 
 class Outbox:
@@ -82,11 +92,12 @@ class Outbox:
     def take(self, size: int) -> tuple[torch.Tensor | None, Note]:
         """Memory for a message, and its note; None if there is no more. The
         message is to be written at once, and the note sent after it."""
-        free = {
-            number: slot.message.numel()
-            for number, slot in self.slots.items()
-            if slot.free
-        }
+        free = {}
+        for number, slot in self.slots.items():
+            if slot.free:
+                free[number] = slot.message.numel()
+                # The receiver has mapped it.
+                slot.close()
         fitting = [number for number, room in free.items() if room >= size]
         if fitting:
             number = min(fitting, key=lambda number: free[number])
@@ -106,21 +117,18 @@ class Outbox:
     ) -> tuple[torch.Tensor, Note]:
         slot = self.slots[number]
         slot.written += 1
-        return slot.message[:size], Note(number, size, gone)
+        return slot.message[:size], Note(number, size, gone, slot.descriptor)
 
     def _add(self, number: int, size: int) -> None:
-        path = _path(self.name, number)
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        descriptor = os.memfd_create(f"{self.name}-{number}")
         size += HEADER
         try:
-            # Now, or what is written later ends the process if it is full.
+            # Now, or what is written later ends the process if there is none.
             os.posix_fallocate(descriptor, 0, size)
-            self.slots[number] = Slot(descriptor, size)
         except OSError:
-            path.unlink()
-            raise
-        finally:
             os.close(descriptor)
+            raise
+        self.slots[number] = Slot(descriptor, size)
 
 
 class Inbox:
@@ -128,10 +136,11 @@ class Inbox:
 
     Args:
         name: of the outbox.
+        process: number of the process that has it.
     """
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, process: int):
+        self.name, self.process = name, process
         self.slots: dict[int, Slot] = {}
 
     def forget(self, note: Note) -> None:
@@ -143,46 +152,61 @@ class Inbox:
         """The bytes of a message, which are the sender's again after it."""
         self.forget(note)
         if note.slot not in self.slots:
-            self.slots[note.slot] = self._opened(note.slot)
+            self.slots[note.slot] = self._opened(note)
         slot = self.slots[note.slot]
         yield slot.message[: note.size]
         slot.copied += 1
 
-    def _opened(self, number: int) -> Slot:
-        path = _path(self.name, number)
+    def _opened(self, note: Note) -> Slot:
+        path = FILES.format(process=self.process, descriptor=note.descriptor)
+        # In another container the number may be that of another process.
+        found = os.readlink(path)
+        if f"{self.name}-{note.slot}" not in found:
+            raise FileNotFoundError(f"{path} is {found}.")
         descriptor = os.open(path, os.O_RDWR)
-        # From here on it is there for as long as one of the two processes,
-        # and leaves nothing behind, however they end.
-        path.unlink()
-        try:
-            return Slot(descriptor, os.fstat(descriptor).st_size)
-        finally:
-            os.close(descriptor)
+        slot = Slot(descriptor, os.fstat(descriptor).st_size)
+        slot.close()
+        return slot
+
+
+class Member(NamedTuple):
+    """One process of a group, as the others know it.
+
+    Attributes:
+        name: of its outboxes; nobody else has it.
+        process: its number.
+        trial: of a slot that the next member has to find.
+    """
+
+    name: str
+    process: int
+    trial: Note
 
 
 class SharedMemory:
     """The outboxes and inboxes of one member of a process group.
 
     Args:
-        names: of the members, by rank, each of its own making.
+        members: by rank.
         rank: of this one.
     """
 
-    def __init__(self, names: list[str], rank: int):
-        self.names, self.rank = names, rank
+    def __init__(self, members: list[Member], rank: int):
+        self.members, self.rank = members, rank
         self._outboxes: dict[int, Outbox] = {}
         self._inboxes: dict[int, Inbox] = {}
 
     def outbox(self, target: int) -> Outbox:
         if target not in self._outboxes:
-            name = f"{self.names[self.rank]}-{target}"
+            name = f"{self.members[self.rank].name}-{target}"
             self._outboxes[target] = Outbox(name)
         return self._outboxes[target]
 
     def inbox(self, source: int) -> Inbox:
         if source not in self._inboxes:
-            name = f"{self.names[source]}-{self.rank}"
-            self._inboxes[source] = Inbox(name)
+            member = self.members[source]
+            name = f"{member.name}-{self.rank}"
+            self._inboxes[source] = Inbox(name, member.process)
         return self._inboxes[source]
 
 
@@ -190,30 +214,30 @@ def connect(group: dist.ProcessGroup) -> SharedMemory | None:
     """The shared memory of a group on CPUs; every member calls this.
 
     Returns:
-        None for all of them unless all see the same memory: on one machine,
-        and not in containers that keep theirs apart.
+        None for all of them unless each can open the memory of the one
+        before it: on one machine, and not in containers that see other
+        processes.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    own = f"keras_ring-{secrets.token_hex(8)}"
-    # One slot, which the next member has to find.
-    trial = Outbox(own)
-    memory, _ = trial.take(1) if _possible() else (None, None)
-    names: list[str] = [""] * size
-    dist.all_gather_object(names, own, group=group)
-    found = memory is not None
-    try:
-        Inbox(names[rank - 1])._opened(0)
-    except OSError:
-        found = False
+    name = f"keras_ring-{secrets.token_hex(8)}"
+    trial = Outbox(name)
+    _, note = trial.take(1) if _possible() else (None, Note(NONE, 0, NONE))
+    members: Any = [None] * size
+    own = Member(name, os.getpid(), note)
+    dist.all_gather_object(members, own, group=group)
+    before = members[rank - 1]
+    found = before.trial.slot >= 0
+    if found:
+        try:
+            Inbox(before.name, before.process)._opened(before.trial)
+        except OSError:
+            found = False
     agreed = torch.tensor([int(found)])
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
-    _path(own, 0).unlink(missing_ok=True)
-    return SharedMemory(names, rank) if bool(agreed) else None
+    return SharedMemory(members, rank) if bool(agreed) else None
 
 
 def _possible() -> bool:
-    return platform.machine() in ("x86_64", "AMD64") and FOLDER.is_dir()
-
-
-def _path(name: str, number: int) -> Path:
-    return FOLDER / f"{name}-{number}"
+    return platform.machine() in ("x86_64", "AMD64") and hasattr(
+        os, "memfd_create"
+    )
