@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-import math
+import numbers
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 
-from keras_ring import backends, kernels
+from keras_ring import arguments, backends, kernels, tensor_arguments
 from keras_ring.placement import Choice
 
 if TYPE_CHECKING:
@@ -77,50 +78,52 @@ class DistributedStrategy:
     def __post_init__(self) -> None:
         for name in ("sequence_parallel", "data_parallel", "model_parallel"):
             value = getattr(self, name)
-            rest = name == "sequence_parallel"
-            allowed = "a positive integer"
-            if rest:
-                allowed += ", or -1 for all the devices that are left"
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole or not (value >= 1 or (rest and value == -1)):
-                raise ValueError(
-                    f"`{name}` must be {allowed}. Received: {name}={value!r}."
-                )
+            other = ""
+            if name == "sequence_parallel":
+                other = ", or -1 for all the devices that are left"
+                if isinstance(value, numbers.Integral) and value == -1:
+                    self._keep(name, -1)
+                    continue
+            self._keep(name, arguments.integer(name, value, other=other))
         if self.model_parallel != 1:
             raise NotImplementedError(
                 "Sharding the weights over devices is not supported yet. "
                 f"Received: model_parallel={self.model_parallel}. Use 1."
             )
         if self.devices is not None:
-            if isinstance(self.devices, str) or not all(
-                isinstance(name, str) for name in self.devices
-            ):
-                raise ValueError(
-                    "`devices` must be a sequence of device names such as "
-                    f"'gpu:0'. Received: devices={self.devices!r}."
-                )
-            names = tuple(self.devices)
-            if len(set(names)) != len(names) and not self._shared_names():
-                raise ValueError(
-                    "`devices` must not name a device twice. Received: "
-                    f"devices={names}."
-                )
-            object.__setattr__(self, "devices", names)
-        if not isinstance(self.balance, bool) and self.balance != "auto":
-            raise ValueError(
-                '`balance` must be True, False or "auto". Received: '
-                f"balance={self.balance!r}."
-            )
-        if not (
-            isinstance(self.timeout, (int, float))
-            and not isinstance(self.timeout, bool)
-            and math.isfinite(self.timeout)
-            and self.timeout > 0
+            self._keep("devices", self._device_names())
+        if not isinstance(self.balance, (bool, np.bool_)) and not (
+            isinstance(self.balance, str) and self.balance == "auto"
         ):
             raise ValueError(
-                "`timeout` must be a positive number of seconds. Received: "
-                f"timeout={self.timeout!r}."
+                '`balance` must be True, False or "auto". Received: '
+                f"balance={arguments.shown(self.balance)}. Pass one of these."
             )
+        self._keep("timeout", arguments.positive("timeout", self.timeout))
+
+    def _keep(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _device_names(self) -> tuple[str, ...]:
+        """The names that were given, checked."""
+        given: Any = self.devices
+        if (
+            not isinstance(given, (list, tuple))
+            or not given
+            or not all(isinstance(name, str) and name for name in given)
+        ):
+            raise ValueError(
+                "`devices` must be a list or tuple of device names, in mesh "
+                f"order. Received: devices={arguments.shown(given)}. Pass "
+                "names such as ('gpu:0', 'gpu:1'), or None for all devices."
+            )
+        names = tuple(map(str, given))
+        if len(set(names)) != len(names) and not self._shared_names():
+            raise ValueError(
+                "`devices` must not name a device twice. Received: "
+                f"devices={names}. Leave out the second one."
+            )
+        return names
 
     @staticmethod
     def _shared_names() -> bool:
@@ -136,6 +139,7 @@ class DistributedStrategy:
         Raises:
             ValueError: if the mesh does not fit.
         """
+        available = arguments.integer("available", available)
         data, sequence = self.data_parallel, self.sequence_parallel
         if sequence == -1:
             if available % data:
@@ -178,7 +182,7 @@ class DistributedStrategy:
 
         Args:
             function: takes as many tensors as are given here, returns a
-                tensor or a nested structure of tensors.
+                tensor or a nested structure of tensors, None nowhere in it.
             *tensors: global arrays, the same on every process. Those of rank
                 2 and more, `(batch, length, ...)`, are split over batch and
                 length, rank 1 over the batch; rank 0 is given to all.
@@ -190,15 +194,30 @@ class DistributedStrategy:
             the devices. Batches and lengths that the devices cannot split
             equally are padded, by copies of the last element, while
             `function` runs, and results come without the padding.
+
+        Raises:
+            ValueError: for what is no function, for an empty tensor, and for
+                a result that holds something else than tensors.
         """
-        return self.world.run(function, list(tensors))
+        arguments.function("function", function)
+        for number, tensor in enumerate(tensors):
+            _check_shared(f"tensors[{number}]", tensor)
+
+        def checked(*parts: Any) -> Any:
+            return keras.tree.map_structure(_checked_result, function(*parts))
+
+        return self.world.run(checked, list(tensors))
 
     def summary(self, print_fn: Callable[[str], Any] = print) -> None:
         """Print the mesh, the devices and the kernel that is used.
 
         Args:
             print_fn: called once per line.
+
+        Raises:
+            ValueError: if `print_fn` is no function.
         """
+        arguments.function("print_fn", print_fn)
         world, backend = self.world, backends.load()
         with world.as_in_a_step():
             kernel = kernels.choose(
@@ -223,6 +242,34 @@ class DistributedStrategy:
             lines.append(f"  ring {group}             " + " -> ".join(ring))
         for line in lines:
             print_fn(line)
+
+
+def _check_shared(name: str, tensor: Any) -> None:
+    """Refuse what is no tensor, and one without a row or a position for the
+    devices to share."""
+    tensor_arguments.numeric(name, tensor)
+    shape = tuple(getattr(tensor, "shape", None) or np.shape(tensor))
+    if 0 in shape[:2]:
+        raise ValueError(
+            "A tensor that devices share must have a batch and a length of 1 "
+            f"or more. Received: {name}.shape={shape}. Leave the call out "
+            "where there is nothing to compute."
+        )
+
+
+def _checked_result(value: Any) -> Any:
+    """One result as a tensor, which `run` can join over devices."""
+    if keras.ops.is_tensor(value):
+        return value
+    known = (int, float, np.ndarray, np.generic, keras.Variable)
+    if isinstance(value, known):
+        return keras.ops.convert_to_tensor(value)
+    raise ValueError(
+        "The function that is run under a strategy must return a tensor or a "
+        "nested structure of tensors. Received: "
+        f"{arguments.shown(value)} in what it returned. Return the tensors, "
+        "and 0.0 where there is nothing to tell."
+    )
 
 
 _HOW_TO_GET_DEVICES = (

@@ -23,12 +23,14 @@ FRAMEWORKS = ("jax", "tensorflow", "torch")
 # that nothing but the loader stands between it and the code above. A new
 # part needs a line.
 LEAVES = {
-    *("backends", "keras_internals", "masks", "numerics", "placement"),
+    *("arguments", "backends", "keras_internals", "numerics", "placement"),
     *("padding", "primitives", "random_bits", "scratch", "transport"),
     "version",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
+    "tensor_arguments": {"arguments"},
+    "masks": {"arguments", "tensor_arguments"},
     "scoring": {"masks"},
     "balance": {"masks", "placement", "transport"},
     "tiling": {"masks", "numerics", "primitives", "random_bits", "scoring"},
@@ -44,7 +46,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("backends", "config", "masks", "numerics", "scoring", "tiling"),
     },
     "world": {"transport"},
-    "strategy": {"backends", "kernels", "placement", "world"},
+    "strategy": {
+        *("arguments", "backends", "kernels", "placement"),
+        *("tensor_arguments", "world"),
+    },
     "batches": {"padding", "world"},
     "step": {"batches", "keras_internals", "padding", "world"},
     "position_wise": set(),
@@ -57,18 +62,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chunked": {"backends", "numerics", "strategy"},
     "rematerialised": {"backends"},
     "ops": {
-        *("attention", "backends", "balance", "chunked", "kernels", "masks"),
-        *("numerics", "padding", "placement", "random_bits", "scoring"),
-        *("strategy", "transport", "world"),
+        *("arguments", "attention", "backends", "balance", "chunked"),
+        *("kernels", "masks", "numerics", "padding", "placement"),
+        *("random_bits", "scoring", "strategy", "tensor_arguments"),
+        *("transport", "world"),
     },
     "layers": {
-        *("keras_internals", "masks", "numerics", "ops", "padding"),
-        *("placement", "random_bits", "rematerialised", "scoring"),
-        *("strategy", "world"),
+        *("arguments", "keras_internals", "masks", "numerics", "ops"),
+        *("padding", "placement", "random_bits", "rematerialised"),
+        *("scoring", "strategy", "tensor_arguments", "world"),
     },
     "losses": {
-        *("keras_internals", "layers", "masks", "numerics", "ops"),
-        *("placement", "strategy", "world"),
+        *("arguments", "keras_internals", "layers", "masks", "numerics"),
+        *("ops", "placement", "strategy", "tensor_arguments", "world"),
     },
     "guard": {"keras_internals", "layers", "ops", "strategy", "world"},
     "checkpoints": {"keras_internals", "strategy"},

@@ -174,7 +174,7 @@ def test_a_label_that_is_no_class_is_not_a_number():
 
 
 REFUSED = {
-    r"labels of dtype float32": {"labels": np.zeros((BATCH, LENGTH), "f")},
+    r"labels.dtype=float32": {"labels": np.zeros((BATCH, LENGTH), "f")},
     r"labels.shape=\(2, 11\)": {"labels": np.zeros((BATCH, 11), "int32")},
     r"kernel.shape=\(5, 19\)": {"kernel": np.zeros((5, CLASSES), "f")},
     r"bias.shape=\(3,\)": {"bias": np.zeros(3, "f")},

@@ -269,7 +269,7 @@ def test_the_dtype_policy_is_that_of_the_layer():
 def test_a_ring_layer_inside_is_refused():
     with pytest.raises(ValueError, match="RingAttention"):
         kr.layers.Gathered(kr.layers.RingAttention(2, 4))
-    with pytest.raises(ValueError, match="isn't a supported layer"):
+    with pytest.raises(ValueError, match="must be a layer of Keras"):
         kr.layers.Gathered("conv")
 
 

@@ -4,7 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from keras_ring import arguments, tensor_arguments
+
 Shape = tuple[int | None, ...]
+Tensor = Any
 
 
 class Heads(NamedTuple):
@@ -48,13 +53,12 @@ def heads(
         value_dim = dim
     if num_key_value_heads is None:
         num_key_value_heads = query
-    for name, value in (
-        (query_name, query),
-        (dim_name, dim),
-        ("value_dim", value_dim),
-        ("num_key_value_heads", num_key_value_heads),
-    ):
-        check_positive(name, value)
+    query = arguments.integer(query_name, query)
+    dim = arguments.integer(dim_name, dim)
+    value_dim = arguments.integer("value_dim", value_dim)
+    num_key_value_heads = arguments.integer(
+        "num_key_value_heads", num_key_value_heads
+    )
     if query % num_key_value_heads:
         raise ValueError(
             f"`{query_name}` must be divisible by `num_key_value_heads`, "
@@ -81,58 +85,36 @@ def _one_spelling(
     )
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Refuse what is no positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(
-            f"The argument `{name}` must be a positive integer. Received: "
-            f"{name}={value!r}. Pass 1 or more."
-        )
-
-
-def check_dropout(dropout: Any, flash_attention: Any) -> None:
-    """Refuse a rate outside [0, 1), and what flash attention rules out."""
-    if flash_attention not in (None, True, False):
-        raise ValueError(
-            "The argument `flash_attention` must be None, True or False. "
-            f"Received: flash_attention={flash_attention!r}."
-        )
-    number = isinstance(dropout, (int, float)) and not isinstance(dropout, bool)
-    if not number or not 0 <= dropout < 1:
-        raise ValueError(
-            "The argument `dropout` must be a rate from 0 to less than 1. "
-            f"Received: dropout={dropout!r}. Pass 0.0 for no dropout."
-        )
+def dropout_rate(dropout: Any, flash_attention: Any) -> float:
+    """The rate, refused where flash attention rules it out."""
+    dropout = arguments.rate("dropout", dropout)
+    if flash_attention is not None:
+        flash_attention = arguments.flag("flash_attention", flash_attention)
     if flash_attention and dropout > 0:
         raise ValueError(
             "Dropout is not supported when flash attention is enabled. "
             f"Received: dropout={dropout}, flash_attention={flash_attention}. "
             "Set dropout to 0.0, or flash_attention to None."
         )
+    return dropout
 
 
-def check_scale(scale: Any) -> None:
-    """Refuse a scale that is no finite number."""
-    if scale is None:
-        return
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if not number or not math.isfinite(scale):
-        raise ValueError(
-            "The argument `scale` must be a finite number, or None for "
-            f"1 / sqrt(key_dim). Received: scale={scale!r}."
-        )
+def optional_positive(name: str, value: Any) -> int | None:
+    """A positive integer, or None as it is."""
+    return (
+        None
+        if value is None
+        else arguments.integer(name, value, other=", or None")
+    )
 
 
-def check_soft_cap(soft_cap: Any) -> None:
-    """Refuse a soft cap that is no positive number."""
-    if soft_cap is None:
-        return
-    number = isinstance(soft_cap, (int, float))
-    if not number or not math.isfinite(soft_cap) or soft_cap <= 0:
-        raise ValueError(
-            "The argument `soft_cap` must be a positive number, or None for "
-            f"no cap. Received: soft_cap={soft_cap!r}."
-        )
+def soft_cap(value: Any) -> float | None:
+    """A positive number, or None as it is."""
+    return (
+        None
+        if value is None
+        else arguments.positive("soft_cap", value, ", or None for no cap")
+    )
 
 
 def alibi_slopes(alibi: Any, heads: int) -> tuple[float, ...] | None:
@@ -152,53 +134,54 @@ def alibi_slopes(alibi: Any, heads: int) -> tuple[float, ...] | None:
         Where `heads` is no power of two, every other slope of twice the next
         lower power follows those of that power, as in the authors' code.
     """
-    if alibi is None or alibi is False:
+    if alibi is None:
         return None
-    if alibi is True:
+    if isinstance(alibi, (bool, np.bool_)):
+        if not alibi:
+            return None
         power = 2 ** math.floor(math.log2(heads))
         slopes = [2.0 ** (-8 * i / power) for i in range(1, power + 1)]
         more = [2.0 ** (-4 * i / power) for i in range(1, 2 * power, 2)]
         return tuple((slopes + more)[:heads])
-    slopes = [float(slope) for slope in alibi]
-    if len(slopes) != heads or not all(map(math.isfinite, slopes)):
-        raise ValueError(
-            "`alibi` must be True, False, or one finite slope for each query "
-            f"head. Received: alibi={alibi!r} for {heads} heads."
-        )
-    return tuple(slopes)
+    if isinstance(alibi, (list, tuple, np.ndarray)) and len(alibi) == heads:
+        return tuple(arguments.finite("alibi", slope) for slope in alibi)
+    raise ValueError(
+        "`alibi` must be True, False, or one finite slope for each query "
+        f"head. Received: alibi={arguments.shown(alibi)} for {heads} heads. "
+        f"Pass a list of {heads} numbers."
+    )
 
 
 def output_shape(value: Any) -> tuple[int, ...] | None:
     """The shape of an output's features, or None for that of the query."""
     if value is None or value == ():
         return None
-    sizes = (value,) if isinstance(value, int) else value
-    if not isinstance(sizes, (tuple, list)) or not all(
-        isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes
-    ):
+    sizes = value if isinstance(value, (tuple, list)) else (value,)
+    try:
+        return tuple(arguments.integer("output_shape", s) for s in sizes)
+    except ValueError as error:
         raise ValueError(
-            f"Invalid `output_shape`: {value!r}. It must be a positive integer "
-            "or a tuple or list of them. Pass None for the width of the query."
-        )
-    return tuple(sizes)
+            "Invalid `output_shape`: it must be a positive integer or a tuple "
+            "or list of them. Received: output_shape="
+            f"{arguments.shown(value)}. Pass None for the width of the query."
+        ) from error
 
 
 def attention_axes(value: Any) -> tuple[int, ...] | None:
     """The axes to attend over, or None for all between batch and features."""
     if value is None:
         return None
-    axes = (value,) if isinstance(value, int) else value
-    if (
-        not isinstance(axes, (tuple, list))
-        or not axes
-        or not all(isinstance(a, int) for a in axes)
-    ):
+    axes = value if isinstance(value, (tuple, list)) else (value,)
+    if not axes:
         raise ValueError(
-            "`attention_axes` must be an int, or a list or tuple of ints. "
-            f"Received: attention_axes={value!r}. Pass None for all axes "
-            "between the batch and the features."
+            "`attention_axes` must name an axis. Received: attention_axes="
+            f"{value!r}. Pass None for all axes between the batch and the "
+            "features."
         )
-    return tuple(axes)
+    other = ", or a tuple of them, or None"
+    return tuple(
+        arguments.integer("attention_axes", axis, None, other) for axis in axes
+    )
 
 
 def check_shapes(
@@ -227,7 +210,7 @@ def check_shapes(
     if len(value) != len(key) or any(_differ(v, k) for v, k in pairs):
         raise ValueError(
             "All dimensions of `value` and `key`, except the last one, must "
-            f"be equal. Received: {received}."
+            f"be equal. Received: {received}. Make both of one tensor."
         )
     if len(query) < 3 or len(query) != len(value):
         raise ValueError(
@@ -235,6 +218,13 @@ def check_shapes(
             f"(batch, length, features). Received: {received}. Add the "
             "missing axes with keras.ops.expand_dims."
         )
+    for name, shape in (("query", query), ("value", value), ("key", key)):
+        if any(size == 0 for size in shape[1:]):
+            raise ValueError(
+                f"`{name}` must not be empty: its axes after the batch have "
+                f"sizes of 1 or more. Received: {received}. Leave the call "
+                "out where there is nothing to attend to."
+            )
     if _differ(query[0], value[0]) or _differ(query[0], key[0]):
         raise ValueError(
             "`query`, `value` and `key` must have the same batch size. "
@@ -248,6 +238,47 @@ def check_shapes(
                 f"`query` and `value`. Received: {received}, which differ in "
                 f"axis {axis}. Add it to `attention_axes`."
             )
+
+
+def check_tensors(
+    *,
+    inputs: dict[str, Tensor],
+    masks: dict[str, Tensor | None],
+    ids: dict[str, Tensor | None],
+    attention_mask: Tensor | None = None,
+    attention_bias: Tensor | None = None,
+) -> None:
+    """Refuse tensors of a call whose dtype says something else than is meant.
+
+    Args:
+        inputs: by name; floating point.
+        masks: by name, one value for each position; boolean.
+        ids: by name; integers, Python's own included.
+        attention_mask: boolean, one value for each score.
+        attention_bias: floating point, likewise.
+
+    Raises:
+        ValueError: naming the tensor and its dtype.
+    """
+    for name, value in inputs.items():
+        tensor_arguments.is_array(name, value)
+        tensor_arguments.floating(name, value)
+    for name, value in {**masks, "attention_mask": attention_mask}.items():
+        if value is None:
+            continue
+        tensor_arguments.is_array(name, value)
+        instead = ""
+        if name == "attention_mask":
+            instead = ", or give it as `attention_bias=`"
+        tensor_arguments.boolean(name, value, instead)
+    for name, value in ids.items():
+        if value is None:
+            continue
+        tensor_arguments.is_array(name, value)
+        tensor_arguments.integers(name, value)
+    if attention_bias is not None:
+        tensor_arguments.is_array("attention_bias", attention_bias)
+        tensor_arguments.floating("attention_bias", attention_bias)
 
 
 def _differ(first: int | None, second: int | None) -> bool:

@@ -4,13 +4,9 @@ from typing import Any
 
 import keras
 
-from keras_ring import random_bits, strategy
+from keras_ring import arguments, random_bits, strategy, tensor_arguments
 from keras_ring.layers import dense_options
-from keras_ring.ops.blockwise_feed_forward import (
-    blockwise_feed_forward,
-    check_chunk_size,
-)
-from keras_ring.ops.positional_dropout import check_rate
+from keras_ring.ops.blockwise_feed_forward import blockwise_feed_forward
 
 Shape = tuple[int | None, ...]
 Tensor = Any
@@ -86,13 +82,12 @@ class BlockwiseFeedForward(dense_options.DenseOptions, keras.layers.Layer):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        if not isinstance(hidden_dim, int) or hidden_dim < 1:
-            raise ValueError(
-                "`hidden_dim` must be a positive integer. Received: "
-                f"hidden_dim={hidden_dim!r}."
-            )
-        check_chunk_size(chunk_size)
-        check_rate(dropout, "dropout")
+        hidden_dim = arguments.integer("hidden_dim", hidden_dim)
+        chunk_size = arguments.integer("chunk_size", chunk_size)
+        dropout = arguments.rate("dropout", dropout)
+        gated = arguments.flag("gated", gated)
+        use_bias = arguments.flag("use_bias", use_bias)
+        seed = arguments.seed("seed", seed)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.hidden_dim = hidden_dim
@@ -129,6 +124,7 @@ class BlockwiseFeedForward(dense_options.DenseOptions, keras.layers.Layer):
         self.down = self._dense("down", features, hidden_shape)
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        tensor_arguments.floating("inputs", inputs)
         gate = self.gate
         seed = None
         if training and self.seed_generator is not None:
@@ -149,6 +145,13 @@ class BlockwiseFeedForward(dense_options.DenseOptions, keras.layers.Layer):
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return tuple(input_shape)
+
+    def compute_output_spec(
+        self, inputs: Any, training: bool | None = None
+    ) -> keras.KerasTensor:
+        del training
+        tensor_arguments.floating("inputs", inputs)
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         return {

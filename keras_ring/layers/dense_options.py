@@ -64,9 +64,10 @@ def features_of(shape: Shape) -> int:
         ValueError: unless the shape is `(batch, length, features)`, the last
             one known.
     """
-    if len(shape) != 3 or shape[-1] is None:
+    if len(shape) != 3 or not shape[-1]:
         raise ValueError(
             "Inputs must have the shape (batch, length, features) with a "
-            f"known number of features. Received: input_shape={tuple(shape)}."
+            "known number of features of 1 or more. Received: input_shape="
+            f"{tuple(shape)}. Add or take away axes with keras.ops.reshape."
         )
     return shape[-1]

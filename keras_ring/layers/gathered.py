@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from keras_ring import strategy
+from keras_ring import arguments, strategy
 from keras_ring.keras_internals import sublayers
 from keras_ring.ops.sequence import gather_sequence, own_chunk, shard_ring
 
@@ -59,10 +59,10 @@ class Gathered(keras.layers.Wrapper):
         sequence on axis 1, with its mask; the others whole.
 
     Raises:
-        ValueError: for a layer that knows the ring itself, for another
-            tensor given by name, and for a result whose length the ring
-            cannot split. When a functional model is trained, for an input
-            without a sequence axis.
+        ValueError: for what is no layer, for a layer that knows the ring
+            itself, for another tensor given by name, and for a result whose
+            length the ring cannot split. When a functional model is trained,
+            for an input without a sequence axis.
 
     Example:
 
@@ -72,9 +72,14 @@ class Gathered(keras.layers.Wrapper):
     """
 
     def __init__(self, layer: keras.layers.Layer, **kwargs: Any):
-        if isinstance(layer, keras.layers.Layer):
-            kwargs.setdefault("dtype", layer.dtype_policy)
-            _refuse_ring_layers(layer)
+        if not isinstance(layer, keras.layers.Layer):
+            raise ValueError(
+                "The argument `layer` must be a layer of Keras. Received: "
+                f"layer={arguments.shown(layer)}. Pass the layer itself, and "
+                "a function as keras.layers.Lambda(function)."
+            )
+        kwargs.setdefault("dtype", layer.dtype_policy)
+        _refuse_ring_layers(layer)
         super().__init__(layer, **kwargs)
         self.supports_masking = True
         self._gather = _Gather(name="gather", autocast=False)

@@ -5,8 +5,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import strategy
-from keras_ring.layers import dense_options
+from keras_ring import arguments, strategy, tensor_arguments
+from keras_ring.layers import attention_arguments, dense_options
 
 Shape = tuple[int | None, ...]
 Tensor = Any
@@ -72,16 +72,10 @@ class LanguageModelHead(dense_options.DenseOptions, keras.layers.Layer):
         bias_constraint: Any = None,
         **kwargs: Any,
     ):
-        if not isinstance(vocabulary_size, int) or vocabulary_size < 1:
-            raise ValueError(
-                "`vocabulary_size` must be a positive integer. Received: "
-                f"vocabulary_size={vocabulary_size!r}."
-            )
-        if soft_cap is not None and not soft_cap > 0:
-            raise ValueError(
-                "`soft_cap` must be a positive number or None. Received: "
-                f"soft_cap={soft_cap}."
-            )
+        vocabulary_size = arguments.integer("vocabulary_size", vocabulary_size)
+        use_bias = arguments.flag("use_bias", use_bias)
+        soft_cap = attention_arguments.soft_cap(soft_cap)
+        accuracy = arguments.flag("accuracy", accuracy)
         super().__init__(**kwargs)
         self.supports_masking = True
         self.vocabulary_size = vocabulary_size
@@ -125,6 +119,7 @@ class LanguageModelHead(dense_options.DenseOptions, keras.layers.Layer):
             )
 
     def call(self, inputs: Tensor) -> Tensor:
+        tensor_arguments.floating("inputs", inputs)
         return inputs
 
     def logits(self, features: Tensor) -> Tensor:
@@ -138,12 +133,22 @@ class LanguageModelHead(dense_options.DenseOptions, keras.layers.Layer):
             `(..., vocabulary_size)`, in the compute dtype.
 
         Raises:
-            ValueError: if the layer has not been built.
+            ValueError: if the layer has not been built, or for another
+                number of features.
         """
         if not self.built:
             raise ValueError(
                 "The head has no weights before it is built. Received: the "
                 f"layer {self.name!r}, not built. Call it in a model first."
+            )
+        features = tensor_arguments.tensor("features", features)
+        tensor_arguments.floating("features", features)
+        width = self.kernel.shape[0]
+        if len(features.shape) < 1 or features.shape[-1] not in (None, width):
+            raise ValueError(
+                f"`features` must have {width} features on the last axis, "
+                "those that the head was built for. Received: features.shape="
+                f"{tuple(features.shape)}. Pass the output of the model."
             )
         dtype = self.compute_dtype
         logits = ops.matmul(
@@ -157,6 +162,10 @@ class LanguageModelHead(dense_options.DenseOptions, keras.layers.Layer):
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return tuple(input_shape)
+
+    def compute_output_spec(self, inputs: Any) -> keras.KerasTensor:
+        tensor_arguments.floating("inputs", inputs)
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -5,9 +5,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import padding, placement, strategy
+from keras_ring import arguments, padding, placement, strategy
 from keras_ring.keras_internals import without_values
-from keras_ring.layers.positions import checked_positions
+from keras_ring.layers import dense_options
+from keras_ring.layers.positions import checked_positions, checked_start
 from keras_ring.ops.dense_take import dense_take
 from keras_ring.ops.sequence import shard_ring, true_length, whole_length
 
@@ -36,7 +37,8 @@ class PositionEmbedding(keras.layers.Layer):
             natural positions; split as the inputs are.
 
     Returns:
-        `(batch, length, features)` in the compute dtype.
+        `(batch, length, features)` in the compute dtype. NaN for a
+        `start_index` that is a tensor and leaves no vector for a position.
 
     Raises:
         ValueError: for a sequence longer than `sequence_length`, inputs of
@@ -58,31 +60,18 @@ class PositionEmbedding(keras.layers.Layer):
         initializer: Any = "glorot_uniform",
         **kwargs: Any,
     ):
+        sequence_length = arguments.integer("sequence_length", sequence_length)
         super().__init__(**kwargs)
-        if (
-            not isinstance(sequence_length, int)
-            or isinstance(sequence_length, bool)
-            or sequence_length < 1
-        ):
-            raise ValueError(
-                "`sequence_length` must be a positive integer. Received: "
-                f"sequence_length={sequence_length!r}."
-            )
         self.sequence_length = sequence_length
         self.initializer = keras.initializers.get(initializer)
         self.supports_masking = True
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        if len(input_shape) != 3 or input_shape[-1] is None:
-            raise ValueError(
-                "The input must have the shape (batch, length, features) "
-                "with a known number of features. Received: input shape "
-                f"{tuple(input_shape)}."
-            )
+        features = dense_options.features_of(input_shape)
         self._ring_world = strategy.current()
         self.position_embeddings = self.add_weight(
             name="embeddings",
-            shape=(self.sequence_length, input_shape[-1]),
+            shape=(self.sequence_length, features),
             initializer=self.initializer,
             trainable=True,
         )
@@ -104,7 +93,16 @@ class PositionEmbedding(keras.layers.Layer):
         else:
             # The positions of a chunk are contiguous: a slice, whose
             # gradient is dense on every backend.
-            vectors = self._natural(table, shape[1], start_index)
+            start = checked_start(start_index)
+            vectors = self._natural(table, shape[1], start)
+            if not isinstance(start, int):
+                # What cannot be read here is seen in the result: a slice
+                # beyond the end would give the last vectors instead.
+                end = start + whole_length(shape[1])
+                inside = ops.logical_and(
+                    start >= 0, end <= self.sequence_length
+                )
+                vectors = ops.where(inside, vectors, float("nan"))
         return ops.broadcast_to(vectors, shape)
 
     def compute_output_shape(

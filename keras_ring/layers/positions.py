@@ -1,11 +1,38 @@
 """What the layers that take positions check of them."""
 
+import numbers
 from typing import Any
 
-import keras
 from keras import ops
 
+from keras_ring import arguments, tensor_arguments
+
 Tensor = Any
+
+
+def checked_start(start_index: Any) -> Any:
+    """The position of the first element of the whole sequence.
+
+    Args:
+        start_index: int, or an int scalar.
+
+    Returns:
+        An int, or an int32 scalar.
+
+    Raises:
+        ValueError: for another dtype, or more than one number.
+    """
+    shape = getattr(start_index, "shape", None)
+    if isinstance(start_index, numbers.Integral) or shape is None:
+        return arguments.integer("start_index", start_index, least=None)
+    tensor_arguments.integers("start_index", start_index)
+    if len(shape) > 0:
+        raise ValueError(
+            "`start_index` must be one number for the whole batch. Received: "
+            f"start_index={arguments.shown(start_index)}. Give each sample "
+            "its own with `positions`, (batch, length)."
+        )
+    return ops.cast(start_index, "int32")
 
 
 def checked_positions(
@@ -25,19 +52,15 @@ def checked_positions(
     Raises:
         ValueError: for another shape or dtype, or a start index as well.
     """
-    if not (isinstance(start_index, int) and start_index == 0):
+    # By its type first: what a tensor holds may not be known yet.
+    if not (isinstance(start_index, numbers.Integral) and start_index == 0):
         raise ValueError(
             "`start_index` and `positions` cannot be combined. Received: "
             f"start_index={start_index}. Add it to the positions."
         )
-    positions = ops.convert_to_tensor(positions)
-    dtype = keras.backend.standardize_dtype(positions.dtype)
-    if "int" not in dtype:
-        raise ValueError(
-            "`positions` must be integers: a half-precision policy rounds "
-            f"floating-point positions. Received: dtype={dtype}. Cast them "
-            "to int32."
-        )
+    positions = tensor_arguments.tensor("positions", positions)
+    # Floating-point positions would be rounded by a half-precision policy.
+    tensor_arguments.integers("positions", positions)
     shape = tuple(positions.shape)
     allowed = ({inputs.shape[0], 1}, {inputs.shape[axis]})
     fits = len(shape) in (1, 2) and all(
@@ -48,6 +71,6 @@ def checked_positions(
         raise ValueError(
             "`positions` must have the shape (length,) or (batch, length) "
             f"of the inputs. Received: positions.shape={shape}, "
-            f"inputs.shape={tuple(inputs.shape)}."
+            f"inputs.shape={tuple(inputs.shape)}. Give each position its own."
         )
     return positions

@@ -6,35 +6,19 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import random_bits, strategy
-from keras_ring.layers import attention_arguments as arguments
+from keras_ring import arguments, random_bits, strategy
+from keras_ring.layers import attention_arguments, keras_attention
 from keras_ring.layers import attention_limits as limits
-from keras_ring.layers import keras_attention
 from keras_ring.layers.attention_axes import AttentionAxes
 from keras_ring.layers.attention_masks import AttentionMasks, dense_attention
 from keras_ring.layers.projections import Projections
-from keras_ring.layers.rotary_embedding import RotaryEmbedding
+from keras_ring.layers.rotary_embedding import RotaryEmbedding, rotary_of
 from keras_ring.ops.ring_attention import ring_attention
 from keras_ring.ops.sequence import whole_length
 from keras_ring.scoring import Dropout, Scoring
 
 Tensor = Any
 Shape = tuple[int | None, ...]
-
-
-def _rotary(value: Any, dtype: Any) -> RotaryEmbedding | None:
-    if isinstance(value, dict):
-        value = keras.saving.deserialize_keras_object(value)
-    if value is True:
-        return RotaryEmbedding(name="rotary", dtype=dtype)
-    if value is None or value is False:
-        return None
-    if not isinstance(value, RotaryEmbedding):
-        raise ValueError(
-            "`rotary` must be True, False or a keras_ring.layers."
-            f"RotaryEmbedding. Received: rotary={value!r}."
-        )
-    return value
 
 
 def _segments(
@@ -49,7 +33,7 @@ def _segments(
         if key_segment_ids is not None:
             raise ValueError(
                 "`key_segment_ids` needs `segment_ids`, those of the queries. "
-                "Received: segment_ids=None."
+                "Received: segment_ids=None. Pass both."
             )
         return None
     if key_segment_ids is None:
@@ -211,7 +195,7 @@ class RingAttention(Projections, keras.layers.Layer):
         num_query_heads: int | None = None,
         **kwargs: Any,
     ):
-        heads = arguments.heads(
+        heads = attention_arguments.heads(
             num_heads,
             key_dim,
             value_dim,
@@ -219,14 +203,23 @@ class RingAttention(Projections, keras.layers.Layer):
             num_query_heads,
             head_dim,
         )
-        arguments.check_dropout(dropout, flash_attention)
-        arguments.check_scale(scale)
-        arguments.check_soft_cap(soft_cap)
-        slopes = arguments.alibi_slopes(alibi, heads.query)
-        if sliding_window is not None:
-            arguments.check_positive("sliding_window", sliding_window)
-        output_shape = arguments.output_shape(output_shape)
-        attention_axes = arguments.attention_axes(attention_axes)
+        dropout = attention_arguments.dropout_rate(dropout, flash_attention)
+        if scale is not None:
+            scale = arguments.finite(
+                "scale", scale, ", or None for 1 / sqrt(key_dim)"
+            )
+        soft_cap = attention_arguments.soft_cap(soft_cap)
+        slopes = attention_arguments.alibi_slopes(alibi, heads.query)
+        sliding_window = attention_arguments.optional_positive(
+            "sliding_window", sliding_window
+        )
+        output_shape = attention_arguments.output_shape(output_shape)
+        attention_axes = attention_arguments.attention_axes(attention_axes)
+        use_bias = arguments.flag("use_bias", use_bias)
+        use_gate = arguments.flag("use_gate", use_gate)
+        causal = arguments.flag("causal", causal)
+        sinks = arguments.flag("sinks", sinks)
+        seed = arguments.seed("seed", seed)
         super().__init__(**kwargs)
         self.supports_masking = True
         self._num_heads = heads.query
@@ -244,8 +237,8 @@ class RingAttention(Projections, keras.layers.Layer):
         self._scale = scale
         self._soft_cap = soft_cap
         self._slopes = slopes
-        self._sinks = bool(sinks)
-        self._rotary = _rotary(rotary, self.dtype_policy)
+        self._sinks = sinks
+        self._rotary = rotary_of(rotary, self.dtype_policy)
         self.seed = seed
         self._set_projection_options(
             kernel_initializer,
@@ -324,7 +317,23 @@ class RingAttention(Projections, keras.layers.Layer):
     ) -> Any:
         value = query if value is None else value
         key = value if key is None else key
-        axes = self._check_call(query, value, key, return_attention_scores)
+        axes = self._check_call(
+            {"query": query, "value": value, "key": key},
+            {
+                "query_mask": query_mask,
+                "value_mask": value_mask,
+                "key_mask": key_mask,
+            },
+            {
+                "segment_ids": segment_ids,
+                "key_segment_ids": key_segment_ids,
+                "prefix_length": prefix_length,
+            },
+            attention_mask,
+            attention_bias,
+            return_attention_scores,
+            use_causal_mask,
+        )
         causal = use_causal_mask or self._causal
         limits.check_positions(
             axes,
@@ -521,16 +530,33 @@ class RingAttention(Projections, keras.layers.Layer):
         value = query if value is None else value
         key = value if key is None else key
         shapes = tuple(query), tuple(value), tuple(key)
-        arguments.check_shapes(*shapes)
+        attention_arguments.check_shapes(*shapes)
         axes = AttentionAxes.of(len(shapes[0]), self._attention_axes)
-        arguments.check_shapes(*shapes, axes.free)
+        attention_arguments.check_shapes(*shapes, axes.free)
         return shapes
 
     def _check_call(
-        self, query: Tensor, value: Tensor, key: Tensor, scores: bool
+        self,
+        inputs: dict[str, Tensor],
+        masks: dict[str, Tensor | None],
+        ids: dict[str, Tensor | None],
+        attention_mask: Tensor | None,
+        attention_bias: Tensor | None,
+        scores: bool,
+        use_causal_mask: bool,
     ) -> AttentionAxes:
-        """Refuse a call that cannot be computed here."""
-        shapes = self._check_shapes(query.shape, value.shape, key.shape)
+        """Refuse a call that cannot be computed here; `inputs` are query,
+        value and key."""
+        arguments.flag("return_attention_scores", scores)
+        arguments.flag("use_causal_mask", use_causal_mask)
+        attention_arguments.check_tensors(
+            inputs=inputs,
+            masks=masks,
+            ids=ids,
+            attention_mask=attention_mask,
+            attention_bias=attention_bias,
+        )
+        shapes = self._check_shapes(*(t.shape for t in inputs.values()))
         axes = AttentionAxes.of(len(shapes[0]), self._attention_axes)
         limits.check_scores(scores, self._flash_attention)
         limits.check_ring(axes, scores, self._overridden())
@@ -557,13 +583,25 @@ class RingAttention(Projections, keras.layers.Layer):
         return_attention_scores: bool = False,
         training: bool | None = None,
         use_causal_mask: bool = False,
-        **tensors: Any,
+        attention_bias: Any = None,
+        **ids: Any,
     ) -> Any:
-        del query_mask, value_mask, key_mask, attention_mask
-        del training, use_causal_mask, tensors
+        del training
         value = query if value is None else value
         key = value if key is None else key
-        axes = self._check_call(query, value, key, return_attention_scores)
+        axes = self._check_call(
+            {"query": query, "value": value, "key": key},
+            {
+                "query_mask": query_mask,
+                "value_mask": value_mask,
+                "key_mask": key_mask,
+            },
+            ids,
+            attention_mask,
+            attention_bias,
+            return_attention_scores,
+            use_causal_mask,
+        )
         limits.check_open_lengths(query, value, key)
         output = keras.KerasTensor(
             self.compute_output_shape(query.shape, value.shape, key.shape),

@@ -6,13 +6,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import random_bits, strategy
+from keras_ring import arguments, random_bits, strategy
 from keras_ring.keras_internals import full_values, mask_of
-from keras_ring.layers import dense_options
-from keras_ring.layers.attention_arguments import alibi_slopes
+from keras_ring.layers import attention_arguments, dense_options
 from keras_ring.layers.blockwise_feed_forward import BlockwiseFeedForward
 from keras_ring.layers.ring_attention import RingAttention
-from keras_ring.ops.positional_dropout import check_rate, positional_dropout
+from keras_ring.layers.rotary_embedding import rotary_of
+from keras_ring.ops.positional_dropout import positional_dropout
 from keras_ring.rematerialised import rematerialised
 
 Shape = tuple[int | None, ...]
@@ -135,54 +135,62 @@ class RingTransformerBlock(keras.layers.Layer):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        for name, value, allowed in (
-            ("norm", norm, tuple(NORMS)),
-            ("norm_placement", norm_placement, ("pre", "post")),
-            ("remat", remat, ("feed_forward", "block")),
-        ):
-            if value not in allowed:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(repr, allowed))}. "
-                    f"Received: {name}={value!r}."
-                )
-        check_rate(dropout, "dropout")
-        super().__init__(**kwargs)
-        self.supports_masking = True
-        self.num_heads = num_heads
-        self.hidden_dim = hidden_dim
-        self.key_dim = key_dim
-        self.num_key_value_heads = num_key_value_heads
-        self.causal = causal
-        self.norm = norm
-        self.norm_placement = norm_placement
-        self.activation = keras.activations.get(activation)
-        self.gated = gated
+        # Here, though the parts are built later and would refuse it then.
+        heads = attention_arguments.heads(
+            num_heads,
+            1 if key_dim is None else key_dim,
+            None,
+            num_key_value_heads,
+            None,
+            None,
+        )
+        optional_positive = attention_arguments.optional_positive
         if isinstance(rotary, dict):
             rotary = keras.saving.deserialize_keras_object(rotary)
+        rotary_of(rotary, None)
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.num_heads = heads.query
+        self.hidden_dim = arguments.integer("hidden_dim", hidden_dim)
+        self.key_dim = None if key_dim is None else heads.key_dim
+        self.num_key_value_heads = optional_positive(
+            "num_key_value_heads", num_key_value_heads
+        )
+        self.causal = arguments.flag("causal", causal)
+        self.norm = arguments.choice("norm", norm, tuple(NORMS))
+        self.norm_placement = arguments.choice(
+            "norm_placement", norm_placement, ("pre", "post")
+        )
+        self.activation = keras.activations.get(activation)
+        self.gated = arguments.flag("gated", gated)
         self.rotary = rotary
-        self.dropout = dropout
-        self.attention_dropout = attention_dropout
-        self.sliding_window = sliding_window
-        self.soft_cap = soft_cap
-        self.alibi = alibi_slopes(alibi, num_heads)
-        self.sinks = bool(sinks)
-        self.use_bias = use_bias
-        self.epsilon = epsilon
-        self.remat = remat
-        self.chunk_size = chunk_size
+        self.dropout = dropout = arguments.rate("dropout", dropout)
+        self.attention_dropout = arguments.rate(
+            "attention_dropout", attention_dropout
+        )
+        self.sliding_window = optional_positive(
+            "sliding_window", sliding_window
+        )
+        self.soft_cap = attention_arguments.soft_cap(soft_cap)
+        self.alibi = attention_arguments.alibi_slopes(alibi, heads.query)
+        self.sinks = arguments.flag("sinks", sinks)
+        self.use_bias = arguments.flag("use_bias", use_bias)
+        self.epsilon = arguments.not_negative("epsilon", epsilon)
+        self.remat = arguments.choice("remat", remat, ("feed_forward", "block"))
+        self.chunk_size = arguments.integer("chunk_size", chunk_size)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.seed = seed
+        self.seed = seed = arguments.seed("seed", seed)
         self.seed_generator = None
         if dropout:
             self.seed_generator = keras.random.SeedGenerator(seed)
             random_bits.share_seed(self.seed_generator)
         self.feed_forward = BlockwiseFeedForward(
-            hidden_dim,
+            self.hidden_dim,
             activation=self.activation,
-            gated=gated,
-            use_bias=use_bias,
-            chunk_size=chunk_size,
+            gated=self.gated,
+            use_bias=self.use_bias,
+            chunk_size=self.chunk_size,
             kernel_initializer=self.kernel_initializer,
             bias_initializer=self.bias_initializer,
             dtype=self.dtype_policy,
@@ -195,7 +203,7 @@ class RingTransformerBlock(keras.layers.Layer):
             raise ValueError(
                 "The features must be a multiple of `num_heads`, or `key_dim` "
                 f"be given. Received: input_shape={tuple(input_shape)}, "
-                f"num_heads={self.num_heads}."
+                f"num_heads={self.num_heads}. Choose a divisor of {features}."
             )
         self._ring_world = strategy.current()
         self.attention_norm = self._norm("attention_norm", input_shape)
@@ -229,6 +237,7 @@ class RingTransformerBlock(keras.layers.Layer):
         training: bool | None = None,
     ) -> Tensor:
         training = bool(training)
+        _check_tensors(inputs, mask, segment_ids)
         if mask is None:
             # Keras fills `mask` in only where the inputs are the only tensor.
             mask = mask_of(inputs)
@@ -303,9 +312,14 @@ class RingTransformerBlock(keras.layers.Layer):
         return tuple(input_shape)
 
     def compute_output_spec(
-        self, inputs: Any, *args: Any, **kwargs: Any
+        self,
+        inputs: Any,
+        mask: Any = None,
+        segment_ids: Any = None,
+        training: bool | None = None,
     ) -> keras.KerasTensor:
-        del args, kwargs
+        del training
+        _check_tensors(inputs, mask, segment_ids)
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
@@ -337,3 +351,11 @@ class RingTransformerBlock(keras.layers.Layer):
         )
         layer.build(input_shape)
         return layer
+
+
+def _check_tensors(inputs: Any, mask: Any, segment_ids: Any) -> None:
+    attention_arguments.check_tensors(
+        inputs={"inputs": inputs},
+        masks={"mask": mask},
+        ids={"segment_ids": segment_ids},
+    )

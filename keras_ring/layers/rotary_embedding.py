@@ -6,8 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ring import strategy
-from keras_ring.layers.positions import checked_positions
+from keras_ring import arguments, strategy, tensor_arguments
+from keras_ring.layers.positions import checked_positions, checked_start
 from keras_ring.numerics import accumulation_dtype
 from keras_ring.ops.sequence import sequence_positions
 
@@ -71,20 +71,21 @@ class RotaryEmbedding(keras.layers.Layer):
         rotary_dim: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
-        for name, value in (
-            ("max_wavelength", max_wavelength),
-            ("scaling_factor", scaling_factor),
-        ):
-            if not value > 0:
-                raise ValueError(
-                    f"`{name}` must be positive. Received: {name}={value}."
-                )
-        if rotary_dim is not None and (rotary_dim < 2 or rotary_dim % 2):
-            raise ValueError(
-                "`rotary_dim` must be a positive even number, since features "
-                f"are rotated in pairs. Received: rotary_dim={rotary_dim}."
+        max_wavelength = arguments.positive("max_wavelength", max_wavelength)
+        scaling_factor = arguments.positive("scaling_factor", scaling_factor)
+        sequence_axis = arguments.integer("sequence_axis", sequence_axis, None)
+        feature_axis = arguments.integer("feature_axis", feature_axis, None)
+        if rotary_dim is not None:
+            rotary_dim = arguments.integer(
+                "rotary_dim", rotary_dim, 2, ", or None for all features"
             )
+            if rotary_dim % 2:
+                raise ValueError(
+                    "`rotary_dim` must be even, since features are rotated in "
+                    f"pairs. Received: rotary_dim={rotary_dim}. Pass "
+                    f"{rotary_dim - 1} or {rotary_dim + 1}."
+                )
+        super().__init__(**kwargs)
         self.max_wavelength = max_wavelength
         self.scaling_factor = scaling_factor
         self.sequence_axis = sequence_axis
@@ -103,11 +104,12 @@ class RotaryEmbedding(keras.layers.Layer):
         start_index: int | Tensor = 0,
         positions: Tensor | None = None,
     ) -> Tensor:
+        tensor_arguments.floating("inputs", inputs)
         sequence_axis, feature_axis = self._axes(len(inputs.shape))
         rotated = self._rotated(inputs.shape)
         if positions is None:
             positions = sequence_positions(inputs, sequence_axis)
-            positions = positions + ops.cast(start_index, "int32")
+            positions = positions + checked_start(start_index)
         else:
             positions = checked_positions(
                 positions, start_index, inputs, sequence_axis
@@ -137,6 +139,13 @@ class RotaryEmbedding(keras.layers.Layer):
         self, input_shape: tuple[int | None, ...]
     ) -> tuple[int | None, ...]:
         return tuple(input_shape)
+
+    def compute_output_spec(
+        self, inputs: Any, *args: Any, **kwargs: Any
+    ) -> keras.KerasTensor:
+        del args, kwargs  # Positions.
+        tensor_arguments.floating("inputs", inputs)
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -179,14 +188,14 @@ class RotaryEmbedding(keras.layers.Layer):
                 raise ValueError(
                     f"`{name}` must be an axis of the input other than the "
                     f"batch axis. Received: {name}={axis} for an input of "
-                    f"rank {rank}."
+                    f"rank {rank}. Pass one from 1 to {rank - 1}."
                 )
             axes.append(axis % rank)
         if axes[0] == axes[1]:
             raise ValueError(
                 "`sequence_axis` and `feature_axis` must differ. Received: "
                 f"sequence_axis={self.sequence_axis}, feature_axis="
-                f"{self.feature_axis} for an input of rank {rank}."
+                f"{self.feature_axis} for an input of rank {rank}. Change one."
             )
         return axes[0], axes[1]
 
@@ -194,15 +203,43 @@ class RotaryEmbedding(keras.layers.Layer):
         """The number of features that are rotated."""
         features = shape[self.feature_axis]
         rotated = self.rotary_dim or features
-        if rotated is None or rotated % 2:
+        if not rotated or rotated % 2:
             raise ValueError(
-                "The number of features to rotate must be known and even. "
+                "The number of features to rotate must be known, positive and "
+                "even. "
                 f"Received: input shape {tuple(shape)}, feature_axis="
                 f"{self.feature_axis}. Set `rotary_dim` to an even number."
             )
         if features is not None and rotated > features:
             raise ValueError(
                 "`rotary_dim` cannot exceed the number of features. "
-                f"Received: rotary_dim={rotated}, input shape {tuple(shape)}."
+                f"Received: rotary_dim={rotated}, input shape {tuple(shape)}. "
+                "Lower it."
             )
         return rotated
+
+
+def rotary_of(value: Any, dtype: Any) -> RotaryEmbedding | None:
+    """The layer that an argument `rotary` stands for, or None.
+
+    Args:
+        value: True for one as it is by default, a layer or its serialized
+            form, False or None.
+        dtype: policy of a new one.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(value, dict):
+        value = keras.saving.deserialize_keras_object(value)
+    if value is None or isinstance(value, RotaryEmbedding):
+        return value
+    if isinstance(value, (bool, np.bool_)):
+        if not value:
+            return None
+        return RotaryEmbedding(name="rotary", dtype=dtype)
+    raise ValueError(
+        "`rotary` must be True, False or a keras_ring.layers."
+        f"RotaryEmbedding. Received: rotary={arguments.shown(value)}. Pass "
+        "RotaryEmbedding(...) for a wavelength of your own."
+    )

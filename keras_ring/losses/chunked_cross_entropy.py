@@ -6,15 +6,18 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ring import arguments, tensor_arguments
 from keras_ring.keras_internals import attach_mask, mask_of, sublayers
 from keras_ring.layers.language_model_head import LanguageModelHead
-from keras_ring.ops.blockwise_feed_forward import check_chunk_size
 from keras_ring.ops.chunked_cross_entropy import (
-    check_options,
     chunked_cross_entropy,
+    label_smoothing_and_z_loss,
 )
 
 Tensor = Any
+
+# Up to here every whole number is one of the dtype.
+_LARGEST_LABEL = {"bfloat16": 2**8, "float16": 2**11, "float32": 2**24}
 
 
 @keras.saving.register_keras_serializable(package="keras_ring")
@@ -81,12 +84,19 @@ class ChunkedCrossEntropy(keras.losses.Loss):
         name: str = "chunked_cross_entropy",
         dtype: Any = None,
     ):
-        check_options(label_smoothing, z_loss)
-        check_chunk_size(chunk_size)
+        label_smoothing, z_loss = label_smoothing_and_z_loss(
+            label_smoothing, z_loss
+        )
+        if ignore_class is not None:
+            ignore_class = arguments.integer(
+                "ignore_class", ignore_class, None, ", or None"
+            )
+        chunk_size = arguments.integer("chunk_size", chunk_size)
         if not (head is None or isinstance(head, LanguageModelHead)):
             raise ValueError(
                 "`head` must be the LanguageModelHead that ends the model. "
-                f"Received: head={head!r}."
+                f"Received: head={arguments.shown(head)}. Pass the layer "
+                "itself."
             )
         super().__init__(name=name, reduction=reduction, dtype=dtype)
         self._head: Any = None
@@ -113,6 +123,12 @@ class ChunkedCrossEntropy(keras.losses.Loss):
         Raises:
             ValueError: for a model with none or several.
         """
+        if not isinstance(model, keras.Model):
+            raise ValueError(
+                "`model` must be the keras.Model that the loss trains. "
+                f"Received: model={arguments.shown(model)}. Pass the model "
+                "after load_model."
+            )
         heads = [
             layer
             for layer in sublayers(model, recursive=True)
@@ -130,6 +146,10 @@ class ChunkedCrossEntropy(keras.losses.Loss):
     def __call__(
         self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor = None
     ) -> Tensor:
+        # Keras gives `call` everything in the loss' own dtype.
+        y_true = tensor_arguments.tensor("y_true", y_true)
+        tensor_arguments.integers("y_true", y_true)
+        self._check_exact()
         mask = mask_of(y_pred)
         targets = (y_true,) if mask is None else (y_true, mask)
         return super().__call__(targets, y_pred, sample_weight)
@@ -184,6 +204,18 @@ class ChunkedCrossEntropy(keras.losses.Loss):
         # Weakly: the loss does not own the layer. If it did, Keras would save
         # the weights in its place instead of the layer's.
         self._head = None if head is None else weakref.ref(head)
+
+    def _check_exact(self) -> None:
+        """Refuse a dtype in which Keras would round the labels."""
+        head, largest = self.head, _LARGEST_LABEL.get(self.dtype)
+        if head is None or largest is None or head.vocabulary_size <= largest:
+            return
+        raise ValueError(
+            "Keras casts the labels to the dtype of the loss, which must hold "
+            f"each of them exactly. Received: dtype={self.dtype}, exact up to "
+            f"{largest}, for {head.vocabulary_size} classes. Pass "
+            "dtype='float32' to the loss."
+        )
 
     def _checked_head(self) -> LanguageModelHead:
         head = self.head

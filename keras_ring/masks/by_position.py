@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 from keras import ops
 
+from keras_ring import arguments, tensor_arguments
 from keras_ring.masks.mask import Carried, Mask, Shape, Span, either, fits
 
 Tensor = Any
@@ -59,7 +61,8 @@ class SlidingWindow(Mask):
     size: int
 
     def __post_init__(self) -> None:
-        _check_size("The `size` of a sliding window", self.size)
+        size = arguments.integer("size", self.size)
+        object.__setattr__(self, "size", size)
 
     def reach(self) -> tuple[float, float]:
         return self.size - 1, self.size - 1
@@ -96,7 +99,8 @@ class BlockCausal(Mask):
     size: int
 
     def __post_init__(self) -> None:
-        _check_size("The `size` of a block", self.size)
+        size = arguments.integer("size", self.size)
+        object.__setattr__(self, "size", size)
 
     def reach(self) -> tuple[float, float]:
         return math.inf, self.size - 1
@@ -141,17 +145,12 @@ class PrefixLM(Mask):
     length: int | Tensor
 
     def __post_init__(self) -> None:
-        if isinstance(self.length, int):
-            if self.length < 0 or isinstance(self.length, bool):
-                raise ValueError(
-                    "The `length` of a prefix must not be negative. "
-                    f"Received: length={self.length!r}."
-                )
-        elif self.length is not None and not hasattr(self.length, "shape"):
-            raise ValueError(
-                "The `length` of a prefix must be an integer or an integer "
-                f"tensor (batch,). Received: {self.length!r}."
+        plain = isinstance(self.length, numbers.Integral)
+        if plain or not hasattr(self.length, "shape"):
+            length = arguments.integer(
+                *("length", self.length, 0, ", or an integer tensor (batch,)")
             )
+            object.__setattr__(self, "length", length)
 
     def carried(self) -> Carried:
         if isinstance(self.length, int):
@@ -166,11 +165,12 @@ class PrefixLM(Mask):
 
     def check(self, query: Shape, key: Shape, all_keys: int | None) -> None:
         for length in self.carried().shared:
+            tensor_arguments.integers("PrefixLM(length)", length)
             if not fits(length.shape, query[:1]):
                 raise ValueError(
                     "PrefixLM(length) takes an integer or one integer for "
                     "each sample, (batch,). Received: length.shape="
-                    f"{tuple(length.shape)}, query.shape={query}."
+                    f"{tuple(length.shape)}, query.shape={query}. Reshape it."
                 )
 
     def grows(self) -> bool:
@@ -239,10 +239,3 @@ def _below(positions: Any, limit: Any) -> Any:
     if isinstance(limit, int):
         return positions < limit
     return ops.less(ops.cast(positions, limit.dtype), limit)
-
-
-def _check_size(what: str, size: Any) -> None:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(
-            f"{what} must be a positive integer. Received: size={size!r}."
-        )

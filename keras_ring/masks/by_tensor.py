@@ -5,6 +5,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_ring import tensor_arguments
 from keras_ring.masks.mask import Carried, Mask, Shape, Span, fits
 
 Tensor = Any
@@ -17,7 +18,8 @@ class Padding(Mask):
     With `valid = [[1, 1, 0, 1]]`, every query sees keys 0, 1 and 3.
 
     Args:
-        valid: boolean `(batch, key_length)`, true where the key is real.
+        valid: boolean `(batch, key_length)`, or integers 0 and 1; true
+            where the key is real.
     """
 
     valid: Tensor
@@ -30,6 +32,11 @@ class Padding(Mask):
 
     def structure(self) -> Any:
         return Padding
+
+    def check(self, query: Shape, key: Shape, all_keys: int | None) -> None:
+        _check_each_position("Padding(valid)", self.valid)
+        tensor_arguments.boolean("Padding(valid)", self.valid)
+        super().check(query, key, all_keys)
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
         del queries, keys
@@ -75,6 +82,13 @@ class Segments(Mask):
     def structure(self) -> Any:
         return Segments
 
+    def check(self, query: Shape, key: Shape, all_keys: int | None) -> None:
+        for name in ("query_ids", "key_ids"):
+            ids = getattr(self, name)
+            _check_each_position(f"Segments({name})", ids)
+            tensor_arguments.integers(f"Segments({name})", ids)
+        super().check(query, key, all_keys)
+
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
         del queries, keys
         # (tiles of queries, 1, batch) and (1, tiles of keys, batch).
@@ -86,7 +100,11 @@ class Segments(Mask):
             function(self.key_ids, axis=2)[None, :]
             for function in (ops.min, ops.max)
         )
-        meet = ops.logical_and(query_low <= key_high, key_low <= query_high)
+        # Not by `<=`: the ids of the two sides may have two dtypes.
+        meet = ops.logical_and(
+            ops.less_equal(query_low, key_high),
+            ops.less_equal(key_low, query_high),
+        )
         # Both sides hold one id, and the same one.
         same = ops.logical_and(
             ops.equal(query_low, key_high), ops.equal(key_low, query_high)
@@ -111,9 +129,9 @@ class Explicit(Mask):
     structured mask says the same, use that one.
 
     Args:
-        pairs: boolean `(batch, query_length, heads or 1, all_keys)`, true
-            where the pair is allowed. The last axis is every key of the
-            sequence on every device.
+        pairs: boolean `(batch, query_length, heads or 1, all_keys)`, or
+            integers 0 and 1; true where the pair is allowed. The last axis
+            is every key of the sequence on every device.
     """
 
     pairs: Tensor
@@ -128,6 +146,11 @@ class Explicit(Mask):
         return Explicit
 
     def check(self, query: Shape, key: Shape, all_keys: int | None) -> None:
+        tensor_arguments.is_array("Explicit(pairs)", self.pairs)
+        tensor_arguments.boolean(
+            *("Explicit(pairs)", self.pairs),
+            ", or give it to `ring_attention` as `bias=`",
+        )
         check_pairs("Explicit(pairs)", self.pairs, query, key, all_keys)
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
@@ -147,6 +170,17 @@ def columns(pairs: Tensor, key_positions: Tensor) -> Tensor:
     last = ops.shape(pairs)[3] - 1
     taken = ops.take(pairs, ops.minimum(key_positions, last), axis=3)
     return ops.transpose(taken, (0, 2, 1, 3))
+
+
+def _check_each_position(name: str, values: Tensor) -> None:
+    """Refuse what is not one value for each position of each sample."""
+    tensor_arguments.is_array(name, values)
+    if len(values.shape) != 2:
+        raise ValueError(
+            f"{name} must have the shape (batch, length). Received: mask "
+            f"tensor of shape {tuple(values.shape)}. Add or take away axes "
+            "with keras.ops.reshape."
+        )
 
 
 def check_pairs(

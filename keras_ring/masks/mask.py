@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
+from keras_ring.arguments import shown
+
 Tensor = Any
 Shape = tuple[int | None, ...]
 
@@ -86,7 +88,8 @@ class Mask(abc.ABC):
             all_keys: number of keys of all devices together.
 
         Raises:
-            ValueError: if a tensor of the mask has another batch or length.
+            ValueError: if a tensor of the mask has another batch or length,
+                or a dtype that says something else.
         """
         carried = self.carried()
         for name, shape, tensors in (
@@ -99,7 +102,8 @@ class Mask(abc.ABC):
                         f"{type(self).__name__} must have the batch and the "
                         f"length of the {name} on its first two axes, as the "
                         "layer sees them. Received: mask tensor of shape "
-                        f"{tuple(tensor.shape)}, {name}.shape={shape}."
+                        f"{tuple(tensor.shape)}, {name}.shape={shape}. "
+                        "Transpose or broadcast it to that shape."
                     )
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
@@ -135,11 +139,28 @@ class Mask(abc.ABC):
             key_positions: int32 `(keys,)`, global.
         """
 
+    # NumPy would go through an array on the other side element by element.
+    __array_ufunc__ = None
+
     def __and__(self, other: "Mask") -> "Mask":
-        return And(self, other) if isinstance(other, Mask) else NotImplemented
+        return And(self, _checked(other, "&"))
 
     def __or__(self, other: "Mask") -> "Mask":
-        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+        return Or(self, _checked(other, "|"))
+
+    def __rand__(self, other: Any) -> "Mask":
+        return And(_checked(other, "&"), self)
+
+    def __ror__(self, other: Any) -> "Mask":
+        return Or(_checked(other, "|"), self)
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            "A mask is neither true nor false: Python's `and`, `or` and `not` "
+            "would drop one of two masks. Received: "
+            f"bool({type(self).__name__}). Combine masks with `&` and `|`, "
+            "and ask `mask is None` for no mask."
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,8 +188,8 @@ class _Pair(Mask):
         return type(self), self.first.structure(), self.second.structure()
 
     def check(self, query: Shape, key: Shape, all_keys: int | None) -> None:
-        self.first.check(query, key, all_keys)
-        self.second.check(query, key, all_keys)
+        for mask in (self.first, self.second):
+            _checked(mask, type(self).__name__).check(query, key, all_keys)
 
     def grows(self) -> bool:
         # Within limits on both sides every query sees about as many.
@@ -257,6 +278,16 @@ def either(first: Any, second: Any) -> Any:
     if _is_plain(first) and _is_plain(second):
         return first | second
     return ops.logical_or(first, second)
+
+
+def _checked(mask: Any, operator: str) -> Mask:
+    if isinstance(mask, Mask):
+        return mask
+    raise TypeError(
+        f"`{operator}` combines two masks. Received: {shown(mask)} as one of "
+        "them. Wrap a boolean array of valid keys in Padding(valid), one of "
+        "pairs in Explicit(pairs), and make an object of a class: Causal()."
+    )
 
 
 def _is_plain(value: Any) -> bool:

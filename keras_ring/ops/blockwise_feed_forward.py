@@ -6,10 +6,11 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_ring import arguments, tensor_arguments
 from keras_ring.chunked import map_chunks
 from keras_ring.ops.positional_dropout import (
     batch_rows,
-    check_rate,
+    check_seed,
     dropped,
 )
 from keras_ring.ops.sequence import sequence_positions
@@ -65,7 +66,7 @@ def blockwise_feed_forward(
         Models", 2023, https://arxiv.org/abs/2305.19370; Shazeer, "GLU
         Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202
     """
-    inputs = ops.convert_to_tensor(inputs)
+    inputs = tensor_arguments.tensor("inputs", inputs)
     weights = {
         "up_kernel": up_kernel,
         "up_bias": up_bias,
@@ -75,22 +76,17 @@ def blockwise_feed_forward(
         "down_bias": down_bias,
     }
     given = {
-        name: ops.convert_to_tensor(weight)
+        name: tensor_arguments.tensor(name, weight)
         for name, weight in weights.items()
-        if weight is not None
+        if weight is not None or name in ("up_kernel", "down_kernel")
     }
     _check(inputs, given)
-    check_chunk_size(chunk_size)
-    check_rate(dropout, "dropout")
-    if dropout and dropout_seed is None:
-        raise ValueError(
-            "`dropout` needs a `dropout_seed`, the same on all devices. "
-            f"Received: dropout={dropout}, dropout_seed=None. Draw one from a "
-            "keras.random.SeedGenerator."
-        )
+    chunk_size = arguments.integer("chunk_size", chunk_size)
+    dropout = arguments.rate("dropout", dropout)
     drawn: list[Tensor] = []
     if dropout:
-        drawn = [ops.cast(dropout_seed, "int32"), batch_rows(inputs)]
+        seed = check_seed("dropout_seed", dropout_seed)
+        drawn = [seed, batch_rows(inputs)]
     activate: Any = keras.activations.get(activation)
     dtype = keras.backend.standardize_dtype(inputs.dtype)
 
@@ -120,16 +116,6 @@ def blockwise_feed_forward(
     return outputs
 
 
-def check_chunk_size(chunk_size: Any) -> None:
-    """Refuse what is no number of positions."""
-    number = isinstance(chunk_size, int) and not isinstance(chunk_size, bool)
-    if not number or chunk_size < 1:
-        raise ValueError(
-            "`chunk_size` must be a positive number of positions. Received: "
-            f"chunk_size={chunk_size!r}."
-        )
-
-
 def _dense(inputs: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     outputs = ops.matmul(inputs, weights[f"{name}_kernel"])
     bias = weights.get(f"{name}_bias")
@@ -144,11 +130,16 @@ def _check(inputs: Tensor, weights: dict[str, Tensor]) -> None:
     if len(inputs.shape) != 3:
         raise ValueError(
             "`inputs` must have the rank 3: (batch, length, features). "
-            f"Received: {received}."
+            f"Received: {received}. Add or take away axes with "
+            "keras.ops.reshape."
         )
+    tensor_arguments.no_empty_axis("inputs", inputs, {1: "length"}, received)
+    tensor_arguments.one_floating_dtype({"inputs": inputs, **weights})
     kernels = [n for n in weights if n.endswith("kernel")]
     if any(len(weights[name].shape) != 2 for name in kernels):
-        raise ValueError(f"Kernels must be matrices. Received: {received}.")
+        raise ValueError(
+            f"Kernels must be matrices. Received: {received}. Reshape them."
+        )
     hidden, features = weights["down_kernel"].shape
     wanted = {
         "up_kernel": (inputs.shape[2], hidden),
@@ -160,11 +151,16 @@ def _check(inputs: Tensor, weights: dict[str, Tensor]) -> None:
     }
     if "gate_bias" in weights and "gate_kernel" not in weights:
         raise ValueError(
-            "`gate_bias` needs a `gate_kernel`. Received: " + received
+            f"`gate_bias` needs a `gate_kernel`. Received: {received}. Pass "
+            "both or neither."
         )
     for name, tensor in weights.items():
         if tuple(tensor.shape) != wanted[name]:
             raise ValueError(
                 f"`{name}` must have the shape {wanted[name]}. Received: "
-                f"{received}."
+                f"{received}. Transpose or replace it."
             )
+        for axis, width in enumerate(("first size", "second size")):
+            if axis < len(tensor.shape):
+                axes = {axis: width}
+                tensor_arguments.no_empty_axis(name, tensor, axes, received)

@@ -1,14 +1,12 @@
 """`keras_ring.ops.chunked_cross_entropy`."""
 
-import math
 from typing import Any, NamedTuple
 
-import keras
 from keras import ops
 
+from keras_ring import arguments, tensor_arguments
 from keras_ring.chunked import map_chunks
 from keras_ring.numerics import accumulation_dtype
-from keras_ring.ops.blockwise_feed_forward import check_chunk_size
 
 Tensor = Any
 
@@ -83,15 +81,24 @@ def chunked_cross_entropy(
         https://arxiv.org/abs/1604.06174; Chowdhery et al., "PaLM", 2022,
         https://arxiv.org/abs/2204.02311, section 5 (z-loss)
     """
+    given = {"features": features, "kernel": kernel, "labels": labels}
     features, kernel, labels = (
-        ops.convert_to_tensor(t) for t in (features, kernel, labels)
+        tensor_arguments.tensor(*pair) for pair in given.items()
     )
     shared = [kernel]
     if bias is not None:
-        shared.append(ops.convert_to_tensor(bias))
+        shared.append(tensor_arguments.tensor("bias", bias))
     _check(features, shared, labels)
-    check_options(label_smoothing, z_loss, soft_cap)
-    check_chunk_size(chunk_size)
+    label_smoothing, z_loss = label_smoothing_and_z_loss(
+        label_smoothing, z_loss
+    )
+    if soft_cap is not None:
+        soft_cap = arguments.positive("soft_cap", soft_cap, ", or None")
+    if ignore_index is not None:
+        ignore_index = arguments.integer(
+            *("ignore_index", ignore_index, None, ", or None")
+        )
+    chunk_size = arguments.integer("chunk_size", chunk_size)
     classes = kernel.shape[1]
     dtype = accumulation_dtype(features.dtype)
 
@@ -140,25 +147,14 @@ def chunked_cross_entropy(
     return CrossEntropy(*results)
 
 
-def check_options(
-    label_smoothing: Any, z_loss: Any, soft_cap: Any = None
-) -> None:
-    """Refuse what would give another loss than is meant."""
-    if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(
-            "`label_smoothing` must be from 0 to less than 1. Received: "
-            f"label_smoothing={label_smoothing}."
-        )
-    if not (z_loss >= 0.0 and math.isfinite(z_loss)):
-        raise ValueError(
-            "`z_loss` must be a finite factor of at least 0. Received: "
-            f"z_loss={z_loss}."
-        )
-    if soft_cap is not None and not (soft_cap > 0 and math.isfinite(soft_cap)):
-        raise ValueError(
-            "`soft_cap` must be a positive number or None. Received: "
-            f"soft_cap={soft_cap}."
-        )
+def label_smoothing_and_z_loss(
+    label_smoothing: Any, z_loss: Any
+) -> tuple[float, float]:
+    """The two, as numbers that are in range."""
+    return (
+        arguments.rate("label_smoothing", label_smoothing),
+        arguments.not_negative("z_loss", z_loss),
+    )
 
 
 def _check(features: Tensor, weights: list[Tensor], labels: Tensor) -> None:
@@ -171,23 +167,34 @@ def _check(features: Tensor, weights: list[Tensor], labels: Tensor) -> None:
     if len(features.shape) != 3 or len(labels.shape) != 2:
         raise ValueError(
             "`features` must be (batch, length, features) and `labels` "
-            f"(batch, length). Received: {received}."
+            f"(batch, length). Received: {received}. Add or take away axes "
+            "with keras.ops.reshape."
         )
     if len(kernel.shape) != 2 or kernel.shape[0] != features.shape[2]:
         raise ValueError(
             "`kernel` must be (features, classes), with the features of "
-            f"`features`. Received: {received}."
+            f"`features`. Received: {received}. Transpose or replace it."
         )
     if bias and tuple(bias[0].shape) != (kernel.shape[1],):
-        raise ValueError(f"`bias` must be (classes,). Received: {received}.")
+        raise ValueError(
+            f"`bias` must be (classes,). Received: {received}. Give it one "
+            "number for each class."
+        )
+    tensor_arguments.no_empty_axis(
+        *("kernel", kernel, {0: "number of features", 1: "number of classes"}),
+        received,
+    )
+    tensor_arguments.no_empty_axis(
+        "features", features, {1: "length"}, received
+    )
     for have, want in zip(labels.shape, features.shape[:2], strict=True):
         if isinstance(have, int) and isinstance(want, int) and have != want:
             raise ValueError(
                 "`labels` must have the batch and the length of `features`. "
-                f"Received: {received}."
+                f"Received: {received}. Give every token one label."
             )
-    if "int" not in keras.backend.standardize_dtype(labels.dtype):
-        raise ValueError(
-            "`labels` must be integers. Received: labels of dtype "
-            f"{keras.backend.standardize_dtype(labels.dtype)}."
-        )
+    tensor_arguments.integers("labels", labels)
+    named = {"features": features, "kernel": kernel}
+    tensor_arguments.one_floating_dtype(
+        {**named, "bias": bias[0]} if bias else named
+    )

@@ -4,7 +4,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_ring import random_bits, strategy
+from keras_ring import arguments, random_bits, strategy, tensor_arguments
 from keras_ring.ops.sequence import sequence_positions
 
 Tensor = Any
@@ -28,19 +28,24 @@ def positional_dropout(inputs: Tensor, seed: Tensor, rate: float) -> Tensor:
         `1 - rate`.
 
     Raises:
-        ValueError: for a rate out of range or inputs of another rank.
+        ValueError: for a rate out of range, a seed that is none, or inputs
+            of another rank or dtype.
     """
-    check_rate(rate)
+    rate = arguments.rate("rate", rate)
+    inputs = tensor_arguments.tensor("inputs", inputs)
+    tensor_arguments.floating("inputs", inputs)
     if len(inputs.shape) != 3:
         raise ValueError(
             "`inputs` must have the rank 3: (batch, length, features). "
-            f"Received: inputs.shape={tuple(inputs.shape)}."
+            f"Received: inputs.shape={tuple(inputs.shape)}. Add or take away "
+            "axes with keras.ops.reshape."
         )
+    seed = check_seed("seed", seed)
     if rate == 0.0:
         return inputs
     rows = batch_rows(inputs)[:, None, None]
     positions = sequence_positions(inputs)[None, :, None]
-    return dropped(inputs, ops.cast(seed, "int32"), rows, positions, rate)
+    return dropped(inputs, seed, rows, positions, rate)
 
 
 def batch_rows(tensor: Tensor) -> Tensor:
@@ -63,11 +68,15 @@ def dropped(
     return ops.where(keep, scaled, ops.zeros_like(inputs))
 
 
-def check_rate(rate: Any, name: str = "rate") -> None:
-    """Refuse what is no probability below one."""
-    number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
-    if not number or not 0 <= rate < 1:
-        raise ValueError(
-            f"`{name}` must be from 0 to less than 1. Received: "
-            f"{name}={rate!r}."
-        )
+def check_seed(name: str, seed: Any) -> Tensor:
+    """The seed of a dropout, as int32 `(2,)`."""
+    if seed is not None:
+        seed = tensor_arguments.tensor(name, seed)
+        tensor_arguments.integers(name, seed)
+        if tuple(seed.shape) == (2,):
+            return ops.cast(seed, "int32")
+    raise ValueError(
+        f"`{name}` must be two integers, the same on all devices. Received: "
+        f"{name}={arguments.shown(seed)}. Draw them with "
+        "keras.random.SeedGenerator().next()."
+    )

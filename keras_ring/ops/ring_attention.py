@@ -5,7 +5,15 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_ring import backends, balance, kernels, placement, strategy
+from keras_ring import (
+    arguments,
+    backends,
+    balance,
+    kernels,
+    placement,
+    strategy,
+    tensor_arguments,
+)
 from keras_ring.attention import Ring
 from keras_ring.masks import Carried, Mask
 from keras_ring.masks.by_position import Before
@@ -109,8 +117,12 @@ def ring_attention(
         Press, Smith and Lewis (ALiBi) 2021, https://arxiv.org/abs/2108.12409;
         Xiao et al. (attention sinks) 2023, https://arxiv.org/abs/2309.17453
     """
-    query, key, value = (ops.convert_to_tensor(t) for t in (query, key, value))
+    given = {"query": query, "key": key, "value": value}
+    query, key, value = (
+        tensor_arguments.tensor(*pair) for pair in given.items()
+    )
     checks.check_tensors(query, key, value)
+    return_lse = arguments.flag("return_lse", return_lse)
     world = strategy.current()
     keys = ops.shape(key)[1]
     all_keys = whole_length(keys)
@@ -118,7 +130,7 @@ def ring_attention(
     if mask is not None:
         checks.check_mask(mask, query, key, known)
     if bias is not None:
-        bias = ops.convert_to_tensor(bias)
+        bias = tensor_arguments.tensor("bias", bias)
         checks.check_bias(bias, query, key, known)
     limit = true_length(keys)
     if world is not None and limit is not None:
@@ -161,13 +173,14 @@ def ring_attention(
 def _dropout(
     rate: float, seed: Tensor | None, query: Tensor, world: World | None
 ) -> Dropout | None:
-    if not checks.check_dropout(rate, seed):
+    seed = checks.dropout_seed(rate, seed)
+    if seed is None:
         return None
     first_row: Any = 0
     if world is not None and world.inside():
         first_row = world.data_index() * ops.shape(query)[0]
     first_row = ops.convert_to_tensor(first_row, dtype="int32")
-    return Dropout(float(rate), ops.cast(seed, "int32"), first_row)
+    return Dropout(float(rate), seed, first_row)
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple:

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
-from keras_ring import backends, padding, placement, strategy
+from keras_ring import (
+    arguments,
+    backends,
+    padding,
+    placement,
+    strategy,
+    tensor_arguments,
+)
 from keras_ring.numerics import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -216,6 +223,8 @@ def _sum_of_own_part(ring: "Transport", grad: Tensor, axis: int) -> Tensor:
 
 
 def _checked_axis(tensor: Tensor, axis: int) -> int:
+    tensor_arguments.is_array("tensor", tensor)
+    axis = arguments.integer("axis", axis, least=None)
     rank = len(tensor.shape)
     if not -rank <= axis < rank:
         raise ValueError(
