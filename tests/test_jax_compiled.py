@@ -1,5 +1,6 @@
 """What the compiler makes of a train step on 8 devices."""
 
+import contextlib
 import re
 
 import jax
@@ -79,3 +80,63 @@ def test_hops_are_those_of_the_algorithm(ring_program):
     # Forward: k, v in the loop. Backward: k, v before and in the loop, and
     # dk, dv in the loop, before the last visit and on the way home.
     assert 0 < len(hops) <= 2 + 2 * 2 + 3 * 2
+
+
+def train_step_of_blocks(strategy, batch):
+    """Losses of two steps of three recomputed blocks."""
+    keras.utils.set_random_seed(0)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        inputs = x = keras.Input((None, 8))
+        for _ in range(3):
+            x = keras_ring.layers.RingTransformerBlock(
+                1, hidden_dim=8, causal=True, remat="block"
+            )(x)
+        model = keras.Model(inputs, keras.layers.Dense(1)(x))
+        model.compile("sgd", "mse")
+        losses = [model.train_on_batch(*batch) for _ in range(2)]
+    return losses
+
+
+def test_blocks_that_are_computed_again_split_the_batch_too():
+    """The compiler refuses such a program where it asks for the number of a
+    device, at some depths."""
+    generator = np.random.default_rng(0)
+    batch = (
+        generator.normal(size=(2, 8, 8)).astype("float32"),
+        generator.normal(size=(2, 8, 1)).astype("float32"),
+    )
+    strategy = keras_ring.DistributedStrategy(
+        data_parallel=2, sequence_parallel=4
+    )
+    np.testing.assert_allclose(
+        train_step_of_blocks(strategy, batch),
+        train_step_of_blocks(None, batch),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "length"), [("native", 16), ("by_head", 16), ("blockwise", 14)]
+)
+def test_a_ring_does_not_ask_for_the_number_of_its_device(kernel, length):
+    """At no depth then is there something to refuse."""
+    strategy = keras_ring.DistributedStrategy(
+        data_parallel=2, sequence_parallel=4
+    )
+
+    def attend(tensor):
+        out = keras_ring.ops.ring_attention(
+            tensor, tensor, tensor, mask=keras_ring.masks.Causal()
+        )
+        return (out**2).sum()
+
+    keras_ring.config.set_kernel(kernel)
+    try:
+        with strategy.scope():
+            lowered = jax.jit(jax.grad(attend)).lower(
+                jax.ShapeDtypeStruct((4, length, 2, 8), "float32")
+            )
+    finally:
+        keras_ring.config.set_kernel("auto")
+    assert "collective_permute" in lowered.as_text()
+    assert "partition_id" not in lowered.as_text()

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from keras import tree
 
 from keras_ring import batches, numerics, training, world
-from keras_ring.backends.jax.transport import RingTransport
+from keras_ring.backends.jax.transport import RingTransport, at, place
 from keras_ring.keras_internals import in_symbolic_scope, without_values
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.world import LOCAL
@@ -111,15 +111,18 @@ class World(world.World):
         sharded = PartitionSpec(None, "seq")
         dtypes = [tensor.dtype for tensor in shared]
 
-        def on_member(*shards: jax.Array) -> Any:
+        def on_member(own_place: jax.Array, *shards: jax.Array) -> Any:
             own = shards[: len(tensors)]
             same = zip(shards[len(tensors) :], dtypes, strict=True)
-            return function(self.ring(), *own, *(t.astype(d) for t, d in same))
+            same_dtypes = (t.astype(d) for t, d in same)
+            with at(own_place[0]):
+                return function(self.ring(), *own, *same_dtypes)
 
         mapped = jax.shard_map(
             on_member,
             mesh=self.mesh,
             in_specs=(
+                PartitionSpec("seq"),
                 *(sharded for _ in tensors),
                 *(PartitionSpec() for _ in shared),
             ),
@@ -129,6 +132,7 @@ class World(world.World):
         )
         # Where the step is not compiled, its gradient fails without this.
         results = jax.jit(mapped)(
+            jnp.arange(self.sequence_size, dtype="int32"),
             *(self._padded(tensor) for tensor in tensors),
             *(_summed_widely(tensor) for tensor in shared),
         )
@@ -286,18 +290,28 @@ def custom_gradient(
             for an input that has no gradient.
     """
 
+    # The backward is another program than the forward: the place in the ring
+    # is an argument here, and a residual there.
     @jax.custom_vjp
-    def function(*tensors: jax.Array) -> Any:
-        return forward(*tensors)[0]
+    def function(where: jax.Array | None, *tensors: jax.Array) -> Any:
+        with at(where):
+            return forward(*tensors)[0]
 
-    def pull_back(residuals: Any, grads: Any) -> Any:
+    def remembering(where: jax.Array | None, *tensors: jax.Array) -> Any:
+        with at(where):
+            outputs, residuals = forward(*tensors)
+        return outputs, (where, residuals)
+
+    def pull_back(kept: Any, grads: Any) -> Any:
+        where, residuals = kept
         # Without the barrier the compiler merges the backward's hops with
         # the forward's and keeps every visiting chunk alive in between.
         residuals = jax.lax.optimization_barrier(residuals)
-        return tuple(backward(residuals, *grads))
+        with at(where):
+            return (None, *backward(residuals, *grads))
 
-    function.defvjp(forward, pull_back)
-    return function
+    function.defvjp(remembering, pull_back)
+    return lambda *tensors: function(place(), *tensors)
 
 
 def vjp(

@@ -1,12 +1,38 @@
 """The ring on JAX: `lax.ppermute` over one named axis of a mesh."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 from jax import lax
 
 from keras_ring.transport import Pending, Transport, check_permutation
+
+_PLACE: ContextVar[jax.Array | None] = ContextVar(
+    "keras_ring_place", default=None
+)
+
+
+def place() -> jax.Array | None:
+    """This member's place in the ring as a value of the program that is
+    traced, int32 `()`; None where nobody has said it."""
+    return _PLACE.get()
+
+
+@contextlib.contextmanager
+def at(place: jax.Array | None) -> Iterator[None]:
+    """What is traced in here runs at this place in the ring.
+
+    The compiler's own number of a device is not used: where it splits other
+    axes of the mesh by itself, it refuses some programs that ask for it.
+    """
+    token = _PLACE.set(place)
+    try:
+        yield
+    finally:
+        _PLACE.reset(token)
 
 
 class RingTransport(Transport):
@@ -21,7 +47,8 @@ class RingTransport(Transport):
         self.size = size
 
     def index(self) -> jax.Array:
-        return lax.axis_index(self.axis)
+        known = place()
+        return lax.axis_index(self.axis) if known is None else known
 
     def start_shift(self, tensors: Sequence[jax.Array], by: int = 1) -> Pending:
         moved = self.exchange(
