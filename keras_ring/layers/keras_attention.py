@@ -31,6 +31,8 @@ def config(layer: keras.layers.Layer) -> dict[str, Any]:
             "Remove it from the layer and add the loss to the model."
         )
     options["dtype"] = layer.dtype_policy
+    options["empty_rows"] = "stock"
+    options["strip_masks"] = isinstance(layer, stock[0])
     return options
 
 

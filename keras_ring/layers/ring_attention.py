@@ -7,8 +7,10 @@ import keras
 from keras import ops
 
 from keras_ring import arguments, random_bits, strategy
+from keras_ring.keras_internals import attach_mask
 from keras_ring.layers import attention_arguments, keras_attention
 from keras_ring.layers import attention_limits as limits
+from keras_ring.layers import empty_rows as empty
 from keras_ring.layers.attention_axes import AttentionAxes
 from keras_ring.layers.attention_masks import AttentionMasks, dense_attention
 from keras_ring.layers.projections import Projections
@@ -56,11 +58,12 @@ class RingAttention(Projections, keras.layers.Layer):
     values are never repeated for grouped heads, and the result is that of
     the stock layers to rounding.
 
-    One thing differs from them: a query that may attend to nothing gives
-    zeros before the output projection (stock layers give the mean of the
-    values, or zeros, depending on the path they take).
+    Two things differ from them unless they are asked for: a query that may
+    attend to nothing gives zeros before the output projection
+    (`empty_rows`), and the inputs keep their Keras masks (`strip_masks`).
 
-    `RingAttention.from_keras_layer(layer)` takes over a stock layer.
+    `RingAttention.from_keras_layer(layer)` takes over a stock layer, with
+    both of its ways.
 
     Args:
         num_heads: number of query heads. `num_query_heads` is another
@@ -107,6 +110,15 @@ class RingAttention(Projections, keras.layers.Layer):
             has no value, so that a head can attend to nothing. Starts at 0.
         rotary: True, or a `keras_ring.layers.RotaryEmbedding`, to rotate
             queries and keys by their positions.
+        empty_rows: what a query that may attend to nothing gives before the
+            output projection: `"zeros"`, or `"stock"` for what stock layers
+            give. That is the mean of all values, masked ones too, which
+            costs a sum over the ring; and zeros where stock layers write
+            out their scores (with `dropout`, for inputs of a rank other
+            than 3, and if the scores are asked for).
+        strip_masks: take the Keras masks off the inputs when the layer runs,
+            as `keras.layers.MultiHeadAttention` does: what is given the same
+            tensors later finds no masks on them.
         head_dim: another spelling of `key_dim`.
         num_query_heads: another spelling of `num_heads`.
         **kwargs: `name`, `dtype`, `trainable`.
@@ -191,6 +203,8 @@ class RingAttention(Projections, keras.layers.Layer):
         alibi: bool | Sequence[float] | None = None,
         sinks: bool = False,
         rotary: bool | RotaryEmbedding | None = None,
+        empty_rows: str = "zeros",
+        strip_masks: bool = False,
         head_dim: int | None = None,
         num_query_heads: int | None = None,
         **kwargs: Any,
@@ -210,6 +224,7 @@ class RingAttention(Projections, keras.layers.Layer):
             )
         soft_cap = attention_arguments.soft_cap(soft_cap)
         slopes = attention_arguments.alibi_slopes(alibi, heads.query)
+        empty.check(empty_rows, sinks)
         sliding_window = attention_arguments.optional_positive(
             "sliding_window", sliding_window
         )
@@ -219,6 +234,7 @@ class RingAttention(Projections, keras.layers.Layer):
         use_gate = arguments.flag("use_gate", use_gate)
         causal = arguments.flag("causal", causal)
         sinks = arguments.flag("sinks", sinks)
+        strip_masks = arguments.flag("strip_masks", strip_masks)
         seed = arguments.seed("seed", seed)
         super().__init__(**kwargs)
         self.supports_masking = True
@@ -239,6 +255,8 @@ class RingAttention(Projections, keras.layers.Layer):
         self._slopes = slopes
         self._sinks = sinks
         self._rotary = rotary_of(rotary, self.dtype_policy)
+        self._empty_rows = empty_rows
+        self._strip_masks = strip_masks
         self.seed = seed
         self._set_projection_options(
             kernel_initializer,
@@ -317,6 +335,9 @@ class RingAttention(Projections, keras.layers.Layer):
     ) -> Any:
         value = query if value is None else value
         key = value if key is None else key
+        if self._strip_masks:
+            for tensor in (query, value, key):
+                attach_mask(tensor, None)
         axes = self._check_call(
             {"query": query, "value": value, "key": key},
             {
@@ -372,7 +393,7 @@ class RingAttention(Projections, keras.layers.Layer):
             )
         if bias is not None:
             bias = ops.transpose(bias, (0, 2, 1, 3))
-        scores = None
+        scores = lse = None
         if return_attention_scores or self._overridden():
             options: dict[str, Any] = {}
             if return_attention_scores:
@@ -390,7 +411,7 @@ class RingAttention(Projections, keras.layers.Layer):
             )
         else:
             seed = self._dropout_seed(training)
-            out = ring_attention(
+            out, lse = ring_attention(
                 query,
                 key,
                 value,
@@ -402,8 +423,13 @@ class RingAttention(Projections, keras.layers.Layer):
                 sinks=self._sink_logits if self._sinks else None,
                 dropout=0.0 if seed is None else self._dropout,
                 dropout_seed=seed,
+                return_lse=True,
             )
-        out = axes.unfold(masks.zero_queries(out), inputs[0])
+        if lse is not None and self._mean_where_empty(axes, masks):
+            out = empty.mean_of_values(out, lse, value, masks)
+        else:
+            out = masks.zero_queries(out)
+        out = axes.unfold(out, inputs[0])
         if gate is not None:
             out = ops.multiply(out, gate)
         out = self._output_dense(out)
@@ -469,6 +495,18 @@ class RingAttention(Projections, keras.layers.Layer):
         if not (training and self._dropout):
             return None
         return self._dropout_layer.seed_generator.next()
+
+    def _mean_where_empty(
+        self, axes: AttentionAxes, masks: AttentionMasks
+    ) -> bool:
+        """Whether a stock layer would not write out the scores of a call in
+        which some query may attend to nothing."""
+        return (
+            self._empty_rows == "stock"
+            and axes.plain
+            and not self._dropout
+            and empty.may_be(masks)
+        )
 
     def _overridden(self) -> bool:
         return (
@@ -633,6 +671,8 @@ class RingAttention(Projections, keras.layers.Layer):
             "alibi": self._slopes,
             "sinks": self._sinks,
             "rotary": keras.saving.serialize_keras_object(self._rotary),
+            "empty_rows": self._empty_rows,
+            "strip_masks": self._strip_masks,
             "seed": self.seed,
         }
 
