@@ -1,10 +1,10 @@
 """What the shared code needs of Keras and Keras does not publish.
 
 The layers that a layer is made of, the calls that made a functional model,
-whether only shapes are inferred, the masks of tensors and the full values of
-variables. All have been in every Keras 3 release; what cannot be done without
-one names the release in its error. Private names that only one backend needs
-are in that backend's folder.
+the operations that index a tensor in one, whether only shapes are inferred,
+the masks of tensors and the full values of variables. All have been in every
+Keras 3 release; what cannot be done without one names the release in its
+error. Private names that only one backend needs are in that backend's folder.
 """
 
 from collections.abc import Callable
@@ -38,6 +38,16 @@ def calls(part: Any) -> list[Any]:
     `input_tensors` and `output_tensors`; none for one that was never called
     symbolically."""
     return list(getattr(part, "_inbound_nodes", []))
+
+
+def indexing_operations() -> tuple[Any, Any]:
+    """The classes of the operations that `x[key]` and `keras.ops.take` are in
+    a functional model; None for one that this release has elsewhere."""
+    x = keras.KerasTensor((1, 1))
+    made = x[0], keras.ops.take(x, 0, axis=1)
+    owners = [getattr(t, "_keras_history", (None,))[0] for t in made]
+    item, take = (None if o is None else type(o) for o in owners)
+    return item, take
 
 
 def in_symbolic_scope() -> bool:

@@ -21,6 +21,7 @@ from keras_ring import (
     checkpoints,
     counting,
     guard,
+    indexing,
     strategy,
     whole_batch,
 )
@@ -47,6 +48,7 @@ def install() -> None:
             wrapped = wrap(method)
             setattr(wrapped, _MARK, True)
             setattr(keras.Model, name, wrapped)
+    counting.wrap_once(indexing.targets())
     backends.load().runtime.install()
 
 
@@ -99,8 +101,9 @@ def _under_strategy(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         seen = _own_methods(world, self)
         with world.scope(), _running(world, self), seen:
-            guard.check(self, world)
-            _check_arguments(world, self, signature.bind(self, *args, **kwargs))
+            bound = signature.bind(self, *args, **kwargs)
+            guard.check(self, world, bound.arguments.get("x"))
+            _check_arguments(world, self, bound)
             world.prepare(self)
             try:
                 return method(self, *args, **kwargs)

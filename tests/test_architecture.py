@@ -65,18 +65,23 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("arguments", "attention", "backends", "balance", "chunked"),
         *("kernels", "masks", "numerics", "padding", "placement"),
         *("random_bits", "scoring", "strategy", "tensor_arguments"),
-        *("transport", "world"),
+        *("transport", "trials", "world"),
     },
     "layers": {
         *("arguments", "keras_internals", "masks", "numerics", "ops"),
         *("padding", "placement", "random_bits", "rematerialised"),
-        *("scoring", "strategy", "tensor_arguments", "world"),
+        *("scoring", "strategy", "tensor_arguments", "trials", "world"),
     },
     "losses": {
         *("arguments", "keras_internals", "layers", "masks", "numerics"),
         *("ops", "placement", "strategy", "tensor_arguments", "world"),
     },
-    "guard": {"keras_internals", "layers", "ops", "strategy", "world"},
+    "trials": {"transport"},
+    "indexing": {"keras_internals", "ops"},
+    "guard": {
+        *("batches", "indexing", "keras_internals", "layers", "ops"),
+        *("strategy", "trials", "world"),
+    },
     "checkpoints": {"keras_internals", "strategy"},
     "training": {
         *(
@@ -85,6 +90,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "batches",
             "counting",
             "guard",
+            "indexing",
             "keras_internals",
         ),
         *("strategy", "whole_batch", "world"),

@@ -25,15 +25,114 @@ def model_of(layer, shape=(None, 8), **options):
     return keras.Model(x, layer(x))
 
 
-class Scale(L.Layer):
-    """Unknown to the guard."""
+class Draws(L.Layer):
+    """Unknown to the guard, and to a trial."""
+
+    def __init__(self):
+        super().__init__()
+        self.seeds = keras.random.SeedGenerator(0)
+
+    def call(self, x):
+        return x * keras.random.uniform(ops.shape(x), seed=self.seeds)
+
+
+class SafeDraws(Draws):
+    sequence_parallel_safe = True
+
+
+class OfOneShape(L.Layer):
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+class Scale(OfOneShape):
+    """Unknown, and right."""
 
     def call(self, x):
         return x * 2.0
 
 
-class SafeScale(Scale):
-    sequence_parallel_safe = True
+class FalconAttention(OfOneShape):
+    """Attention of its own, without the names of stock layers' parts."""
+
+    def build(self, shape):
+        self.query = L.Dense(shape[-1])
+        self.query.build(shape)
+
+    def call(self, x):
+        scores = ops.einsum("bqf,bkf->bqk", self.query(x), x)
+        return ops.einsum("bqk,bkf->bqf", ops.softmax(scores), x)
+
+
+class Reader(L.Layer):
+    """Its trial fails, and its name says nothing."""
+
+    def call(self, x):
+        if ops.shape(x)[1] == 8:
+            raise RuntimeError("not such a short one")
+        return self._compute_attention(x, x, x)
+
+    def _compute_attention(self, query, key, value):
+        return ops.einsum("bqf,bkf,bkd->bqd", query, key, value)
+
+
+class ChannelAttention(L.Layer):
+    """Named so, and right."""
+
+    def call(self, x):
+        return x * ops.sigmoid(ops.mean(x, axis=-1, keepdims=True))
+
+
+class Mixer(OfOneShape):
+    """A product over positions that nothing but a trial finds; it starts
+    without effect."""
+
+    def build(self, shape):
+        self.gain = self.add_weight(shape=(shape[-1],), initializer="zeros")
+
+    def call(self, x):
+        return x + self.gain * ops.cumsum(x, axis=1)
+
+
+class OwnStatistics(L.Layer):
+    """Mixes in training only."""
+
+    def call(self, x, training=False):
+        return x - ops.mean(x, axis=(0, 1)) if training else x
+
+
+class Counts(L.Layer):
+    """Positions of its own, from 0 in every shard."""
+
+    def call(self, x):
+        length = ops.shape(x)[1]
+        return x + ops.cast(ops.arange(length), "float32")[:, None]
+
+
+class Positions(L.Layer):
+    """Positions of the whole sequence."""
+
+    def call(self, x):
+        positions = kr.ops.sequence_positions(x)
+        return x + ops.cast(positions, "float32")[:, None]
+
+
+class RMSNormalization(L.Layer):
+    """Of the name of a stock layer, without its `axis`."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],))
+
+    def call(self, x):
+        size = ops.sqrt(ops.mean(ops.square(x), axis=-1, keepdims=True) + 1e-6)
+        return x / size * self.scale
+
+
+class Reads(L.Layer):
+    """Two tensors, of which one is no sequence, and tensors of its own."""
+
+    def call(self, inputs, state=None, training=False):
+        return inputs * ops.sum(state, axis=-1)[:, None, None]
 
 
 class Block(L.Layer):
@@ -100,6 +199,16 @@ WRONG = {
         2, 4, activity_regularizer="l2"
     ),
     "position": PositionEmbedding,
+    "own-attention": FalconAttention,
+    "attention-by-method": Reader,
+    "own-mixture": Mixer,
+    "own-statistics": OwnStatistics,
+    "own-positions": Counts,
+    "lambda": lambda: L.Lambda(lambda x: x - ops.max(x, axis=1)[:, None]),
+    "own-in-a-block": lambda: Block(L.Dense(8), FalconAttention()),
+    "own-beside-ours": lambda: Block(
+        kr.layers.RingTransformerBlock(2, 8), Mixer()
+    ),
     "in-a-block": lambda: Block(L.Dense(8), L.Conv1D(4, 3)),
     "in-a-model": lambda: keras.Sequential(
         [keras.Input((None, 8)), L.Dense(8), L.Conv1D(4, 3)]
@@ -118,7 +227,10 @@ WRONG = {
     "roll": lambda: lambda x: ops.roll(x, 1, axis=1),
     "cumulative": lambda: lambda x: ops.cumsum(x, axis=1),
     "sorted": lambda: lambda x: ops.sort(x, axis=1),
-    "last-position": lambda: lambda x: x[:, -1],
+    "of-one-sample": lambda: lambda x: x[0, 0],
+    "positions-of-a-tensor": lambda: (
+        lambda x: ops.take(x, ops.argmax(x[:, :, 0], axis=-1), axis=1)
+    ),
     "shifted": lambda: lambda x: x[:, 1:],
     "every-other": lambda: lambda x: x[..., ::2, :],
     "flattened": lambda: lambda x: ops.reshape(x, (-1, 8)),
@@ -167,7 +279,18 @@ RIGHT = {
     "per-step": lambda: L.TimeDistributed(L.Dense(4)),
     "up-sampling": lambda: L.UpSampling1D(2),
     "frozen-statistics": lambda: L.BatchNormalization(trainable=False),
-    "declared": SafeScale,
+    "declared": SafeDraws,
+    "own": Scale,
+    "own-lambda": lambda: L.Lambda(lambda x: x * 2.0),
+    "own-normalisation": RMSNormalization,
+    "named-attention": ChannelAttention,
+    "own-global-positions": Positions,
+    "own-around-ours": lambda: Block(
+        kr.layers.RingTransformerBlock(2, 8, rotary=True, dropout=0.1), Scale()
+    ),
+    "first-position": lambda: lambda x: L.BatchNormalization()(x[:, 0, :]),
+    "last-position": lambda: lambda x: x[:, -1],
+    "some-positions": lambda: lambda x: L.Flatten()(ops.take(x, [0, -1], 1)),
     "block": lambda: Block(L.Dense(8), L.LayerNormalization()),
     "gathered": lambda: kr.layers.Gathered(L.Conv1D(4, 3)),
     "rotary": kr.layers.RotaryEmbedding,
@@ -272,9 +395,28 @@ def test_models_without_a_graph():
         guard.check(wrong, SHARDS)
 
 
-@pytest.mark.parametrize("make", [Scale, lambda: L.Lambda(lambda x: x * 2.0)])
-def test_unknown_layers_are_named_once(make):
-    layer = make()
+def test_a_trial_of_several_tensors():
+    """Only what carries the sequence is cut."""
+    x, state = keras.Input((None, 8)), keras.Input((3,))
+    model = keras.Model([x, state], Reads()(x, state=state))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        guard.check(model, SHARDS)
+
+
+def test_a_trial_leaves_nothing_behind():
+    layer = Block(L.Dense(8), L.Dropout(0.5), Mixer())
+    model = model_of(layer)
+    before = [ops.convert_to_numpy(w) for w in model.variables]
+    with pytest.raises(ValueError, match="gives other results for the halves"):
+        guard.check(model, SHARDS)
+    for one, two in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(one, ops.convert_to_numpy(two))
+    assert not model.losses
+
+
+def test_unknown_layers_are_named_once():
+    layer = Draws()
     x = keras.Input((None, 8))
     model = keras.Model(x, layer(layer(x)))
     with pytest.warns(UserWarning, match="sequence_parallel_safe") as caught:
@@ -296,6 +438,35 @@ def test_where_the_whole_is_seen_gathers_are_told():
     with pytest.warns(UserWarning, match="'far'") as caught:
         guard.check(keras.Model(x, y), WHOLE)
     assert "'near'" not in str(caught[0].message)
+
+
+class Classifier(Written):
+    """A model of one's own that reads a position of its shard."""
+
+    def call(self, x):
+        return super().call(x)[:, 0]
+
+
+class RightClassifier(Written):
+    def call(self, x):
+        return super().call(x) * 2.0
+
+
+def test_models_without_a_graph_are_tried():
+    """With the shapes of what they are given."""
+    x = np.zeros((2, 6), "int32")
+    world = types.SimpleNamespace(**vars(SHARDS), data_size=1)
+    for make in (Classifier, RightClassifier):
+        model = make(
+            L.Embedding(5, 8), kr.layers.RingTransformerBlock(2, 8), L.Dense(3)
+        )
+        model(x)
+        if make is Classifier:
+            with pytest.raises(ValueError, match=r"Classifier .*halves"):
+                guard.check(model, world, x)
+        guard.check(model, ALONE, x)
+        if make is RightClassifier:
+            guard.check(model, world, x)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import pytest
 from keras import ops
 
 import keras_ring as kr
-from tests import worlds
 from tests.attention_layers import TOLERANCE, normal
 
 L = keras.layers
@@ -46,25 +45,52 @@ MODELS = {
 }
 
 
-def build(kind, ours):
+def branch(h, kind, ours):
+    """Two or three attention layers after one another, over `h`."""
     join, layer, options, call = MODELS[kind]
 
     def attention(seed):
         made = stock(layer, seed, **options)
         return kr.layers.RingAttention.from_keras_layer(made) if ours else made
 
-    ids = keras.Input((None,), dtype="int32")
-    h = L.Embedding(9, WIDTH, mask_zero=True)(ids)
+    h = Copy()(h)
     if join is None:
         # Other lengths, and a second reader of the tensor without its mask.
         short = kr.layers.Gathered(Short())(h)
         o = attention(1)(short, h, **call)
         o = kr.layers.Gathered(Long())(attention(2)(o, h, **call))
-        h = h + attention(3)(h, h, **call) + o
-    else:
-        for seed in (1, 2):
-            h = join(h, attention(seed)(h, h, **call))
-    return keras.Model(ids, L.Dense(4)(h))
+        return h + attention(3)(h, h, **call) + o
+    for seed in (1, 2):
+        h = join(h, attention(seed)(h, h, **call))
+    return h
+
+
+def build(kinds, ours):
+    """One model of all of them, with weights of order one."""
+    ids = keras.Input((None,), dtype="int32")
+    h = L.Embedding(9, WIDTH, mask_zero=True)(ids)
+    model = keras.Model(ids, [L.Dense(4)(branch(h, k, ours)) for k in kinds])
+    model.set_weights(
+        [
+            w if w.dtype.kind in "ui" else normal(i, *w.shape) / 2
+            for i, w in enumerate(model.get_weights())
+        ]
+    )
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    return model
+
+
+class Copy(L.Layer):
+    """Another tensor with the mask of the first."""
+
+    sequence_parallel_safe = True
+
+    def __init__(self):
+        super().__init__()
+        self.supports_masking = True
+
+    def call(self, x):
+        return x * 1.0
 
 
 class Short(L.Layer):
@@ -82,37 +108,56 @@ class Long(Short):
         return ops.pad(x, ((0, 0), (2, 2), (0, 0)))
 
 
-def filled(model):
-    """Give a model weights of order one."""
-    weights = enumerate(model.get_weights())
-    model.set_weights(
-        [
-            w if w.dtype.kind in "ui" else normal(i, *w.shape) / 2
-            for i, w in weights
-        ]
-    )
-    return model
+def trained(model, ids):
+    """The weights after a step. Ours drop the same, whatever the ring."""
+    real = (ids != 0).astype("float32")
+    outputs = len(model.outputs)
+    labels = [normal(i, *ids.shape, 4) for i in range(outputs)]
+    model.train_on_batch(ids, labels, [real] * outputs)
+    return [w for w in model.get_weights() if w.dtype.kind == "f"]
 
 
 def run(size, kinds):
-    """For each model, how far predictions and trained weights of ours are
-    from those of stock layers on one device."""
+    """For each kind how far predictions of ours are from those of stock
+    layers on one device; and how far trained weights are from ours there."""
     ids = tokens()
     real = (ids != 0)[..., None]
     strategy = kr.DistributedStrategy(sequence_parallel=size)
+    wanted = build(kinds, ours=False).predict(ids, verbose=0)
+    alone = trained(build(kinds, ours=True), ids)
+    with strategy.scope():
+        model = build(kinds, ours=True)
+        found = model.predict(ids, verbose=0)
+        after = trained(model, ids)
     errors = {}
-    for kind in kinds:
-        want = filled(build(kind, ours=False)).predict(ids, verbose=0)
-        with strategy.scope():
-            model = filled(build(kind, ours=True))
-            have = model.predict(ids, verbose=0)
-            once = np.abs((have - want) * real).max()
-            errors[kind] = once / np.abs(want * real).max()
+    for kind, want, have in zip(kinds, wanted, found, strict=True):
+        want = want * real
+        errors[kind] = np.abs(have * real - want).max() / np.abs(want).max()
+    for i, (one, two) in enumerate(zip(after, alone, strict=True)):
+        errors[f"weight {i}"] = np.abs(one - two).max() / np.abs(two).max()
     return errors
 
 
-@pytest.mark.parametrize("size", [n for n in (1, 2, 4) if n <= worlds.DEVICES])
-def test_real_positions_are_those_of_stock_layers(on_devices, size):
-    errors = on_devices(size, run, size, list(MODELS))
+@pytest.mark.parametrize(
+    ("size", "kinds"), [(2, list(MODELS)), (4, ["sum", "cross"])]
+)
+def test_real_positions_are_those_of_stock_layers(on_devices, size, kinds):
+    errors = on_devices(size, run, size, kinds)
     wrong = {n: float(e) for n, e in errors.items() if not e <= TOLERANCE}
     assert not wrong, wrong
+
+
+def test_the_options_are_kept_and_checked():
+    made = kr.layers.RingAttention.from_keras_layer
+    for kind, strips in (("heads", True), ("grouped", False)):
+        config = made(stock(kind, 0)).get_config()
+        assert (config["empty_rows"], config["strip_masks"]) == (
+            "stock",
+            strips,
+        )
+        copy = kr.layers.RingAttention.from_config(config)
+        assert copy.get_config() == config
+    with pytest.raises(ValueError, match="Received: empty_rows='mean'"):
+        kr.layers.RingAttention(2, 4, empty_rows="mean")
+    with pytest.raises(ValueError, match="sinks=True"):
+        kr.layers.RingAttention(2, 4, empty_rows="stock", sinks=True)

@@ -6,8 +6,10 @@ such layers before anything runs and refuses them by name, with the way out.
 Only what is given a sequence matters: in a functional model these are the
 tensors whose axis 1 has no fixed size.
 
-A layer of one's own that works position by position, or knows the ring,
-says so with an attribute `sequence_parallel_safe = True`.
+What stands in no table is tried (`trial`): it is refused if it is shown to
+mix positions, and is right if it is shown not to. A layer of one's own that
+works position by position, or knows the ring, says so with an attribute
+`sequence_parallel_safe = True`.
 """
 
 import dataclasses
@@ -16,22 +18,31 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
+from keras import tree
 
-from keras_ring.guard import operation_rules
+from keras_ring import batches
+from keras_ring.guard import operation_rules, trial
 from keras_ring.guard.layer_rules import (
     ACTIVITY_REGULARIZER,
     GATHERED,
+    LIKE_ATTENTION,
+    MIXING,
     Rule,
     Shape,
+    looks_like_attention,
     rules_for,
 )
+from keras_ring.guard.trial import Verdict
 from keras_ring.keras_internals import calls, sublayers
 from keras_ring.layers.gathered import Gathered
 from keras_ring.world import World
 
 _OWN = "sequence_parallel_safe"
-_KNOWN_PACKAGES = ("keras", "keras_hub", "keras_ring")
+# The table of rules knows all that is in these.
+_KNOWN_PACKAGES = ("keras", "keras_ring")
 
+# The arguments of a call, `(args, kwargs)`; None where they are not known.
+Call = tuple[Any, dict[str, Any]] | None
 
 _WHOLE_ALREADY = Rule(
     (),
@@ -57,19 +68,24 @@ class Finding:
         return f"{what}: {self.rule.why}; {self.rule.instead}"
 
 
-def check(model: Any, world: World) -> None:
+def check(model: Any, world: World, x: Any = None) -> None:
     """Refuse a model with layers that would be wrong on this world.
 
     Args:
         model: the Keras model that is about to run.
         world: where it runs.
+        x: what the model is given, if that is known: arrays, of which only
+            shapes and dtypes count.
 
     Raises:
         ValueError: that names every such layer, why, and the way out.
     """
     if world.sequence_size == 1:
         return
-    found = list(_Walk(world).model(model))
+    walk = _Walk(world)
+    found = list(walk.model(model))
+    if world.layers_see_shards and not _has_graph(model):
+        found = list(walk.tried(model, _call_with(world, model, x), found))
     if world.layers_see_shards:
         refused = [f for f in found if f.rule and f.rule.fatal]
         noted = [f for f in found if f.rule and not f.rule.fatal]
@@ -136,11 +152,12 @@ class _Walk:
                 yield from self._gathered(part, nodes)
             elif nodes:
                 for node in nodes:
+                    call = node.arguments.args, node.arguments.kwargs
                     yield from self._layer(
-                        part, [tuple(t.shape) for t in node.input_tensors]
+                        part, [tuple(t.shape) for t in node.input_tensors], call
                     )
             else:
-                yield from self._layer(part, _inner_shapes(part))
+                yield from self._inner(part)
 
     def _operation(self, part: Any, nodes: Any) -> Iterator[Finding]:
         if _package(part, "keras_ring"):
@@ -166,7 +183,41 @@ class _Walk:
                 if self._sees_shards and not self._is_sequence(tensor.shape):
                     yield Finding(part, tuple(tensor.shape), _WHOLE_ALREADY)
 
-    def _layer(self, layer: Any, shapes: list[Shape]) -> Iterator[Finding]:
+    def tried(
+        self, layer: Any, call: Call, parts: list[Finding]
+    ) -> Iterator[Finding]:
+        """What is known of a layer or model, from a trial where nothing else
+        says it.
+
+        Args:
+            layer: the layer.
+            call: how it is called.
+            parts: what has been found of the layers that it is made of.
+        """
+        wrong = any(f.rule and f.rule.fatal for f in parts)
+        own = getattr(layer, _OWN, False) or _is_known(layer)
+        if wrong or own or not self._sees_shards:
+            yield from parts
+            return
+        verdict = Verdict.UNKNOWN
+        if call is not None:
+            verdict = trial.of(
+                layer, call, lambda tensor: self._is_sequence(tensor.shape)
+            )
+        if verdict is Verdict.BY_POSITION:
+            yield from (found for found in parts if found.rule)
+            return
+        yield from parts
+        if verdict is Verdict.MIXES:
+            yield Finding(layer, None, MIXING)
+        elif looks_like_attention(layer):
+            yield Finding(layer, None, LIKE_ATTENTION)
+        elif not sublayers(layer, recursive=False):
+            yield Finding(layer, None, None)
+
+    def _layer(
+        self, layer: Any, shapes: list[Shape], call: Call
+    ) -> Iterator[Finding]:
         sequences = [s for s in shapes if s is None or self._is_sequence(s)]
         if not sequences or id(layer) in self._seen:
             return
@@ -183,18 +234,22 @@ class _Walk:
         if rules:
             yield from (Finding(layer, sequences[0], rule) for rule in rules)
         elif isinstance(layer, keras.Model):
-            yield from self.model(layer)
+            yield from self.tried(layer, call, list(self.model(layer)))
         elif not isinstance(layer, keras.layers.TimeDistributed):
-            yield from self._parts(layer)
+            parts = sublayers(layer, recursive=False)
+            found = [f for part in parts for f in self._inner(part)]
+            yield from self.tried(layer, call, found)
 
-    def _parts(self, layer: Any) -> Iterator[Finding]:
-        """The layers that a layer is made of."""
-        parts = sublayers(layer, recursive=False)
-        for part in parts:
-            yield from self._layer(part, _inner_shapes(part))
-        known = type(layer).__module__.split(".")[0] in _KNOWN_PACKAGES
-        if isinstance(layer, keras.layers.Lambda) or not (parts or known):
-            yield Finding(layer, None, None)
+    def _inner(self, layer: Any) -> Iterator[Finding]:
+        """A layer of which only the shapes are known that it was built with.
+
+        Lengths are those of a made-up or a first batch there, so the rank
+        decides."""
+        shapes = _built_shapes(layer)
+        opened = {name: _opened(shape) for name, shape in shapes.items()}
+        yield from self._layer(
+            layer, list(opened.values()) or [None], _call_of(opened)
+        )
 
     def _is_sequence(self, shape: Any) -> bool:
         if len(shape) < 2:
@@ -209,33 +264,71 @@ def _package(layer: Any, name: str) -> bool:
     return any(c.__module__.split(".")[0] == name for c in type(layer).__mro__)
 
 
-def _inner_shapes(layer: Any) -> list[Shape]:
-    """The shapes of what a layer inside a layer is given. Lengths are those
-    of a made-up or a first batch there, so the rank decides."""
-    return [
-        s if s is None or len(s) < 3 else (s[0], None, *s[2:])
-        for s in _built_shapes(layer)
-    ]
+def _is_known(layer: Any) -> bool:
+    """Whether the tables say all there is to say about a layer."""
+    if isinstance(layer, keras.layers.Lambda):
+        return False
+    return type(layer).__module__.split(".")[0] in _KNOWN_PACKAGES
 
 
-def _built_shapes(layer: Any) -> list[Shape]:
-    """The shapes that a layer was built with; unknown if it was not."""
+def _has_graph(model: Any) -> bool:
+    return bool(getattr(model, "operations", None))
+
+
+def _opened(shape: Shape) -> Shape:
+    if shape is None or len(shape) < 3:
+        return shape
+    return (shape[0], None, *shape[2:])
+
+
+def _call_with(world: World, model: Any, x: Any) -> Call:
+    """The call of a model with arrays like these."""
+    leaves = tree.flatten(x)
+    if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in leaves):
+        return None
+
+    def symbol(leaf: Any, split: bool) -> keras.KerasTensor:
+        length = (None,) if split else tuple(leaf.shape[1:2])
+        return keras.KerasTensor(
+            (None, *length, *leaf.shape[2:]),
+            keras.backend.standardize_dtype(leaf.dtype),
+        )
+
+    splits = batches.split_batch(world, model, x)
+    return (tree.map_structure(symbol, x, splits),), {}
+
+
+def _call_of(shapes: dict[str, Shape]) -> Call:
+    """The call of a layer that was built with these shapes."""
+    symbols = {}
+    for name, shape in shapes.items():
+        if shape is None or len(shape) < 3:
+            return None
+        symbols[name.removesuffix("_shape")] = keras.KerasTensor(shape)
+    if len(symbols) == 1:
+        return tuple(symbols.values()), {}
+    return ((), symbols) if symbols else None
+
+
+def _built_shapes(layer: Any) -> dict[str, Shape]:
+    """The shapes that a layer was built with, by the names of the arguments
+    of `build`; none if it was not."""
     config = layer.get_build_config() if layer.built else None
     if not config:
-        return [None]
+        return {}
     given = config.get("input_shape") or config.get("shapes_dict")
-    shapes: list[Shape] = []
+    shapes: dict[str, Shape] = {}
 
-    def collect(value: Any) -> None:
+    def collect(name: str, value: Any) -> None:
         if isinstance(value, dict):
-            value = list(value.values())
-        if not isinstance(value, (tuple, list)):
-            return
-        if value and all(v is None or isinstance(v, int) for v in value):
-            shapes.append(tuple(value))
-        else:
-            for part in value:
-                collect(part)
+            for key, part in value.items():
+                collect(str(key), part)
+        elif isinstance(value, (tuple, list)):
+            if value and all(v is None or isinstance(v, int) for v in value):
+                shapes[name] = tuple(value)
+                return
+            for number, part in enumerate(value):
+                collect(f"{name}{number}", part)
 
-    collect(given)
-    return shapes or [None]
+    collect("input", given)
+    return shapes

@@ -58,7 +58,9 @@ def axes_of(value: Any, rank: int | None) -> set[int]:
 
 def _on_sequence_axis(attribute: str) -> Callable[[Any, Shape], bool]:
     def when(layer: Any, shape: Shape) -> bool:
-        value = getattr(layer, attribute)
+        # Layers of the same name in other packages may have none: they work
+        # along the last axis, or a trial shows it.
+        value = getattr(layer, attribute, -1)
         rank = None if shape is None else len(shape)
         return value is None or 1 in axes_of(value, rank)
 
@@ -185,6 +187,34 @@ ACTIVITY_REGULARIZER = Rule(
         getattr(layer, "activity_regularizer", None) is not None
     ),
 )
+
+_OWN_WORK = (
+    f"{GATHERED}, or attend with keras_ring.layers.RingAttention or "
+    "keras_ring.ops.ring_attention; what is right on a shard all the same "
+    "says so by an attribute `sequence_parallel_safe = True`"
+)
+
+MIXING = Rule(
+    (),
+    "tried on a short sequence, it gives other results for the halves of it "
+    "than for the whole: it mixes positions, or counts them from 0",
+    instead=_OWN_WORK,
+)
+
+LIKE_ATTENTION = Rule(
+    (),
+    "it looks like attention, within the shard only",
+    instead=_OWN_WORK,
+)
+
+
+def looks_like_attention(layer: Any) -> bool:
+    """Whether a class that is no table's has the name of attention, or the
+    method in which Keras' attention layers compute it."""
+    return hasattr(layer, "_compute_attention") or any(
+        "attention" in c.__name__.lower() for c in type(layer).__mro__
+    )
+
 
 RULES = (
     Rule(

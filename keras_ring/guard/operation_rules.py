@@ -9,6 +9,8 @@ from typing import Any
 
 import keras
 
+from keras_ring import indexing
+
 Sees = Callable[[Any], bool]
 
 # These add or remove axes: where the sequence ends up is what counts.
@@ -40,7 +42,7 @@ def problem(operation: Any, node: Any, sees_sequence: Sees) -> str | None:
             axis 1.
     """
     inputs = [t for t in node.input_tensors if sees_sequence(t)]
-    if not inputs:
+    if not inputs or indexing.takes_positions(operation, node, sees_sequence):
         return None
     name = type(operation).__name__
     if name in _SPECIAL:

@@ -12,7 +12,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_ring import numerics, random_bits
+from keras_ring import numerics, random_bits, trials
 from keras_ring.masks import (
     Causal,
     Explicit,
@@ -117,6 +117,7 @@ def dense_attention(
         dropout, in the dtype of the query. A row that may attend to nothing
         is zero.
     """
+    trials.refuse()
     dtype = query.dtype
     batch, length, heads, key_dim = ops.shape(query)
     key_length, key_heads = ops.shape(key)[1:3]

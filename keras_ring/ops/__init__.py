@@ -13,6 +13,7 @@ from keras_ring.ops.sequence import (
     own_chunk,
     sequence_positions,
 )
+from keras_ring.ops.take_position import take_position
 
 __all__ = [
     "AttentionResult",
@@ -25,4 +26,5 @@ __all__ = [
     "positional_dropout",
     "ring_attention",
     "sequence_positions",
+    "take_position",
 ]

@@ -1,7 +1,7 @@
 """Operations on a sequence that may be split over devices: the positions of
 the part that the code sees, the whole of it, and the own part again."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 from keras import ops
@@ -13,11 +13,10 @@ from keras_ring import (
     placement,
     strategy,
     tensor_arguments,
+    trials,
 )
 from keras_ring.numerics import accumulation_dtype
-
-if TYPE_CHECKING:
-    from keras_ring.transport import Transport
+from keras_ring.transport import Transport
 
 Tensor = Any
 
@@ -148,13 +147,17 @@ def own_chunk(tensor: Tensor, axis: int = 1) -> Tensor:
     return _chunk(tensor, axis, ring.index(), ring.size)
 
 
-def shard_ring() -> "Transport | None":
+def shard_ring() -> Transport | None:
     """The ring over which the sequence that this code sees is split; None
     where it sees the whole sequence."""
     world = strategy.current()
-    if world is None or not world.inside():
+    tried = trials.place()
+    if tried is not None:
+        ring: Transport = tried
+    elif world is None or not world.inside():
         return None
-    ring = world.ring()
+    else:
+        ring = world.ring()
     return ring if ring.size > 1 else None
 
 
@@ -230,7 +233,7 @@ def _chunk(tensor: Tensor, axis: int, index: Any, size: int) -> Tensor:
     return ops.squeeze(ops.slice(parts, start, own), axis)
 
 
-def _sum_of_own_part(ring: "Transport", grad: Tensor, axis: int) -> Tensor:
+def _sum_of_own_part(ring: Transport, grad: Tensor, axis: int) -> Tensor:
     """Every member's gradient of the own chunk, summed."""
     dtype = keras.backend.standardize_dtype(grad.dtype)
     # What each member of the ring asks of the own part, stacked on axis 0.

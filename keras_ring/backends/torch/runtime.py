@@ -51,6 +51,10 @@ class Distribution(keras.distribution.ModelParallel):
         )
         self.ring_world = ring_world
 
+    def get_data_layout(self, data_shape: Any) -> None:
+        """None: nothing is laid out by its shape."""
+        del data_shape
+
     def get_tensor_layout(self, path: str) -> None:
         """None: no tensor of a layer is laid out anew."""
         del path
