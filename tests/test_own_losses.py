@@ -121,6 +121,10 @@ class Largest(keras.metrics.Metric):
     def result(self):
         return self.value + self.start
 
+    def reset_state(self):
+        self.value.assign(0.0)
+        self.start.assign(1.0)
+
 
 class Ratio(keras.metrics.Mean):
     """A mean that its own code computes."""

@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras import tree
 
 from keras_ring import counting, step
-from keras_ring.backends.tensorflow import gradients
+from keras_ring.backends.tensorflow import gradients, updates
 
 
 def install() -> None:
@@ -77,6 +77,11 @@ def install() -> None:
                     BaseOptimizer,
                     "_backend_apply_gradients",
                     gradients.backend_apply_gradients,
+                ),
+                (
+                    TFOptimizer,
+                    "_distributed_tf_update_step",
+                    updates.distributed_update_step,
                 ),
                 (keras.layers.Layer, "add_loss", _add_loss),
                 (keras.layers.Layer, "_get_own_losses", _own_losses),
