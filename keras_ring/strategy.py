@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
-from keras_ring import arguments, backends, kernels, tensor_arguments
+from keras_ring import arguments, backends, errors, kernels, tensor_arguments
 from keras_ring.placement import Choice
 
 if TYPE_CHECKING:
@@ -206,7 +206,8 @@ class DistributedStrategy:
         def checked(*parts: Any) -> Any:
             return keras.tree.map_structure(_checked_result, function(*parts))
 
-        return self.world.run(checked, list(tensors))
+        with errors.as_raised():
+            return self.world.run(checked, list(tensors))
 
     def summary(self, print_fn: Callable[[str], Any] = print) -> None:
         """Print the mesh, the devices and the kernel that is used.

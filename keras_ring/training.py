@@ -20,6 +20,7 @@ from keras_ring import (
     batches,
     checkpoints,
     counting,
+    errors,
     guard,
     indexing,
     strategy,
@@ -100,7 +101,13 @@ def _under_strategy(method: Callable[..., Any]) -> Callable[..., Any]:
         if world is None:
             return method(self, *args, **kwargs)
         seen = _own_methods(world, self)
-        with world.scope(), _running(world, self), seen:
+        with (
+            errors.as_raised(),
+            world.call(),
+            world.scope(),
+            _running(world, self),
+            seen,
+        ):
             bound = signature.bind(self, *args, **kwargs)
             guard.check(self, world, bound.arguments.get("x"))
             _check_arguments(world, self, bound)

@@ -50,6 +50,11 @@ class World(abc.ABC):
     def scope(self) -> contextlib.AbstractContextManager[None]:
         """Make this world the current one while models are built and used."""
 
+    def call(self) -> contextlib.AbstractContextManager[None]:
+        """Around a call that all devices make; what fails in it leaves the
+        next one possible, or is told to those that wait for it."""
+        return contextlib.nullcontext()
+
     @abc.abstractmethod
     def inside(self) -> bool:
         """Whether the code that runs now sees one shard of the sequence."""

@@ -23,9 +23,9 @@ FRAMEWORKS = ("jax", "tensorflow", "torch")
 # that nothing but the loader stands between it and the code above. A new
 # part needs a line.
 LEAVES = {
-    *("arguments", "backends", "keras_internals", "numerics", "placement"),
-    *("padding", "primitives", "random_bits", "scratch", "transport"),
-    "version",
+    *("arguments", "backends", "errors", "keras_internals", "numerics"),
+    *("padding", "placement", "primitives", "random_bits", "scratch"),
+    *("transport", "version"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "world": {"transport"},
     "strategy": {
-        *("arguments", "backends", "kernels", "placement"),
+        *("arguments", "backends", "errors", "kernels", "placement"),
         *("tensor_arguments", "world"),
     },
     "batches": {"padding", "world"},
@@ -89,6 +89,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "checkpoints",
             "batches",
             "counting",
+            "errors",
             "guard",
             "indexing",
             "keras_internals",
@@ -96,7 +97,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("strategy", "whole_batch", "world"),
     },
     "a backend": {
-        *("batches", "blockwise", "counting", "kernel"),
+        *("batches", "blockwise", "counting", "errors", "kernel"),
         *("keras_internals", "masks", "native"),
         *("numerics", "padding", "step"),
         *("primitives", "random_bits", "scoring", "scratch", "tiling"),

@@ -1,8 +1,10 @@
-"""A peer that dies or hangs ends the run with an error, never a wait."""
+"""A peer that dies, hangs or fails alone ends the run with an error, never a
+wait."""
 
 import os
 import signal
 import time
+import traceback
 
 import keras
 import pytest
@@ -66,3 +68,63 @@ def test_a_lost_peer_is_an_error_in_time(number, earliest, latest):
     assert earliest <= seconds <= latest
     assert "another process has ended, or did not answer" in message
     assert f"timeout={TIMEOUT:g} seconds" in message
+
+
+class Raise(keras.callbacks.Callback):
+    """An error of the user's own, on rank 1."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 1:
+            self.begun = time.monotonic()
+            if os.environ["RANK"] == "1":
+                raise LookupError("of the user's own\n\nin two lines")
+
+
+def fail_alone():
+    """Of a call that fails on rank 1 alone: the seconds, and the error of
+    it and of the next call."""
+    strategy = keras_ring.DistributedStrategy(timeout=60.0)
+    fails = Raise()
+    x, y, _ = batch(8, 8)
+    with strategy.scope():
+        model = language_model("ring")
+        with pytest.raises((RuntimeError, LookupError)) as first:
+            model.fit(x, y, batch_size=2, verbose=0, callbacks=[fails])
+        seconds = time.monotonic() - fails.begun
+        begun = time.monotonic()
+        with pytest.raises(RuntimeError) as second:
+            model.predict(x, verbose=0)
+    again = time.monotonic() - begun
+    lines = "".join(traceback.format_exception(first.value)).splitlines()
+    return (
+        (seconds, again),
+        (type(first.value).__name__, str(first.value), lines[-1]),
+        str(second.value),
+    )
+
+
+def test_the_others_end_at_once_and_name_who_failed():
+    pool = Pool(3)
+    try:
+        pool.send(fail_alone, ())
+        answers = [pool.receive(rank) for rank in range(3)]
+    finally:
+        pool.close()
+    for rank, (succeeded, answer) in enumerate(answers):
+        assert succeeded, answer
+        (seconds, again), (kind, message, last), second = answer
+        # The margin is for a busy machine.
+        assert seconds < 20
+        assert again < 20
+        if rank == 1:
+            assert kind == "LookupError"
+            assert message == "of the user's own\n\nin two lines"
+            assert "not on all of the others alike" in second
+        else:
+            assert kind == "RuntimeError"
+            assert message.startswith("Rank 1 failed alone")
+            assert last == f"RuntimeError: {message}"
+            assert second == message
+        for text in (second, message) if rank != 1 else (second,):
+            assert "Restart all processes" in text
+            assert text.endswith("LookupError: of the user's own in two lines")

@@ -22,7 +22,7 @@ from keras import tree
 
 from keras_ring import random_bits
 from keras_ring.backends.torch import hooks, launch
-from keras_ring.backends.torch.transport import RingTransport, reporting
+from keras_ring.backends.torch.transport import RingTransport
 
 if TYPE_CHECKING:
     from keras_ring.backends.torch.runtime import World
@@ -145,8 +145,8 @@ class Agreement:
             value = variable.value.detach()
             # NCCL sends from GPUs only.
             buffer = value.to(device).contiguous()
-            with reporting(self.world.strategy.timeout):
-                dist.broadcast(buffer, src=0, group=self._group)
+            with self._everyone.reporting:
+                dist.broadcast(buffer, src=0, group=self._everyone.group)
             if buffer is not value:
                 value.copy_(buffer)
 
@@ -181,21 +181,21 @@ class Agreement:
     def from_rank_0(self, own: Any) -> Any:
         """A picklable object as rank 0 has it."""
         box: list[Any] = [pickle.dumps(own) if self.world.rank == 0 else None]
-        with reporting(self.world.strategy.timeout):
-            dist.broadcast_object_list(box, src=0, group=self._group)
+        with self._everyone.reporting:
+            dist.broadcast_object_list(box, src=0, group=self._everyone.group)
         return pickle.loads(box[0])
 
     def from_all(self, own: Any) -> list[Any]:
         """A picklable object as each rank has it."""
         boxes: list[Any] = [None] * self.world.size
-        with reporting(self.world.strategy.timeout):
-            dist.all_gather_object(boxes, own, group=self._group)
+        with self._everyone.reporting:
+            dist.all_gather_object(boxes, own, group=self._everyone.group)
         return boxes
 
     @property
-    def _group(self) -> dist.ProcessGroup:
+    def _everyone(self) -> RingTransport:
         # Asked for only where there are several processes.
-        return cast("RingTransport", self.world.everyone).group
+        return cast("RingTransport", self.world.everyone)
 
 
 def _compare(values: Sequence[Any], rule: str, fix: str) -> None:

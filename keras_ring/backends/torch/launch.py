@@ -1,6 +1,7 @@
 """The processes of a PyTorch program: one per device, as torchrun starts
 them, and the process groups of a mesh."""
 
+import atexit
 import datetime
 import functools
 import os
@@ -11,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from keras_ring.backends.torch import shared_memory
+from keras_ring.backends.torch.failures import Failures
 from keras_ring.backends.torch.shared_memory import SharedMemory
-from keras_ring.backends.torch.transport import RingTransport, reporting
+from keras_ring.backends.torch.transport import Reporting, RingTransport
 from keras_ring.world import LOCAL
 
 if TYPE_CHECKING:
@@ -26,10 +28,19 @@ class Groups(NamedTuple):
     Attributes:
         everyone: all processes of the mesh.
         ring: those that share one sequence with this process.
+        failures: of the processes; None where there is one.
+        resets: how often there had been new groups when these were made.
     """
 
     everyone: "Transport"
     ring: "Transport"
+    failures: Failures | None = None
+    resets: int = 0
+
+    @property
+    def valid(self) -> bool:
+        """Whether these groups have not been replaced."""
+        return self.failures is None or self.failures.resets == self.resets
 
 
 def process_count() -> int:
@@ -137,19 +148,47 @@ def connect(strategy: "DistributedStrategy", mesh: tuple[int, int]) -> Groups:
         torch.cuda.set_device(own)
     kind = "nccl" if cuda else "gloo"
     limit = datetime.timedelta(seconds=strategy.timeout)
-    with reporting(strategy.timeout):
+    with Reporting(strategy.timeout):
         if not dist.is_initialized():
             dist.init_process_group(kind, timeout=limit)
+            atexit.register(_end)
+        failures = _failures(dist.group.WORLD)
         everyone, rings = _process_groups(
             dist.group.WORLD, data_size, sequence_size, limit, kind
         )
     own_ring = rings[rank() // sequence_size]
-    ring: Transport = LOCAL
+    transports = [RingTransport(everyone, strategy.timeout, None, failures)]
     if sequence_size > 1:
-        with reporting(strategy.timeout):
+        with Reporting(strategy.timeout):
             memory = None if cuda else _memory(own_ring)
-        ring = RingTransport(own_ring, strategy.timeout, memory)
-    return Groups(RingTransport(everyone, strategy.timeout), ring)
+        transports.append(
+            RingTransport(own_ring, strategy.timeout, memory, failures)
+        )
+    failures.transports += transports
+    ring = transports[1] if sequence_size > 1 else LOCAL
+    return Groups(transports[0], ring, failures, failures.resets)
+
+
+@functools.cache
+def _failures(default: dist.ProcessGroup) -> Failures:
+    """The failures of the processes of a default group."""
+    del default
+    store = dist.distributed_c10d._get_default_store()
+    # A connection of its own: another thread asks it.
+    store = store.clone() if hasattr(store, "clone") else store
+    return Failures(dist.PrefixStore("keras_ring", store), _forget)
+
+
+def _forget() -> None:
+    """The next strategies have other groups."""
+    _process_groups.cache_clear()
+    _memory.cache_clear()
+
+
+def _end() -> None:
+    """End the default group, if the program has not."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @functools.cache

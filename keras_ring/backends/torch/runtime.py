@@ -112,6 +112,10 @@ class World(world.World):
         finally:
             keras.distribution.set_distribution(None)
 
+    def call(self) -> contextlib.AbstractContextManager[None]:
+        failures = self._connected().failures
+        return contextlib.nullcontext() if failures is None else failures.call()
+
     def inside(self) -> bool:
         return self._depth > 0
 
@@ -159,13 +163,17 @@ class World(world.World):
 
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
         tensors = [keras.ops.convert_to_tensor(t) for t in tensors]
-        with self.scope():
-            own = Step(self, None, (tensors,), ([t.ndim > 1 for t in tensors],))
-            with self.stepping(), step.run(own):
-                results = function(*own.local[0])
-        return tree.map_structure(
-            lambda result: self._joined(result, own.rows, own.lengths), results
-        )
+        with self.call():
+            with self.scope():
+                own = Step(
+                    self, None, (tensors,), ([t.ndim > 1 for t in tensors],)
+                )
+                with self.stepping(), step.run(own):
+                    results = function(*own.local[0])
+            return tree.map_structure(
+                lambda result: self._joined(result, own.rows, own.lengths),
+                results,
+            )
 
     def prepare(self, model: Any) -> None:
         if model.jit_compile:
@@ -224,7 +232,7 @@ class World(world.World):
         return self.unshard(result, result.ndim > 1, rows, lengths)
 
     def _connected(self) -> launch.Groups:
-        if self._groups is None:
+        if self._groups is None or not self._groups.valid:
             self._groups = launch.connect(
                 self.strategy, (self.data_size, self.sequence_size)
             )

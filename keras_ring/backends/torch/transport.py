@@ -3,9 +3,8 @@
 On one machine's CPUs their contents go through `shared_memory`.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ PORTION = {"cpu": 2048, "gpu": 16384}
 
 # Offset of a tensor in a packed buffer, so that any dtype can be viewed there.
 ALIGNMENT = 16
+
+RESTART = "Restart all processes, from a checkpoint if there is one."
 
 # Bytes from which on a message goes through shared memory, if there is any.
 SHARED = 1 << 14
@@ -36,6 +37,7 @@ class RingTransport(Transport):
         group: a process group of its own, made with the same timeout.
         timeout: seconds after which a transfer is given up.
         memory: that all members see, if any.
+        waits: of this process, if somebody looks at them.
     """
 
     eager = True
@@ -45,13 +47,19 @@ class RingTransport(Transport):
         group: dist.ProcessGroup,
         timeout: float,
         memory: SharedMemory | None = None,
+        waits: "Waits | None" = None,
     ):
         self.group = group
-        self.timeout = timeout
+        self.reporting = Reporting(timeout, waits)
         self.memory = memory
         self.size = dist.get_world_size(group)
         on_gpu = dist.get_backend(group) == dist.Backend.NCCL
         self.portion = PORTION["gpu" if on_gpu else "cpu"]
+
+    def close(self) -> None:
+        """Let go of the group and the memory."""
+        del self.group
+        self.memory = None
 
     def index(self) -> int:
         return dist.get_rank(self.group)
@@ -79,7 +87,7 @@ class RingTransport(Transport):
     def all_gather(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         own = _as_bytes(tensor)
         parts = [torch.empty_like(own) for _ in range(self.size)]
-        with reporting(self.timeout):
+        with self.reporting:
             dist.all_gather(parts, own, group=self.group)
         return torch.cat([_from_bytes(p, tensor) for p in parts], axis)
 
@@ -96,7 +104,7 @@ class RingTransport(Transport):
         parts = tensor.chunk(self.size, split_axis)
         sent = torch.stack([_as_bytes(part) for part in parts])
         received = torch.empty_like(sent)
-        with reporting(self.timeout):
+        with self.reporting:
             dist.all_to_all_single(received, sent, group=self.group)
         return torch.cat(
             [_from_bytes(r, parts[0]) for r in received.unbind()], concat_axis
@@ -111,7 +119,7 @@ class RingTransport(Transport):
         total = (
             total.clone() if total.data_ptr() == tensor.data_ptr() else total
         )
-        with reporting(self.timeout):
+        with self.reporting:
             dist.all_reduce(total, group=self.group)
         return total.to(tensor.dtype)
 
@@ -180,7 +188,7 @@ class RingTransport(Transport):
     ) -> list[Any]:
         """Start operations on buffers and members, all at once. Those of one
         tag are received in the order in which they were sent."""
-        with reporting(self.timeout):
+        with self.reporting:
             works: list[Any] = dist.batch_isend_irecv(
                 [
                     dist.P2POp(
@@ -196,26 +204,53 @@ class RingTransport(Transport):
         return works
 
     def _wait(self, works: Sequence[Any]) -> None:
-        with reporting(self.timeout):
+        with self.reporting:
             for work in works:
                 work.wait()
 
 
-@contextlib.contextmanager
-def reporting(timeout: float) -> Iterator[None]:
-    """Say what a failed transfer means to the user."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
+class Waits:
+    """How often this process has begun or ended to wait for the others.
+
+    Attributes:
+        count: odd while it waits.
+    """
+
+    count = 0
+
+    def explain(self, timeout: float, error: RuntimeError) -> str:
+        """What a failed transfer means to the user."""
+        return (
             "A transfer between the processes failed: another process has "
             f"ended, or did not answer within timeout={timeout:g} seconds. "
             "Look at the output of the others for the first error. If none "
             "failed, check that every process runs the same calls (a fit or "
             "predict on one rank alone waits for the others), or raise "
-            "DistributedStrategy(timeout=...). "
-            f"Received: {error}"
-        ) from error
+            f"DistributedStrategy(timeout=...). {RESTART} Received: {error}"
+        )
+
+
+class Reporting:
+    """In here a process waits for others, and says so if they fail.
+
+    Args:
+        timeout: seconds after which it waits no longer.
+        waits: to be counted.
+    """
+
+    def __init__(self, timeout: float, waits: Waits | None = None):
+        self.timeout = timeout
+        self.waits = waits or Waits()
+
+    def __enter__(self) -> None:
+        self.waits.count += 1
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self.waits.count += 1
+        if isinstance(error, RuntimeError):
+            raise RuntimeError(
+                self.waits.explain(self.timeout, error)
+            ) from error
 
 
 class Layout:
