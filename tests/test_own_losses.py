@@ -5,6 +5,9 @@ the value of each and their gradients together.
 """
 
 import functools
+import os
+import re
+import warnings
 
 import keras
 import numpy as np
@@ -240,3 +243,53 @@ def test_any_loss_and_metric_is_that_of_one_device(
     on_devices, mesh, rows, length, evaluate, names
 ):
     on_devices(mesh[0] * mesh[1], check, mesh, rows, length, evaluate, names)
+
+
+def gathered_by(loss):
+    """The shapes of what is gathered in a step with a loss, and the warnings
+    of it."""
+    from keras_ring.backends import load
+
+    transport = load().transport.RingTransport
+    original, shapes = transport.all_gather, []
+
+    def all_gather(self, tensor, axis):
+        shapes.append(tuple(tensor.shape))
+        return original(self, tensor, axis)
+
+    model = model_of([("out", loss, True)])
+    x, y = data(2, 8, [("out", loss, True)])
+    transport.all_gather = all_gather
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                model.train_on_batch(x, y)
+    finally:
+        transport.all_gather = original
+    return shapes, [str(w.message) for w in caught if "gathers" in str(w)]
+
+
+def check_what_is_gathered():
+    with keras_ring.DistributedStrategy(sequence_parallel=2).scope():
+        for loss in ("sparse_categorical_crossentropy", by_position):
+            assert gathered_by(loss) == ([], [])
+        shapes, told = gathered_by(masked_mean)
+    # Predictions (2, 4, 7) and labels (2, 4) of each device.
+    assert (1, 2, 4, CLASSES) in shapes
+    first = int(os.environ.get("RANK", 0)) == 0
+    assert len(told) == int(first)
+    if first:
+        size = 2 * 8 * (CLASSES + 1) * 4
+        assert "masked_mean" in told[0]
+        assert "sequence_parallel_safe = True" in told[0]
+        # Labels may be of 8 bytes; of an open length those of a position.
+        assert re.search(rf"({size}|{size + 64}|\d+) bytes", told[0])
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "jax",
+    reason="on JAX losses see whole tensors, and nothing is gathered by us",
+)
+def test_only_what_is_not_position_wise_is_gathered(on_devices):
+    on_devices(2, check_what_is_gathered)
