@@ -34,6 +34,10 @@ def split_batch(world: World, model: Any, batch: Any) -> Any:
     Returns:
         The structure of `batch` with a bool in place of each leaf (None for
         None).
+
+    Raises:
+        ValueError: for labels or weights of another length than the inputs,
+            where a layer sees a shard.
     """
     parts = batch if isinstance(batch, (tuple, list)) else (batch,)
     x, *rest = parts
@@ -52,7 +56,10 @@ def split_batch(world: World, model: Any, batch: Any) -> Any:
             return False
         if symbol is not None and not _has_length(symbol):
             return False
-        return leaf.shape[1] in lengths or leaf.shape[1] is None
+        splits = leaf.shape[1] in lengths or leaf.shape[1] is None
+        if symbol is not None and not splits:
+            _check_unsplit(world, leaf, lengths)
+        return splits
 
     splits = [splits_x]
     for part in rest:
@@ -148,6 +155,41 @@ def needs_padding(
             sizes |= {min(count, step), count % step} - {0}
     _, lengths = axes(world, batch, split_batch(world, model, tuple(batch)))
     return lengths.padded or any(size % world.data_size for size in sizes)
+
+
+def check_not_empty(parts: dict[str, Any]) -> None:
+    """Refuse in-memory arrays without a row or a position.
+
+    Args:
+        parts: by name, structures of arrays, or None. Of anything that is
+            not made of arrays nothing is known before its batches come.
+
+    Raises:
+        ValueError: naming the shape.
+    """
+    for name, part in parts.items():
+        for leaf in _leaves(part):
+            if 0 in tuple(getattr(leaf, "shape", ()))[:2]:
+                raise ValueError(
+                    "Data that devices share must have a row and a position. "
+                    f"Received: {name} of shape {tuple(leaf.shape)}. Leave "
+                    "the call out where there is nothing to compute."
+                )
+
+
+def _check_unsplit(world: World, leaf: Any, lengths: Collection[Any]) -> None:
+    """Refuse an array that belongs to an output with the sequence and has
+    another length: a part of the output could have that length too."""
+    if not world.layers_see_shards or world.sequence_size == 1:
+        return
+    if leaf.shape[1] == 1 or None in lengths:
+        return
+    raise ValueError(
+        "Labels and sample weights of an output with a sequence must have "
+        "the length of the inputs, or 1. Received: an array of shape "
+        f"{tuple(leaf.shape)} for inputs of length "
+        f"{', '.join(map(str, sorted(lengths)))}. Give every position one."
+    )
 
 
 def _carries_sequence(world: World, leaf: Any, symbol: Any) -> bool:

@@ -142,6 +142,9 @@ def _check_arguments(
 ) -> None:
     """Refuse what would count wrongly before anything runs."""
     given = bound.arguments
+    batches.check_not_empty(
+        {name: given.get(name) for name in ("x", "y", "sample_weight")}
+    )
     if not world.layers_see_shards or "y" not in bound.signature.parameters:
         return  # Nothing is padded there; predictions are trimmed.
     parts = [given.get(name) for name in ("x", "y", "sample_weight")]
