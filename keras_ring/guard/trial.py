@@ -111,20 +111,24 @@ class _Trial:
             tolerance = 5e-2
         if not _same(again, whole, tolerance):
             return Verdict.UNKNOWN  # It draws random numbers.
-        joined = []
+        joined, flat = [], []
         parts = self._calls(2, training)
         for result, *halves in zip(whole, *parts, strict=True):
-            shapes = [one.shape for one in halves]
-            if result.ndim > 1 and 2 * shapes[0][1] == result.shape[1]:
+            if result.ndim and result.shape[0] == _BATCH * LENGTH:
+                # Positions of all samples, one after the other.
+                result, *halves = (_unflattened(r) for r in (result, *halves))
+            flat.append(result)
+            first = halves[0].shape
+            if result.ndim > 1 and 2 * first[1] == result.shape[1]:
                 joined.append(np.concatenate(halves, 1))
-            elif shapes[0] == result.shape:
+            elif first == result.shape:
                 # Without a sequence: both halves must give it.
                 if not _same(halves[1:], halves[:1], tolerance):
                     return Verdict.MIXES
                 joined.append(halves[0])
             else:
                 return Verdict.MIXES
-        if _same(joined, whole, tolerance):
+        if _same(joined, flat, tolerance):
             return Verdict.BY_POSITION
         return Verdict.MIXES
 
@@ -166,6 +170,14 @@ def _part(value: Any, split: bool, start: int, length: int) -> Any:
     return ops.convert_to_tensor(
         value[:, start : start + length] if split else value
     )
+
+
+def _has_nothing_to_build(layer: Any) -> bool:
+    return type(layer).build is keras.layers.Layer.build
+
+
+def _unflattened(result: np.ndarray) -> np.ndarray:
+    return result.reshape(_BATCH, -1, *result.shape[1:])
 
 
 def _has_shape(value: Any) -> bool:
