@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras import tree
 
 
 def sublayers(layer: Any, *, recursive: bool) -> list[Any]:
@@ -128,6 +129,23 @@ def added_losses(model: Any) -> list[str]:
         for layer in (model, *sublayers(model, recursive=True))
         if getattr(layer, "_losses", None)
     ]
+
+
+def compiled_variables(model: Any) -> list[Any]:
+    """The variables of a model's optimizer and of its metrics, also of those
+    metrics that were given to `compile` and that no step has used yet."""
+    compiled = getattr(model, "_compile_metrics", None)
+    given = [
+        getattr(compiled, name, None)
+        for name in ("_user_metrics", "_user_weighted_metrics")
+    ]
+    metrics = [*model.metrics, *tree.flatten(given)]
+    parts = [m for m in metrics if isinstance(m, keras.metrics.Metric)]
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None:
+        parts.append(optimizer)
+    found = {id(v): v for part in parts for v in part.variables}
+    return list(found.values())
 
 
 def automatic_jit(model: Any) -> Any:

@@ -2,11 +2,12 @@
 
 `install()` wraps the public methods of `keras.Model` that run steps. A
 model that was built under a strategy is checked and then handed to Keras'
-own method; every other model goes straight through. How the steps
-themselves are spread over devices is the business of each backend's
-`runtime.py`.
+own method, inside the scope wherever that is called; every other model goes
+straight through. How the steps themselves are spread over devices is the
+business of each backend's `runtime.py`.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from keras_ring import (
     errors,
     guard,
     indexing,
+    scopes,
     strategy,
     whole_batch,
 )
@@ -34,7 +36,8 @@ _MARK = "_keras_ring_wrapped"
 
 def install() -> None:
     """Make `fit`, `evaluate`, `predict` and the `*_on_batch` methods know
-    strategies, and files of models know no backend. Does nothing where it
+    strategies, and files of models know no backend; let layers remember the
+    scope that they were made in, and `compile` use it. Does nothing where it
     has been done; without a strategy the methods are Keras' own."""
     steps = ("fit", "evaluate", "predict")
     on_batch = ("train_on_batch", "test_on_batch", "predict_on_batch")
@@ -43,22 +46,29 @@ def install() -> None:
         "get_compile_config": checkpoints.saved,
         "compile_from_config": checkpoints.loaded,
     }
-    for name, wrap in wrappers.items():
-        method = getattr(keras.Model, name)
+    # Where Keras defines it: models that override it are told by that.
+    trainer = next(c for c in keras.Model.__mro__ if "compile" in vars(c))
+    targets: list[tuple[Any, str, Callable[..., Any]]] = [
+        *((keras.Model, name, wrap) for name, wrap in wrappers.items()),
+        (trainer, "compile", _at_home),
+        (keras.layers.Layer, "__new__", _remembering),
+    ]
+    for owner, name, wrap in targets:
+        method = getattr(owner, name)
         if not getattr(method, _MARK, False):
             wrapped = wrap(method)
             setattr(wrapped, _MARK, True)
-            setattr(keras.Model, name, wrapped)
+            setattr(owner, name, wrapped)
     counting.wrap_once(indexing.targets())
     backends.load().runtime.install()
 
 
 def model_world(model: Any) -> World | None:
     """The world that a model belongs to: the active one, or else the one
-    under which its ring layers were built.
+    under which its ring layers were built, or anything of it was made.
 
     Raises:
-        ValueError: if layers were built under another one than is active.
+        ValueError: if layers were built under another one.
     """
     active = strategy.current()
     built = {
@@ -75,7 +85,9 @@ def model_world(model: Any) -> World | None:
                 f"Received: layers of {len(worlds)} strategies in the model "
                 f"{model.name!r}. Build it anew inside one strategy.scope()."
             )
-        return worlds[0] if worlds else None
+        active = worlds[0] if worlds else _home(model)
+        if active is None:
+            return None
     for layer in built.values():
         if layer._ring_world is not active:
             where = (
@@ -92,6 +104,39 @@ def model_world(model: Any) -> World | None:
     return active
 
 
+def _home(model: Any) -> World | None:
+    """The world that something of a model was made under, or None."""
+    return scopes.home([model, *sublayers(model, recursive=True)])
+
+
+def _remembering(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Layers, and so models, remember the scope that they are made in."""
+
+    @functools.wraps(original)
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        layer = original(cls, *args, **kwargs)
+        scopes.remember(layer, strategy.current())
+        return layer
+
+    return new
+
+
+def _at_home(method: Callable[..., Any]) -> Callable[..., Any]:
+    """What `compile` makes belongs to the scope of the model."""
+
+    @functools.wraps(method)
+    def compile_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        active = strategy.current()
+        if active is not None:
+            scopes.remember(self, active)
+            return method(self, *args, **kwargs)
+        home = _home(self)
+        with contextlib.nullcontext() if home is None else home.scope():
+            return method(self, *args, **kwargs)
+
+    return compile_model
+
+
 def _under_strategy(method: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(method)
 
@@ -100,6 +145,7 @@ def _under_strategy(method: Callable[..., Any]) -> Callable[..., Any]:
         world = model_world(self)
         if world is None:
             return method(self, *args, **kwargs)
+        scopes.remember(self, world)
         seen = _own_methods(world, self)
         with (
             errors.as_raised(),

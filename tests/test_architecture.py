@@ -24,8 +24,8 @@ FRAMEWORKS = ("jax", "tensorflow", "torch")
 # part needs a line.
 LEAVES = {
     *("arguments", "backends", "errors", "keras_internals", "numerics"),
-    *("padding", "placement", "primitives", "random_bits", "scratch"),
-    *("transport", "version"),
+    *("padding", "placement", "primitives", "random_bits", "scopes"),
+    *("scratch", "transport", "version"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
@@ -93,6 +93,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "guard",
             "indexing",
             "keras_internals",
+            "scopes",
         ),
         *("strategy", "whole_batch", "world"),
     },
@@ -100,7 +101,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("batches", "blockwise", "counting", "errors", "kernel"),
         *("keras_internals", "masks", "native"),
         *("numerics", "padding", "step"),
-        *("primitives", "random_bits", "scoring", "scratch", "tiling"),
+        *(
+            "primitives",
+            "random_bits",
+            "scopes",
+            "scoring",
+            "scratch",
+            "tiling",
+        ),
         *("placement", "strategy", "training", "transport", "world"),
     },
 }

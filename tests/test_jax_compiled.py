@@ -82,8 +82,8 @@ def test_hops_are_those_of_the_algorithm(ring_program):
     assert 0 < len(hops) <= 2 + 2 * 2 + 3 * 2
 
 
-def train_step_of_blocks(strategy, batch):
-    """Losses of two steps of three recomputed blocks."""
+def losses_of_blocks(strategy, batches):
+    """Losses of steps of three recomputed blocks."""
     keras.utils.set_random_seed(0)
     with strategy.scope() if strategy else contextlib.nullcontext():
         inputs = x = keras.Input((None, 8))
@@ -93,24 +93,24 @@ def train_step_of_blocks(strategy, batch):
             )(x)
         model = keras.Model(inputs, keras.layers.Dense(1)(x))
         model.compile("sgd", "mse")
-        losses = [model.train_on_batch(*batch) for _ in range(2)]
-    return losses
+        return [model.train_on_batch(*batch) for batch in batches]
 
 
 def test_blocks_that_are_computed_again_split_the_batch_too():
     """The compiler refuses such a program where it asks for the number of a
     device, at some depths."""
     generator = np.random.default_rng(0)
-    batch = (
-        generator.normal(size=(2, 8, 8)).astype("float32"),
-        generator.normal(size=(2, 8, 1)).astype("float32"),
-    )
+    # One that can be split, and one that cannot.
+    batches = [
+        [generator.normal(size=(rows, 8, n)).astype("float32") for n in (8, 1)]
+        for rows in (2, 3)
+    ]
     strategy = keras_ring.DistributedStrategy(
         data_parallel=2, sequence_parallel=4
     )
     np.testing.assert_allclose(
-        train_step_of_blocks(strategy, batch),
-        train_step_of_blocks(None, batch),
+        losses_of_blocks(strategy, batches),
+        losses_of_blocks(None, batches),
         rtol=1e-5,
     )
 

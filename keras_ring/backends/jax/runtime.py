@@ -17,9 +17,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from keras import tree
 
-from keras_ring import batches, numerics, training, world
+from keras_ring import batches, numerics, scopes, training, world
 from keras_ring.backends.jax.transport import RingTransport, at, place
-from keras_ring.keras_internals import in_symbolic_scope, without_values
+from keras_ring.keras_internals import (
+    compiled_variables,
+    in_symbolic_scope,
+    without_values,
+)
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.world import LOCAL
 
@@ -70,22 +74,35 @@ class World(world.World):
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        previous = keras.distribution.distribution()
-        if previous is self.distribution:
-            yield
+        with scopes.entered(self) as outermost:
+            if not outermost:
+                yield
+                return
+            training.install()
+            self.keep()
+            try:
+                yield
+            finally:
+                keras.distribution.set_distribution(None)
+
+    def keep(self) -> None:
+        """Let Keras lay variables out on the mesh; it forgets that when its
+        session is cleared.
+
+        Raises:
+            ValueError: if another distribution of Keras is active.
+        """
+        active = keras.distribution.distribution()
+        if active is self.distribution:
             return
-        training.install()
-        if previous is not None:
+        if active is not None:
             raise ValueError(
-                "Only one distribution can be active at a time. Received: a "
-                f"scope inside the scope of {previous!r}. Leave that scope, "
-                "or call keras.distribution.set_distribution(None), first."
+                "Only one distribution can be active at a time. Received: the "
+                f"distribution {active!r} beside the scope of "
+                f"{self.strategy!r}. Leave one of them, or call "
+                "keras.distribution.set_distribution(None), first."
             )
         keras.distribution.set_distribution(self.distribution)
-        try:
-            yield
-        finally:
-            keras.distribution.set_distribution(None)
 
     def inside(self) -> bool:
         return False
@@ -174,6 +191,10 @@ class World(world.World):
 
     def prepare(self, model: Any) -> None:
         devices = set(self.mesh.devices.flat)
+        for variable in compiled_variables(model):
+            # Made outside the scope: an optimizer, a metric.
+            if set(variable.value.sharding.device_set) != devices:
+                self._take_over(variable)
         for variable in model.variables:
             if set(variable.value.sharding.device_set) != devices:
                 raise ValueError(
@@ -219,6 +240,11 @@ class World(world.World):
             )
 
         return tree.map_structure(place, batch, splits)
+
+    def _take_over(self, variable: Any) -> None:
+        """Lay a variable out on the mesh, and whatever it is assigned."""
+        variable._layout = self.distribution.get_variable_layout(variable)
+        variable.assign(variable.value)
 
     def _padded(self, tensor: jax.Array) -> jax.Array:
         """Zeros, or false, up to a length that the ring can split."""
@@ -273,10 +299,11 @@ def _summed_widely(tensor: jax.Array) -> jax.Array:
 
 def current() -> World | None:
     """The world whose scope is active, or None."""
-    distribution = keras.distribution.distribution()
-    if isinstance(distribution, Distribution):
-        return distribution.ring_world
-    return None
+    active = scopes.active()
+    if not isinstance(active, World):
+        return None
+    active.keep()
+    return active
 
 
 def custom_gradient(
@@ -361,8 +388,9 @@ def install() -> None:
     def get_jax_state(self: Any, *args: Any, **kwargs: Any) -> Any:
         if current() is not None:
             variables = self.variables
-            if self.optimizer is not None:
-                variables = variables + self.optimizer.variables
+            optimizer = getattr(self, "optimizer", None)  # Not compiled.
+            if optimizer is not None:
+                variables = variables + optimizer.variables
             self.__dict__[_DETACHED] = [
                 (variable, variable._value)
                 for variable in (*variables, *self.metrics_variables)

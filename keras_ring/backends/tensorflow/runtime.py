@@ -16,8 +16,8 @@ from typing import Any
 import tensorflow as tf
 from keras import tree
 
-from keras_ring import padding, step, world
-from keras_ring.backends.tensorflow import hooks, native, training
+from keras_ring import padding, scopes, step, world
+from keras_ring.backends.tensorflow import hooks, native, scope, training
 from keras_ring.backends.tensorflow.transport import (
     InstanceKeys,
     RingTransport,
@@ -151,7 +151,7 @@ class World(world.World):
         ):
             yield
             return
-        with self.tf_strategy.scope():
+        with scopes.entered(self), scope.scope_of(self.tf_strategy):
             yield
 
     def inside(self) -> bool:
@@ -381,6 +381,8 @@ def vjp(
 
 
 def install() -> None:
-    """Teach Keras' losses and metrics about the strategy; see `hooks`.
+    """Teach Keras' losses and metrics about the strategy, see `hooks`, and
+    TensorFlow's scope to last, see `scope`.
     `World.prepare` gives each model its steps."""
     hooks.install()
+    scope.install()

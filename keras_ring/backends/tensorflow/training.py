@@ -19,6 +19,8 @@ import tensorflow as tf
 from keras import tree
 
 from keras_ring import batches, counting, padding, random_bits, step
+from keras_ring.backends.tensorflow import scope
+from keras_ring.keras_internals import compiled_variables
 from keras_ring.padding import PaddedAxis
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ _TRANSFER_ERRORS = (
 
 def prepare(world: "World", model: Any) -> None:
     """Give a model the steps of its world."""
+    optimizer = getattr(model, "optimizer", None)
+    scope.take_over(world.tf_strategy, optimizer, compiled_variables(model))
     _check_model(world, model)
     if len(world.devices) > 1:
         _check_compiled(model)
@@ -62,8 +66,7 @@ def _check_model(world: "World", model: Any) -> None:
     outside = [
         variable.path
         for variable in model.variables
-        if getattr(variable.value, "distribute_strategy", None)
-        is not world.tf_strategy
+        if not scope.is_of(world.tf_strategy, variable)
     ]
     if outside:
         raise ValueError(

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import torch
 from keras import tree
 
-from keras_ring import padding, step, training, world
+from keras_ring import padding, scopes, step, training, world
 from keras_ring.backends.torch import agreement, hooks, launch
 from keras_ring.backends.torch.training import Step
 from keras_ring.keras_internals import without_values
@@ -26,38 +25,6 @@ from keras_ring.padding import PaddedAxis
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.transport import Transport
 from keras_ring.world import LOCAL
-
-AXES = ("batch", "seq", "model")
-
-
-class Distribution(keras.distribution.ModelParallel):
-    """The Keras distribution that a `World` sets. To Keras on PyTorch it is
-    only a mark: data and tensors are spread by the world."""
-
-    def __init__(self, ring_world: "World"):
-        mesh = keras.distribution.DeviceMesh(
-            shape=(
-                ring_world.data_size,
-                ring_world.sequence_size,
-                ring_world.strategy.model_parallel,
-            ),
-            axis_names=AXES,
-            devices=np.array(ring_world.devices),
-        )
-        super().__init__(
-            layout_map=keras.distribution.LayoutMap(mesh),
-            batch_dim_name="batch",
-            auto_shard_dataset=False,
-        )
-        self.ring_world = ring_world
-
-    def get_data_layout(self, data_shape: Any) -> None:
-        """None: nothing is laid out by its shape."""
-        del data_shape
-
-    def get_tensor_layout(self, path: str) -> None:
-        """None: no tensor of a layer is laid out anew."""
-        del path
 
 
 class World(world.World):
@@ -80,7 +47,6 @@ class World(world.World):
         self.data_place, self.sequence_index = divmod(
             self.rank, self.sequence_size
         )
-        self.distribution = Distribution(self)
         self.agreement = agreement.Agreement(self)
         self.step: Step | None = None
         self._groups: launch.Groups | None = None
@@ -94,23 +60,20 @@ class World(world.World):
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        previous = keras.distribution.distribution()
-        if previous is self.distribution:
+        with scopes.entered(self) as outermost:
+            if outermost:
+                training.install()
+                self._connected()
+                # Of no use on PyTorch: it would be taken for this one.
+                other = keras.distribution.distribution()
+                if other is not None:
+                    raise ValueError(
+                        "Only one distribution can be active at a time. "
+                        f"Received: the distribution {other!r} beside the "
+                        f"scope of {self.strategy!r}. Leave it, or call "
+                        "keras.distribution.set_distribution(None), first."
+                    )
             yield
-            return
-        training.install()
-        if previous is not None:
-            raise ValueError(
-                "Only one distribution can be active at a time. Received: a "
-                f"scope inside the scope of {previous!r}. Leave that scope, "
-                "or call keras.distribution.set_distribution(None), first."
-            )
-        self._connected()
-        keras.distribution.set_distribution(self.distribution)
-        try:
-            yield
-        finally:
-            keras.distribution.set_distribution(None)
 
     def call(self) -> contextlib.AbstractContextManager[None]:
         failures = self._connected().failures
@@ -241,10 +204,8 @@ class World(world.World):
 
 def current() -> World | None:
     """The world whose scope is active, or None."""
-    distribution = keras.distribution.distribution()
-    if isinstance(distribution, Distribution):
-        return distribution.ring_world
-    return None
+    active = scopes.active()
+    return active if isinstance(active, World) else None
 
 
 def custom_gradient(
