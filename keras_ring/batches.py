@@ -56,10 +56,7 @@ def split_batch(world: World, model: Any, batch: Any) -> Any:
             return False
         if symbol is not None and not _has_length(symbol):
             return False
-        splits = leaf.shape[1] in lengths or leaf.shape[1] is None
-        if symbol is not None and not splits:
-            _check_unsplit(world, leaf, lengths)
-        return splits
+        return leaf.shape[1] in lengths or leaf.shape[1] is None
 
     splits = [splits_x]
     for part in rest:
@@ -175,21 +172,6 @@ def check_not_empty(parts: dict[str, Any]) -> None:
                     f"Received: {name} of shape {tuple(leaf.shape)}. Leave "
                     "the call out where there is nothing to compute."
                 )
-
-
-def _check_unsplit(world: World, leaf: Any, lengths: Collection[Any]) -> None:
-    """Refuse an array that belongs to an output with the sequence and has
-    another length: a part of the output could have that length too."""
-    if not world.layers_see_shards or world.sequence_size == 1:
-        return
-    if leaf.shape[1] == 1 or None in lengths:
-        return
-    raise ValueError(
-        "Labels and sample weights of an output with a sequence must have "
-        "the length of the inputs, or 1. Received: an array of shape "
-        f"{tuple(leaf.shape)} for inputs of length "
-        f"{', '.join(map(str, sorted(lengths)))}. Give every position one."
-    )
 
 
 def _carries_sequence(world: World, leaf: Any, symbol: Any) -> bool:

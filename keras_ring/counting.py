@@ -95,6 +95,7 @@ def loss(original: Function) -> Function:
         if not position_wise.loss(self, y_pred, output.split):
             given = y_true, y_pred, sample_weight
             return whole_batch.loss(original, self, step, output, given)
+        _check_lengths(step, output, y_true, y_pred)
         split = sample_weight is not None and step.carries(
             sample_weight, output, y_pred
         )
@@ -199,6 +200,7 @@ def output_metrics(original: Function) -> Function:
             whole_batch.metrics(others, step, output, given)
         if not own or (not output.split and step.sequence_index > 0):
             return None  # Every member of the ring has it; the first counts.
+        _check_lengths(step, output, y_true, y_pred)
         if output.padded:
             given = step.trimmed(given, output, y_pred, least=0)
         if output.nothing:
@@ -388,6 +390,25 @@ def _check_added_losses(model: Any) -> None:
             f"Received: add_loss in {names}, and a batch or length that the "
             f"devices cannot split equally. {_FIX}"
         )
+
+
+def _check_lengths(
+    step: Step, output: Output, y_true: Any, y_pred: Any
+) -> None:
+    """Refuse labels of another length than an output with the sequence: a
+    part of the output could have that length too."""
+    if not output.split or step.world.sequence_size == 1:
+        return
+    for labels in tree.flatten(y_true):
+        shape = tuple(getattr(labels, "shape", ()))
+        if len(shape) < 2 or shape[1] in (None, 1):
+            continue
+        if not step.carries(labels, output, y_pred):
+            raise ValueError(
+                "Labels of an output with a sequence must have the length of "
+                "the inputs, or 1, unless their loss is given the whole batch. "
+                f"Received: labels of shape {shape}. Give every position one."
+            )
 
 
 def _check_scalar(output: Output | None) -> None:

@@ -73,6 +73,9 @@ class ChunkedCrossEntropy(keras.losses.Loss):
         https://arxiv.org/abs/1604.06174
     """
 
+    # One value for each position; see `keras_ring.position_wise`.
+    sequence_parallel_safe = True
+
     def __init__(
         self,
         head: LanguageModelHead | None = None,
