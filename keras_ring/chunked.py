@@ -59,6 +59,13 @@ def map_chunks(
     )
     world = strategy.current()
     if world is None:
+        if backends.load().runtime.exporting():
+            # Chunks and a gradient of their own do not travel.
+            made = function(*tensors, *shared)
+            return tuple(
+                ops.cast(result, dtype)
+                for result, (_, dtype) in zip(made, results, strict=True)
+            )
         return run(None, *tensors, *shared)
     return world.per_shard(run, list(tensors), shared)
 

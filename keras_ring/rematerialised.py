@@ -32,6 +32,8 @@ def rematerialised(
         gradient.
     """
     runtime = backends.load().runtime
+    if runtime.exporting():
+        return function
 
     def forward(*tensors: Tensor) -> tuple[tuple, tuple]:
         return tuple(function(*tensors)), tensors

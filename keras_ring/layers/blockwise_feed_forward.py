@@ -7,6 +7,7 @@ import keras
 from keras_ring import arguments, random_bits, strategy, tensor_arguments
 from keras_ring.layers import dense_options
 from keras_ring.ops.blockwise_feed_forward import blockwise_feed_forward
+from keras_ring.ops.positional_dropout import positional_dropout
 
 Shape = tuple[int | None, ...]
 Tensor = Any
@@ -22,7 +23,8 @@ class BlockwiseFeedForward(dense_options.DenseOptions, keras.layers.Layer):
     would. But the hidden features, several times as wide as the inputs,
     exist for `chunk_size` positions at a time, forward and backward; what is
     kept for the backward are the inputs alone, and the backward computes the
-    hidden features once more.
+    hidden features once more. (Where Keras has quantized the projections,
+    they exist for all positions at once.)
 
     Args:
         hidden_dim: number of hidden features.
@@ -129,11 +131,13 @@ class BlockwiseFeedForward(dense_options.DenseOptions, keras.layers.Layer):
         seed = None
         if training and self.seed_generator is not None:
             seed = self.seed_generator.next()
+        if self._quantized():
+            return self._of_layers(inputs, seed)
         return blockwise_feed_forward(
             inputs,
-            _kernel(self.up),
-            _kernel(self.down),
-            gate_kernel=None if gate is None else _kernel(gate),
+            self.up.kernel,
+            self.down.kernel,
+            gate_kernel=None if gate is None else gate.kernel,
             up_bias=self.up.bias,
             gate_bias=None if gate is None else gate.bias,
             down_bias=self.down.bias,
@@ -166,10 +170,31 @@ class BlockwiseFeedForward(dense_options.DenseOptions, keras.layers.Layer):
             "seed": self.seed,
         }
 
+    def _quantized(self) -> bool:
+        """Whether a projection has weights that only it can read."""
+        projections = (self.up, self.gate, self.down)
+        return any(
+            layer is not None and layer.quantization_mode is not None
+            for layer in projections
+        )
+
+    def _of_layers(self, inputs: Tensor, seed: Tensor | None) -> Tensor:
+        """The same by the layers that Keras has quantized, for all positions
+        at once."""
+        hidden = self.up(inputs)
+        if self.gate is None:
+            hidden = self.activation(hidden)
+        else:
+            hidden = self.activation(self.gate(inputs)) * hidden
+        if seed is not None:
+            hidden = positional_dropout(hidden, seed, self.dropout)
+        return self.down(hidden)
+
     def _dense(
         self, name: str, units: int, input_shape: Shape
     ) -> keras.layers.Dense:
-        """A built projection, of which this layer reads the weights."""
+        """A built projection, of which this layer reads the weights unless
+        they are quantized."""
         layer = keras.layers.Dense(
             units,
             use_bias=self.use_bias,
@@ -185,14 +210,3 @@ class BlockwiseFeedForward(dense_options.DenseOptions, keras.layers.Layer):
         )
         layer.build(input_shape)
         return layer
-
-
-def _kernel(layer: keras.layers.Dense) -> Any:
-    """The kernel of a projection, what LoRA adds included."""
-    if layer.quantization_mode is not None:
-        raise NotImplementedError(
-            "Quantized projections are not supported in a blockwise "
-            f"feed-forward. Received: the layer {layer.path!r} quantized to "
-            f"{layer.quantization_mode!r}. Leave it out of the quantization."
-        )
-    return layer.kernel

@@ -12,9 +12,10 @@ from keras_ring.layers import attention_arguments, keras_attention
 from keras_ring.layers import attention_limits as limits
 from keras_ring.layers import empty_rows as empty
 from keras_ring.layers.attention_axes import AttentionAxes
-from keras_ring.layers.attention_masks import AttentionMasks, dense_attention
+from keras_ring.layers.attention_masks import AttentionMasks
 from keras_ring.layers.projections import Projections
 from keras_ring.layers.rotary_embedding import RotaryEmbedding, rotary_of
+from keras_ring.ops.dense_attention import dense_attention
 from keras_ring.ops.ring_attention import ring_attention
 from keras_ring.ops.sequence import whole_length
 from keras_ring.scoring import Dropout, Scoring
@@ -465,7 +466,7 @@ class RingAttention(Projections, keras.layers.Layer):
             attention_bias: `(batch, query_length, heads or 1, key_length)`.
 
         Returns:
-            `(out, scores)`, see `dense_attention`.
+            `(out, scores)`, see `ops.dense_attention.Dense`.
         """
         del return_attention_scores
         pairs = None
@@ -488,7 +489,8 @@ class RingAttention(Projections, keras.layers.Layer):
             dropout=dropout,
         )
         sinks = self._sink_logits if self._sinks else None
-        return dense_attention(query, key, value, scoring, sinks)
+        found = dense_attention(query, key, value, scoring, sinks)
+        return found.out, found.scores
 
     def _dropout_seed(self, training: bool | None) -> Tensor | None:
         """The seed of this call, or None where nothing is dropped."""

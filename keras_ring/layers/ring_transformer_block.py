@@ -6,12 +6,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import arguments, random_bits, strategy
+from keras_ring import arguments, backends, random_bits, strategy
 from keras_ring.keras_internals import full_values, mask_of
 from keras_ring.layers import attention_arguments, dense_options
 from keras_ring.layers.blockwise_feed_forward import BlockwiseFeedForward
 from keras_ring.layers.ring_attention import RingAttention
 from keras_ring.layers.rotary_embedding import rotary_of
+from keras_ring.numerics import accumulation_dtype
 from keras_ring.ops.positional_dropout import positional_dropout
 from keras_ring.rematerialised import rematerialised
 
@@ -283,7 +284,12 @@ class RingTransformerBlock(keras.layers.Layer):
         def feed_forward(x: Tensor) -> Tensor:
             return self._drop(self.feed_forward(x), training)
 
-        first, second = self.attention_norm, self.feed_forward_norm
+        def first(x: Tensor) -> Tensor:
+            return _normalised(self.attention_norm, x)
+
+        def second(x: Tensor) -> Tensor:
+            return _normalised(self.feed_forward_norm, x)
+
         x = inputs
         if self.norm_placement == "pre":
             x = ops.add(x, attend(first(x)))
@@ -359,3 +365,20 @@ def _check_tensors(inputs: Any, mask: Any, segment_ids: Any) -> None:
         masks={"mask": mask},
         ids={"segment_ids": segment_ids},
     )
+
+
+def _normalised(norm: keras.layers.Layer, x: Tensor) -> Tensor:
+    """`norm(x)`, in plain operations where a program is exported: those that
+    Keras calls are missing in ONNX."""
+    if not backends.load().runtime.exporting():
+        return norm(x)
+    x = ops.cast(x, accumulation_dtype(norm.compute_dtype))
+    if isinstance(norm, keras.layers.LayerNormalization):
+        x = x - ops.mean(x, axis=-1, keepdims=True)
+    size = ops.mean(ops.square(x), axis=-1, keepdims=True)
+    x = x * ops.rsqrt(size + norm.epsilon)
+    if isinstance(norm, keras.layers.LayerNormalization):
+        x = x * norm.gamma + norm.beta
+    else:
+        x = x * norm.scale
+    return ops.cast(x, norm.compute_dtype)

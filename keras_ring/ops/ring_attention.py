@@ -20,6 +20,7 @@ from keras_ring.attention import Ring
 from keras_ring.masks import Carried, Mask
 from keras_ring.masks.by_position import Before
 from keras_ring.ops import attention_checks as checks
+from keras_ring.ops.dense_attention import dense_attention
 from keras_ring.ops.sequence import true_length, whole_length
 from keras_ring.scoring import Dropout, Scoring
 from keras_ring.world import LOCAL, World
@@ -157,6 +158,10 @@ def ring_attention(
         slopes=slopes,
         dropout=_dropout(dropout, dropout_seed, query, world),
     )
+    if world is None and backends.load().runtime.exporting():
+        # Tiles, loops and a gradient of its own do not travel.
+        whole = dense_attention(query, key, value, scoring, sinks)
+        return AttentionResult(whole.out, whole.lse) if return_lse else whole[0]
     carried = scoring.carried()
     shared = [ops.convert_to_tensor(t) for t in carried.shared]
     function = functools.partial(

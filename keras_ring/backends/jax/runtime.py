@@ -353,6 +353,12 @@ def vjp(
     return list(pull_back(tuple(cotangents)))
 
 
+def exporting() -> bool:
+    """Whether operations are being recorded for a program that cannot have
+    them all; here loops and gradients travel."""
+    return False
+
+
 _DETACHED = "_keras_ring_detached"
 _MARK = "_keras_ring_wrapped"
 

@@ -380,6 +380,12 @@ def vjp(
     return [tf.convert_to_tensor(gradient) for gradient in gradients]
 
 
+def exporting() -> bool:
+    """Whether operations are being recorded for a program that cannot have
+    them all; here loops and gradients travel."""
+    return False
+
+
 def install() -> None:
     """Teach Keras' losses and metrics about the strategy, see `hooks`, and
     TensorFlow's scope to last, see `scope`.

@@ -284,6 +284,14 @@ def vjp(
     ]
 
 
+def exporting() -> bool:
+    """Whether operations are being recorded for a program that runs without
+    Python, such as an ONNX file."""
+    # PyTorch 2.6 does not tell of its newer exporter.
+    newer = getattr(torch.compiler, "is_exporting", bool)
+    return torch.jit.is_tracing() or newer()
+
+
 def _differentiable(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
