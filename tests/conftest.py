@@ -123,6 +123,16 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"{name} needs a GPU: not collected.")
 
 
+# Where TensorFlow rewrites programs as it does those of users.
+REWRITTEN = ("test_tensorflow_", "test_training", "test_lengths")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rewritten(request):
+    own = request.module.__name__.rpartition(".")[2].startswith(REWRITTEN)
+    worlds.rewrite_programs(own or request.config.option.all)
+
+
 @pytest.fixture(scope="session")
 def on_devices():
     """`on_devices(count, function, *arguments)`: run a function where

@@ -15,13 +15,17 @@ from keras_ring import masks
 from tests import differential, reference, rounding, worlds
 
 SEED = 231001889
-PROGRAMS = 20
+# The later ones with `--all` only.
+PROGRAMS = [
+    pytest.param(number, marks=[pytest.mark.extra] if number >= 12 else [])
+    for number in range(20)
+]
 CASES = 15
 
 SIZES = [size for size in (1, 2, 3, 4, 8) if size <= worlds.DEVICES]
 
 
-@pytest.mark.parametrize("number", range(PROGRAMS))
+@pytest.mark.parametrize("number", PROGRAMS)
 def test_random_cases_equal_the_oracle(on_devices, number):
     program = differential.draw_program(SEED, number)
     on_devices(

@@ -110,6 +110,7 @@ def stand_in(monkeypatch):
     return pair
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("known", [True, False], ids=["known", "traced"])
 @pytest.mark.parametrize(
     "name", ["full", "causal-grouped", "wide-values", "causal-later-chunk"]

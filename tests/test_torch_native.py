@@ -1,6 +1,7 @@
 """The C++ attention on PyTorch: what it computes, and when it is taken."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 import warnings
@@ -39,6 +40,12 @@ CASES = {
 }
 
 
+@functools.cache
+def visit_of(name, **options):
+    """Once for all numbers of threads: the oracle takes longer than they."""
+    return Visit(CASES[name], **options)
+
+
 THREADS = {
     "one": (1, True),
     "two": (2, True),
@@ -70,7 +77,7 @@ def threads(request):
     ids=["in-a-ring", "lse-has-a-gradient"],
 )
 def test_visits_are_exact(name, options, threads):
-    Visit(CASES[name], **options).check(TorchNativeKernel(Refusing()))
+    visit_of(name, **options).check(TorchNativeKernel(Refusing()))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
