@@ -1,6 +1,8 @@
 """Losses and metrics by the global count, on lengths and batches that the
 devices cannot split equally, against stock Keras on one device."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import keras_ring
 from tests.test_lengths import check
 
 WIDTH = 6
+BACKEND = keras.backend.backend()
 
 
 def attend(kind, x, other=None, **options):
@@ -84,7 +87,6 @@ def two_outputs(kind):
         layers.Dense(3, name="each")(y),
         layers.Dense(1, name="all", activation="sigmoid")(pooled(kind, y)),
     ]
-    stock = kind == "stock" and keras.backend.backend() == "tensorflow"
     return compiled(
         keras.Model(x, outputs),
         [
@@ -100,7 +102,44 @@ def two_outputs(kind):
         ],
         # Stock Keras weights the loss of an output by the static size of its
         # batch, and counts each batch once where that is not known.
-        run_eagerly=stock,
+        run_eagerly=kind == "stock" and BACKEND == "tensorflow",
+    )
+
+
+def several(kind):
+    """What five of the other models have alone, as outputs of one: each has a
+    loss, metrics, weights of samples and a layer of its own."""
+    x = keras.Input((None, WIDTH))
+    y = attend(kind, layers.Dense(WIDTH, kernel_regularizer="l2")(x))
+    entropy = functools.partial(
+        keras.losses.SparseCategoricalCrossentropy, from_logits=True
+    )
+    losses = {
+        "ignoring": entropy(ignore_class=0),
+        "weighted": entropy(reduction="mean_with_sample_weight"),
+        "summed": entropy(reduction="sum"),
+        "flat": keras.losses.MeanSquaredError(),
+        "pooled": keras.losses.BinaryCrossentropy(),
+    }
+    outputs = [layers.Dense(3, name=name)(y) for name in list(losses)[:3]]
+    flat = layers.Dense(1)(y)
+    outputs += [
+        layers.Lambda(lambda t: t[..., 0], output_shape=(None,), name="flat")(
+            flat
+        ),
+        layers.Dense(1, name="pooled", activation="sigmoid")(pooled(kind, y)),
+    ]
+    return compiled(
+        keras.Model(x, dict(zip(losses, outputs, strict=True))),
+        losses,
+        loss_weights=dict(zip(losses, (1.0, 0.5, 0.1, 1.5, 2.0), strict=True)),
+        metrics={
+            "flat": ["mae"],
+            "pooled": [keras.metrics.TruePositives(name="hits"), "accuracy"],
+        },
+        weighted_metrics={"weighted": ["accuracy"]},
+        # As above.
+        run_eagerly=kind == "stock" and BACKEND == "tensorflow",
     )
 
 
@@ -158,7 +197,7 @@ class Watched(layers.Layer):
 
 
 # Keras itself has no metrics in a layer's call on JAX.
-MEAN = None if keras.backend.backend() == "jax" else keras.metrics.Mean
+MEAN = None if BACKEND == "jax" else keras.metrics.Mean
 
 
 def watched(kind, metric=MEAN):
@@ -175,6 +214,7 @@ def data(kind, rows, length, seed):
     classes = draw.integers(0, 3, (rows, length)).astype("int32")
     weights = draw.random((rows, length)).astype("float32")
     one = draw.integers(0, 2, (rows, 1)).astype("float32")
+    samples = 0.5 + draw.random(rows).astype("float32")
     if kind == "masked":
         tokens = draw.integers(1, 9, (rows, length)).astype("int32")
         for row in range(rows):
@@ -182,6 +222,11 @@ def data(kind, rows, length, seed):
         return tokens, tokens, weights
     if kind == "two_outputs":
         return x, (classes, one)
+    if kind == "several":
+        targets = dict.fromkeys(("ignoring", "weighted", "summed"), classes)
+        targets |= {"flat": weights, "pooled": one}
+        own = dict.fromkeys(targets, weights)
+        return x, targets, own | dict.fromkeys(("flat", "pooled"), samples)
     if kind == "classifier":
         return x, one
     if kind == "flat":
@@ -199,6 +244,7 @@ def data(kind, rows, length, seed):
 
 MODELS = {
     "masked": masked,
+    "several": several,
     "ignoring": ignoring,
     "weighted_mean": weighted_mean,
     "summed": summed,
@@ -211,11 +257,16 @@ MODELS = {
 
 
 def check_model(name, mesh):
-    sizes = [(4, 7), (3, 5), (1, 7)] if mesh[0] > 1 else [(2, 7), (2, 12)]
-    if name == "masked":
+    """On batches of which the devices have unequal shares, and other ones
+    each time."""
+    sizes = [(3, 5), (1, 7)] if mesh[0] > 1 else [(2, 7), (2, 12)]
+    if name == "ignoring" and mesh[0] > 1:
+        # The devices share all samples equally, then not.
+        sizes = [(4, 7), (3, 5), (1, 7)]
+    elif name == "masked":
         # On PyTorch Keras itself scales the weights of the metrics by the
         # loss' mask, another factor in every batch.
-        sizes = sizes[1:2] if mesh[0] > 1 else sizes[:1]
+        sizes = sizes[:1]
     elif name == "two_outputs" and mesh[0] > 1:
         # Twice a batch that needs no padding, of another size.
         sizes = [(4, 7), (2, 5), (1, 7)]
@@ -226,12 +277,27 @@ def check_model(name, mesh):
     # A masked query attends to nothing: zeros here, the mean of all values
     # in stock Keras.
     valid = np.bool_ if name == "masked" else None
-    check(mesh, MODELS[name], batches, valid)
+    # The losses of all batches are compared; of each size of outputs there
+    # would be a program more.
+    check(mesh, MODELS[name], batches, valid, predicted=slice(-1, None))
+
+
+# Each by itself with `--all`.
+INSIDE_SEVERAL = {"ignoring", "weighted_mean", "summed", "two_outputs", "flat"}
 
 
 @pytest.mark.mostly(mesh=(2, 2), every=3)
-@pytest.mark.parametrize("mesh", [(1, 4), (2, 2)], ids=["1x4", "2x2"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mesh", [(1, 3), (2, 2)], ids=["1x3", "2x2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.extra] if name in INSIDE_SEVERAL else [],
+        )
+        for name in MODELS
+    ],
+)
 def test_losses_and_metrics(on_devices, name, mesh):
     on_devices(mesh[0] * mesh[1], check_model, name, mesh)
 
@@ -256,6 +322,6 @@ def check_what_layers_add(mesh):
 
 
 @pytest.mark.mostly(mesh=(2, 2))
-@pytest.mark.parametrize("mesh", [(1, 4), (2, 2)], ids=["1x4", "2x2"])
+@pytest.mark.parametrize("mesh", [(1, 3), (2, 2)], ids=["1x3", "2x2"])
 def test_what_layers_add(on_devices, mesh):
     on_devices(mesh[0] * mesh[1], check_what_layers_add, mesh)
