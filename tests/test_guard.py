@@ -136,6 +136,19 @@ class RMSNormalization(L.Layer):
         return x / size * self.scale
 
 
+class OwnRingAttention(OfOneShape):
+    """Named so, random in training, and right."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = L.Dropout(0.1)
+
+    def call(self, x, training=False):
+        x = x[:, :, None, :]
+        out = kr.ops.ring_attention(x, x, x, mask=kr.masks.Causal())
+        return self.dropout(out[:, :, 0, :], training=training)
+
+
 class Reads(L.Layer):
     """Two tensors, of which one is no sequence, and tensors of its own."""
 
@@ -289,6 +302,7 @@ RIGHT = {
     "frozen-statistics": lambda: L.BatchNormalization(trainable=False),
     "declared": SafeDraws,
     "own": Scale,
+    "own-ring-attention": OwnRingAttention,
     "own-router": lambda: lambda x: Routes()(x)[0],
     "own-lambda": lambda: L.Lambda(lambda x: x * 2.0),
     "own-normalisation": RMSNormalization,
@@ -414,7 +428,7 @@ def test_a_trial_of_several_tensors():
 
 
 def test_a_trial_leaves_nothing_behind():
-    layer = Block(L.Dense(8), L.Dropout(0.5), Mixer())
+    layer = Block(L.Dense(8), Mixer())
     model = model_of(layer)
     before = [ops.convert_to_numpy(w) for w in model.variables]
     with pytest.raises(ValueError, match="gives other results for the halves"):

@@ -11,8 +11,8 @@ L = keras.layers
 BATCH, WIDTH = 4, 8
 LENGTHS = (12, 7)  # One that the ring cannot split.
 
-# Sums of a few dozen products in another order.
-TOLERANCE = 2e-5
+# Sums in another order, magnified by a normalisation over four rows.
+TOLERANCE = 1e-4
 
 
 def normal(*shape, seed=0):
@@ -66,7 +66,9 @@ def run(size):
     alone = classifier()
     strategy = kr.DistributedStrategy(sequence_parallel=size)
     with strategy.scope():
-        model = keras.Model.from_config(classifier().get_config())
+        model = keras.Model.from_config(
+            classifier().get_config(), custom_objects={"Reader": Reader}
+        )
         model.set_weights(alone.get_weights())
     errors = {}
     for length in LENGTHS:

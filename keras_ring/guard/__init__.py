@@ -208,11 +208,14 @@ class _Walk:
             yield from (found for found in parts if found.rule)
             return
         yield from parts
+        inner = sublayers(layer, recursive=True)
         if verdict is Verdict.MIXES:
             yield Finding(layer, None, MIXING)
-        elif looks_like_attention(layer):
+        elif any(_package(part, "keras_ring") for part in inner):
+            return  # It knows the ring, or its parts do.
+        elif verdict is Verdict.UNKNOWN and looks_like_attention(layer):
             yield Finding(layer, None, LIKE_ATTENTION)
-        elif not sublayers(layer, recursive=False):
+        elif not inner or (verdict is Verdict.UNKNOWN and call is not None):
             yield Finding(layer, None, None)
 
     def _layer(
@@ -233,6 +236,8 @@ class _Walk:
         rules = list(rules_for(layer, sequences[0]))
         if rules:
             yield from (Finding(layer, sequences[0], rule) for rule in rules)
+        elif _has_graph(layer):
+            yield from self.model(layer)
         elif isinstance(layer, keras.Model):
             yield from self.tried(layer, call, list(self.model(layer)))
         elif not isinstance(layer, keras.layers.TimeDistributed):
@@ -294,8 +299,11 @@ def _call_with(world: World, model: Any, x: Any) -> Call:
             keras.backend.standardize_dtype(leaf.dtype),
         )
 
-    splits = batches.split_batch(world, model, x)
-    return (tree.map_structure(symbol, x, splits),), {}
+    (splits,) = batches.split_batch(world, model, (x,))
+    try:
+        return (tree.map_structure(symbol, x, splits),), {}
+    except (TypeError, ValueError):  # Of strings and the like.
+        return None
 
 
 def _call_of(shapes: dict[str, Shape]) -> Call:

@@ -40,6 +40,7 @@ class Verdict(enum.Enum):
     """What a trial has found."""
 
     BY_POSITION = "treats every position by itself"
+    OUTSIDE_TRAINING = "does so outside of training, where alone it can tell"
     MIXES = "mixes positions"
     UNKNOWN = "not known"
 
@@ -77,8 +78,11 @@ def _tried(
             warnings.simplefilter("ignore")
             trial = _Trial(layer, arguments, is_sequence)
             found = trial.verdict(training=False)
-            if found is Verdict.BY_POSITION:
-                found = trial.verdict(training=True)
+            if found is not Verdict.BY_POSITION:
+                return found
+            found = trial.verdict(training=True)
+            if found is Verdict.UNKNOWN:
+                return Verdict.OUTSIDE_TRAINING
             return found
     except Exception:  # noqa: BLE001 - any may dislike what is made up
         return Verdict.UNKNOWN
