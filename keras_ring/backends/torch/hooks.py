@@ -315,9 +315,17 @@ def global_seed() -> list[int] | None:
 
 def set_global_seed(seed: list[int]) -> torch.Tensor:
     """Set what `global_seed` tells; gives the state itself."""
+    from keras.src.backend.common import global_state
     from keras.src.random import seed_generator
 
-    state = seed_generator.global_seed_generator().state.value.detach()
+    state = _seed_state()
+    if state is None:
+        # Made with a seed: without one it draws a number of Python's, which
+        # shuffles data, and on one device none is drawn here.
+        made = seed_generator.SeedGenerator(seed=0)
+        name = seed_generator.GLOBAL_SEED_GENERATOR
+        global_state.set_global_attribute(name, made)
+        state = made.state.value.detach()
     return state.copy_(torch.tensor(seed))
 
 
