@@ -15,6 +15,7 @@ from keras import tree
 
 from keras_ring import counting, step
 from keras_ring.backends.tensorflow import gradients, updates
+from keras_ring.keras_internals import sublayers
 
 
 def install() -> None:
@@ -25,6 +26,7 @@ def install() -> None:
     """
     try:
         from keras.src.backend.tensorflow.optimizer import TFOptimizer
+        from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
         from keras.src.losses import loss as loss_module
         from keras.src.optimizers.base_optimizer import BaseOptimizer
         from keras.src.optimizers.loss_scale_optimizer import (
@@ -86,6 +88,11 @@ def install() -> None:
                 (keras.layers.Layer, "add_loss", _add_loss),
                 (keras.layers.Layer, "_get_own_losses", _own_losses),
                 (keras.layers.Layer, "_clear_losses", _clear_losses),
+                (
+                    TensorFlowTrainer,
+                    "_maybe_symbolic_build",
+                    _maybe_symbolic_build,
+                ),
             ]
         )
     except (ImportError, AttributeError) as error:
@@ -138,3 +145,61 @@ def _clear_losses(original: Callable[..., Any]) -> Callable[..., Any]:
             running.added.pop(id(self), None)
 
     return clear_losses
+
+
+def _maybe_symbolic_build(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Infer shapes from what the data are said to be.
+
+    Under a strategy, and only there, Keras draws a first batch for it: the
+    batch is lost if it comes of a generator, and what shuffles draws another
+    order than on one device. It still does so where the shapes of the data
+    are not known and the model is not built.
+    """
+
+    def maybe_symbolic_build(
+        self: Any, iterator: Any = None, data_batch: Any = None
+    ) -> Any:
+        world = getattr(tf.distribute.get_strategy(), "ring_world", None)
+        if world is not None and world.model is not None and data_batch is None:
+            batch = _described(iterator, batches_only=not _built(self))
+            if batch is not None:
+                iterator, data_batch = None, batch
+        return original(self, iterator, data_batch)
+
+    return maybe_symbolic_build
+
+
+def _built(model: Any) -> bool:
+    return all(layer.built for layer in sublayers(model, recursive=True))
+
+
+def _described(iterator: Any, *, batches_only: bool) -> Any:
+    """A batch of symbols, from the specification of a dataset.
+
+    Args:
+        iterator: Keras' iterator of epochs.
+        batches_only: no other axis than that of the batch may be open.
+
+    Returns:
+        None if not enough is known of the shapes.
+    """
+    dataset = getattr(iterator, "_distributed_dataset", None)
+    specification = getattr(dataset, "element_spec", None)
+    if specification is None:
+        return None
+    known = True
+
+    def symbol(spec: Any) -> Any:
+        nonlocal known
+        if spec is None or isinstance(spec, tf.OptionalSpec):
+            return None
+        if not isinstance(spec, tf.TensorSpec) or spec.shape.rank is None:
+            known = False
+            return None
+        shape = tuple(spec.shape)
+        known = known and not (batches_only and None in shape[1:])
+        dtype = keras.backend.standardize_dtype(spec.dtype)
+        return keras.KerasTensor(shape, dtype)
+
+    symbols = tf.nest.map_structure(symbol, specification)
+    return symbols if known else None
