@@ -2,6 +2,7 @@
 
 import functools
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -109,3 +110,114 @@ def test_places_of_a_ring_are_not_taken_for_those_of_one_device(blockwise):
     strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
     for have, want in zip(strategy.run(windowed, *arrays), alone, strict=True):
         np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-5)
+
+
+def language_model(seen, optimizer):
+    """A small model that notes the programs of its replicas."""
+
+    def note(features):
+        world = keras_ring.strategy.current()
+        if world is not None and world.inside():
+            seen.append(tf.compat.v1.get_default_graph())
+        return features
+
+    keras.utils.set_random_seed(0)
+    tokens = keras.Input((None,), dtype="int32")
+    features = keras.layers.Embedding(9, 4)(tokens)
+    features = keras.layers.Activation(note)(features)
+    features = keras_ring.layers.RingAttention(2, 2, causal=True)(features)
+    model = keras.Model(tokens, keras.layers.Dense(9)(features))
+    model.compile(
+        optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    return model
+
+
+def batches(lengths):
+    draw = np.random.default_rng(0)
+    for length in lengths:
+        tokens = draw.integers(0, 9, (2, length)).astype("int32")
+        yield tokens, tokens
+
+
+@pytest.mark.parametrize("placed", [True, False], ids=["placed", "broadcast"])
+def test_lengths_that_vary_share_a_program(placed):
+    """One of all lengths, and one more of those that are padded."""
+    # Equal lengths of a shard, too: of 7 and 8, of 11 and 12.
+    even, odd = (4, 8, 6), (7, 8, 11, 12, 4)
+    alone = language_model([], keras.optimizers.SGD(0.5))
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
+    strategy.world.placed = placed
+    seen = []
+    with strategy.scope():
+        split = language_model(seen, keras.optimizers.SGD(0.5))
+    of_any_length = (tf.TensorSpec((None, None), tf.int32),) * 2
+    for lengths, programs in (even, 1), (odd, 2):
+        for batch in batches(lengths):
+            alone.train_on_batch(*batch)
+        split.fit(
+            tf.data.Dataset.from_generator(
+                functools.partial(batches, lengths),
+                output_signature=of_any_length,
+            ),
+            verbose=0,
+        )
+        assert len(seen) == 2 * programs, "each replica traces each once"
+    for have, want in zip(
+        split.get_weights(), alone.get_weights(), strict=True
+    ):
+        np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_second_length_opens_a_program():
+    """Where nobody says that lengths vary the first is known."""
+    seen = []
+    with keras_ring.DistributedStrategy(sequence_parallel=2).scope():
+        model = language_model(seen, keras.optimizers.SGD(0.5))
+    for batch in batches((4, 4, 8, 6, 7, 9)):
+        model.train_on_batch(*batch)
+    assert len(seen) == 2 * 3
+    seen.clear()
+    for tokens, _ in batches((4, 4, 8, 6, 7, 9)):
+        assert model.predict_on_batch(tokens).shape == (*tokens.shape, 9)
+    assert len(seen) == 2 * 3
+
+
+def test_replicas_share_the_program_of_their_updates():
+    sizes = {}
+    for replicas in 2, 4:
+        seen = []
+        strategy = keras_ring.DistributedStrategy(
+            sequence_parallel=replicas,
+            devices=[f"cpu:{i}" for i in range(replicas)],
+        )
+        with strategy.scope():
+            model = language_model(seen, keras.optimizers.Adam(0.1))
+        (batch,) = batches([8])
+        model.train_on_batch(*batch)
+        program = seen[0]
+        sizes[replicas] = len(program.get_operations())
+        names = [
+            operation.get_attr("f").name
+            for operation in program.get_operations()
+            if operation.type == "StatefulPartitionedCall"
+        ]
+        assert len(names) == replicas
+        assert len(set(names)) == 1
+        (update,) = (
+            function
+            for function in program.as_graph_def().library.function
+            if function.signature.name == names[0]
+        )
+        assert not any(node.device for node in update.node_def)
+        # The update of a weight: one for all replicas.
+        assigned = [
+            node.op for node in update.node_def if node.op.startswith("Assign")
+        ]
+        assert len(assigned) >= 3 * len(model.trainable_variables)
+        local = strategy.world.tf_strategy.experimental_local_results
+        for variable in model.trainable_variables + model.optimizer.variables:
+            first, *others = local(variable.value)
+            for other in others:
+                np.testing.assert_array_equal(other, first)
+    assert sizes[4] <= 2 * sizes[2]

@@ -20,6 +20,7 @@ from keras import tree
 
 from keras_ring import batches, counting, padding, random_bits, step
 from keras_ring.backends.tensorflow import scope
+from keras_ring.backends.tensorflow.open_sizes import OpenSizes, announced
 from keras_ring.keras_internals import compiled_variables
 from keras_ring.padding import PaddedAxis
 
@@ -131,6 +132,7 @@ def _step(world: "World", model: Any, name: str) -> Callable[[Any], Any]:
         )
 
     program = compiled(world, program, model.run_eagerly)
+    seen = OpenSizes(world, getattr(program, "traced", None))
 
     def function(iterator: Any) -> Any:
         logs = None
@@ -143,6 +145,7 @@ def _step(world: "World", model: Any, name: str) -> Callable[[Any], Any]:
                 break
             data, sizes, splits = _cut(world, model, batch)
             counting.check(world, model, padded=sizes != (None, None))
+            seen.trace(data, sizes, splits, announced(iterator))
             logs = program(data, sizes, splits)
         return logs
 
@@ -180,6 +183,10 @@ def _prediction(world: "World", model: Any) -> Callable[..., Any]:
         return world.tf_strategy.run(on_replica, (data, sizes, splits))
 
     program = compiled(world, program, model.run_eagerly)
+    # What all workers gather has known sizes.
+    seen = OpenSizes(
+        world, getattr(program, "traced", None) if world.placed else None
+    )
 
     def predict(batch: Any) -> Any:
         data, sizes, splits = _cut(world, model, batch)
@@ -190,6 +197,7 @@ def _prediction(world: "World", model: Any) -> Callable[..., Any]:
             )
             if split
         ]
+        seen.trace(data, sizes, splits)
         outputs, true = program(data, sizes, splits)
         rows = [world.everyones(value) for value in tree.flatten(outputs)]
         first = tree.pack_sequence_as(outputs, [pieces[0] for pieces in rows])
@@ -240,6 +248,7 @@ def compiled(
                 "and raise the strategy's `timeout` if a step takes longer."
             ) from error
 
+    guarded.traced = program  # type: ignore[attr-defined]
     return guarded
 
 

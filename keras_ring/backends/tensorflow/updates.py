@@ -53,11 +53,14 @@ def on_each_replica(
     """
     programs: list[Any] = []
 
+    def of_one_replica(*arguments: Any) -> None:
+        function(_Copies(strategy), *arguments)
+
     def run(copy: Any, *arguments: Any) -> None:
         replica = len(programs)
         if not programs:
             program = tf.function(
-                lambda *arguments: function(_Copies(strategy), *arguments),
+                of_one_replica,
                 autograph=False,
                 # It stays one operation of the step's program, which would
                 # take several times as long to optimize otherwise.
