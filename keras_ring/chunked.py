@@ -59,7 +59,7 @@ def map_chunks(
     )
     world = strategy.current()
     if world is None:
-        if backends.load().runtime.exporting():
+        if backends.load().runtime.exporting(tensors[0]):
             # Chunks and a gradient of their own do not travel.
             made = function(*tensors, *shared)
             return tuple(

@@ -32,9 +32,6 @@ def rematerialised(
         gradient.
     """
     runtime = backends.load().runtime
-    if runtime.exporting():
-        return function
-
     def forward(*tensors: Tensor) -> tuple[tuple, tuple]:
         return tuple(function(*tensors)), tensors
 
@@ -53,7 +50,13 @@ def rematerialised(
             gradients[place] = gradient
         return tuple(gradients)
 
-    return runtime.custom_gradient(forward, backward)
+    with_gradient = runtime.custom_gradient(forward, backward)
+
+    def computed(*tensors: Tensor) -> tuple[Tensor, ...]:
+        exporting = runtime.exporting(tensors[0])
+        return function(*tensors) if exporting else with_gradient(*tensors)
+
+    return computed
 
 
 def _is_floating(tensor: Tensor) -> bool:

@@ -100,11 +100,6 @@ def test_an_exported_program_of_a_fixed_length(model, tmp_path):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="a program of TensorFlow")
-@pytest.mark.xfail(
-    BACKEND == "jax",
-    reason="the program of JAX for open lengths gives other values",
-    run=False,
-)
 def test_a_saved_model(model, tmp_path):
     tensorflow = pytest.importorskip("tensorflow")
     model.export(tmp_path / "model", "tf_saved_model", verbose=False)

@@ -370,7 +370,7 @@ def _check_tensors(inputs: Any, mask: Any, segment_ids: Any) -> None:
 def _normalised(norm: keras.layers.Layer, x: Tensor) -> Tensor:
     """`norm(x)`, in plain operations where a program is exported: those that
     Keras calls are missing in ONNX."""
-    if not backends.load().runtime.exporting():
+    if not backends.load().runtime.exporting(x):
         return norm(x)
     x = ops.cast(x, accumulation_dtype(norm.compute_dtype))
     if isinstance(norm, keras.layers.LayerNormalization):

@@ -158,7 +158,7 @@ def ring_attention(
         slopes=slopes,
         dropout=_dropout(dropout, dropout_seed, query, world),
     )
-    if world is None and backends.load().runtime.exporting():
+    if world is None and backends.load().runtime.exporting(query):
         # Tiles, loops and a gradient of its own do not travel.
         whole = dense_attention(query, key, value, scoring, sinks)
         return AttentionResult(whole.out, whole.lse) if return_lse else whole[0]

@@ -353,10 +353,11 @@ def vjp(
     return list(pull_back(tuple(cotangents)))
 
 
-def exporting() -> bool:
+def exporting(tensor: Any) -> bool:
     """Whether operations are being recorded for a program that cannot have
-    them all; here loops and gradients travel."""
-    return False
+    them all: for sizes that are left open, of which tiles and loops know
+    nothing."""
+    return not all(isinstance(size, int) for size in tensor.shape)
 
 
 _DETACHED = "_keras_ring_detached"
