@@ -3,8 +3,9 @@
 A batch is `(x, y, sample_weight)`. An array that carries the sequence has it
 on axis 1 and is split over the ring; every array is split over the data
 axis; the others are whole for every member of a ring. What the model says
-decides: an input or output whose length axis is `None` carries the sequence.
-Where the model has no symbolic inputs (a subclassed model), shapes decide.
+decides: an input or output whose length axis is `None` carries the sequence,
+and so does one of fixed length that can be split (`lengths`). Where the model
+has no symbolic inputs (a subclassed model), shapes decide.
 
 Every process sees the same global batch, so the checks come to the same
 result everywhere, before anything is sent.
@@ -17,6 +18,7 @@ from typing import Any
 from keras import tree
 
 from keras_ring import padding
+from keras_ring.lengths import OPEN, Lengths
 from keras_ring.padding import PaddedAxis
 from keras_ring.world import World
 
@@ -42,9 +44,17 @@ def split_batch(world: World, model: Any, batch: Any) -> Any:
     parts = batch if isinstance(batch, (tuple, list)) else (batch,)
     x, *rest = parts
     inputs = _matched(x, getattr(model, "inputs", None))
+    known = world.lengths.get(model, OPEN)
     splits_x = _map(
-        lambda leaf, symbol: _carries_sequence(world, leaf, symbol), x, inputs
+        lambda leaf, symbol: _carries_sequence(world, known, leaf, symbol),
+        x,
+        inputs,
     )
+    if known.opened and getattr(model, "input_spec", None):
+        # A sequential model takes other lengths than its own.
+        for leaf, symbol in zip(_flatten(x), inputs, strict=True):
+            if leaf is not None and symbol is not None:
+                _check_length(leaf, symbol)
     lengths = {
         leaf.shape[1]
         for leaf, split in zip(_leaves(x), _leaves(splits_x), strict=True)
@@ -54,8 +64,10 @@ def split_batch(world: World, model: Any, batch: Any) -> Any:
     def like_output(leaf: Any, symbol: Any) -> bool:
         if len(leaf.shape) < 2 or not lengths:
             return False
-        if symbol is not None and not _has_length(symbol):
+        if symbol is not None and not known.split(symbol):
             return False
+        if symbol is not None and leaf.shape[1] == symbol.shape[1]:
+            return True
         return leaf.shape[1] in lengths or leaf.shape[1] is None
 
     splits = [splits_x]
@@ -68,11 +80,12 @@ def split_batch(world: World, model: Any, batch: Any) -> Any:
 
 
 def split_outputs(
-    model: Any, outputs: Any, local_lengths: Collection[int]
+    world: World, model: Any, outputs: Any, local_lengths: Collection[int]
 ) -> Any:
     """Tell which outputs of a step carry (a shard of) the sequence.
 
     Args:
+        world: the mesh.
         model: the Keras model that gave them.
         outputs: nested structure of leaves with a `shape`.
         local_lengths: lengths of the shards of the inputs, used for a model
@@ -82,12 +95,13 @@ def split_outputs(
         The structure of `outputs` with a bool in place of each leaf.
     """
     symbols = _matched(outputs, getattr(model, "outputs", None))
+    known = world.lengths.get(model, OPEN)
 
     def split(leaf: Any, symbol: Any) -> bool:
         if len(leaf.shape) < 2:
             return False
         if symbol is not None:
-            return _has_length(symbol) and len(local_lengths) > 0
+            return known.split(symbol) and len(local_lengths) > 0
         return leaf.shape[1] in local_lengths
 
     return _map(split, outputs, symbols)
@@ -174,11 +188,13 @@ def check_not_empty(parts: dict[str, Any]) -> None:
                 )
 
 
-def _carries_sequence(world: World, leaf: Any, symbol: Any) -> bool:
+def _carries_sequence(
+    world: World, known: Lengths, leaf: Any, symbol: Any
+) -> bool:
     shape = tuple(leaf.shape)
-    if len(shape) < 2:
+    if len(shape) < 2 or known.whole:
         return False
-    if symbol is not None and _has_length(symbol):
+    if symbol is not None and known.split(symbol):
         return True
     if shape[1] == 1:
         return False
@@ -195,8 +211,17 @@ def _carries_sequence(world: World, leaf: Any, symbol: Any) -> bool:
     )
 
 
-def _has_length(symbol: Any) -> bool:
-    return len(symbol.shape) >= 2 and symbol.shape[1] is None
+def _check_length(leaf: Any, symbol: Any) -> None:
+    """As Keras does, which sees a shard of it only."""
+    have, want = tuple(leaf.shape), tuple(symbol.shape)
+    same = have[1:2] == want[1:2] or None in (*have[1:2], *want[1:2])
+    if len(have) == len(want) and not same:
+        raise ValueError(
+            "An input must have the length that it was declared with. "
+            f"Received: an array of shape {have} for the input "
+            f"{symbol.name!r} of shape {want}. Declare the length as None to "
+            "use several."
+        )
 
 
 def _dtype(leaf: Any) -> str:

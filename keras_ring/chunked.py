@@ -17,7 +17,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import backends, strategy
+from keras_ring import backends, padding, strategy
 from keras_ring.numerics import accumulation_dtype
 
 Tensor = Any
@@ -58,14 +58,14 @@ def map_chunks(
         chunk_size=chunk_size,
     )
     world = strategy.current()
-    if world is None:
-        if backends.load().runtime.exporting(tensors[0]):
-            # Chunks and a gradient of their own do not travel.
-            made = function(*tensors, *shared)
-            return tuple(
-                ops.cast(result, dtype)
-                for result, (_, dtype) in zip(made, results, strict=True)
-            )
+    if world is None and backends.load().runtime.exporting(tensors[0]):
+        # Chunks and a gradient of their own do not travel.
+        made = function(*tensors, *shared)
+        return tuple(
+            ops.cast(result, dtype)
+            for result, (_, dtype) in zip(made, results, strict=True)
+        )
+    if world is None or padding.whole():
         return run(None, *tensors, *shared)
     return world.per_shard(run, list(tensors), shared)
 

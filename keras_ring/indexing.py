@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from keras_ring import strategy
 from keras_ring.keras_internals import calls, indexing_operations
+from keras_ring.lengths import OPEN
 from keras_ring.ops.sequence import shard_ring
 from keras_ring.ops.take_position import take_position
 
@@ -85,14 +87,15 @@ def _take(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _on_shard(operation: Any) -> bool:
-    """Whether an operation is given a shard: in a step, and with an axis 1
-    of unknown size where the model was made."""
-    if shard_ring() is None:
+    """Whether an operation is given a shard: in a step, and with a sequence
+    that is split on axis 1."""
+    world = strategy.current()
+    if world is None or shard_ring() is None:
         return False
+    lengths = OPEN if world.model is None else world.lengths.get(world.model)
     return any(
-        len(shape) > 1 and shape[1] is None
+        (lengths or OPEN).split(node.input_tensors[0])
         for node in calls(operation)
-        for shape in [node.input_tensors[0].shape]
     )
 
 

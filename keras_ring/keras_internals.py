@@ -51,6 +51,42 @@ def indexing_operations() -> tuple[Any, Any]:
     return item, take
 
 
+def nodes_of(model: Any) -> list[tuple[Any, Any]]:
+    """The calls that make a model's outputs of its inputs, in an order in
+    which they can be computed: pairs of a layer or operation and its node.
+
+    Args:
+        model: with symbolic `inputs` and `outputs`.
+    """
+    makers = {
+        id(tensor): (part, node)
+        for part in getattr(model, "operations", None) or model.layers
+        for node in calls(part)
+        for tensor in node.output_tensors
+    }
+    known = {id(tensor) for tensor in model.inputs}
+    found: list[tuple[Any, Any]] = []
+    left = list(model.outputs)
+    while left:
+        tensor = left[-1]
+        part, node = makers.get(id(tensor), (None, None))
+        if id(tensor) in known or node is None:
+            left.pop()
+            continue
+        missing = [
+            other
+            for other in node.input_tensors
+            if id(other) not in known and id(other) in makers
+        ]
+        if missing:
+            left += missing
+            continue
+        left.pop()
+        known.update(id(other) for other in node.output_tensors)
+        found.append((part, node))
+    return found
+
+
 def in_symbolic_scope() -> bool:
     """Whether Keras is only inferring shapes, with made-up lengths; a release
     that does not tell is taken to compute."""

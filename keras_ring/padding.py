@@ -183,15 +183,24 @@ def _scalar(size: Size) -> Any:
     return ops.cast(size, "int32")
 
 
-_AXES: ContextVar[tuple[PaddedAxis, PaddedAxis] | None] = ContextVar(
+_AXES: ContextVar[tuple[PaddedAxis, PaddedAxis, bool] | None] = ContextVar(
     "keras_ring_axes", default=None
 )
 
 
 @contextlib.contextmanager
-def seen(rows: PaddedAxis, lengths: PaddedAxis) -> Iterator[None]:
-    """Code in here sees shards of these sizes."""
-    token = _AXES.set((rows, lengths))
+def seen(
+    rows: PaddedAxis, lengths: PaddedAxis, whole: bool = False
+) -> Iterator[None]:
+    """Code in here sees shards of these sizes.
+
+    Args:
+        rows: the batch axis.
+        lengths: the sequence axis.
+        whole: whether it sees shards of the batch only, and every sequence
+            whole.
+    """
+    token = _AXES.set((rows, lengths, whole))
     try:
         yield
     finally:
@@ -203,10 +212,34 @@ def axes() -> tuple[PaddedAxis, PaddedAxis]:
     found = _AXES.get()
     if found is None:
         raise RuntimeError("No code that sees a shard runs here.")
-    return found
+    return found[:2]
 
 
 def lengths() -> PaddedAxis | None:
     """The sequence axis of what the running code sees, None outside."""
     found = _AXES.get()
     return None if found is None else found[1]
+
+
+def whole() -> bool:
+    """Whether the running code is in a step and sees whole sequences."""
+    found = _AXES.get()
+    return found is not None and found[2]
+
+
+def true_length(length: Size, parts: int) -> Size | None:
+    """How long the sequence is of which attention sees shards, None where
+    they have no padding.
+
+    Args:
+        length: that the running code sees.
+        parts: number of shards.
+    """
+    axis = lengths()
+    if axis is None:
+        return None
+    if not whole():
+        return axis.true(length)
+    # Attention cuts it up itself; see `shards.of_whole`.
+    equal = isinstance(length, int) and length % parts == 0
+    return None if equal else length

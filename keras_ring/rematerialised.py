@@ -32,6 +32,7 @@ def rematerialised(
         gradient.
     """
     runtime = backends.load().runtime
+
     def forward(*tensors: Tensor) -> tuple[tuple, tuple]:
         return tuple(function(*tensors)), tensors
 

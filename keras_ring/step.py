@@ -114,7 +114,9 @@ class Step:
 
     def know_outputs(self, model: Any, outputs: Any) -> None:
         """Remember which outputs of a model carry the sequence."""
-        flags = batches.split_outputs(model, outputs, self.local_lengths)
+        flags = batches.split_outputs(
+            self.world, model, outputs, self.local_lengths
+        )
         for leaf, flag in zip(
             tree.flatten(outputs), tree.flatten(flags), strict=True
         ):
@@ -360,7 +362,9 @@ def run(step: Step) -> Iterator[None]:
     """Code in here runs in a step."""
     token = _RUNNING.set(step)
     try:
-        with padding.seen(step.rows, step.lengths):
+        # A function of the user's own sees what it is given.
+        whole = step.model is not None and not step.local_lengths
+        with padding.seen(step.rows, step.lengths, whole):
             yield
     finally:
         _RUNNING.reset(token)

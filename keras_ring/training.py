@@ -8,6 +8,7 @@ business of each backend's `runtime.py`.
 """
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
+from keras import tree
 
 from keras_ring import (
     backends,
@@ -155,7 +157,9 @@ def _under_strategy(method: Callable[..., Any]) -> Callable[..., Any]:
             seen,
         ):
             bound = signature.bind(self, *args, **kwargs)
-            guard.check(self, world, bound.arguments.get("x"))
+            known = self in world.lengths or built(self)
+            if known or not world.layers_see_shards:
+                check(world, self, bound.arguments.get("x"))
             _check_arguments(world, self, bound)
             world.prepare(self)
             try:
@@ -166,14 +170,86 @@ def _under_strategy(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def check(world: World, model: Any, x: Any = None) -> None:
+    """Refuse a model that would be wrong in a step of a world, and find out
+    which of its lengths are split; for a model that is built.
+
+    Args:
+        world: whose step it is.
+        model: that is about to run it.
+        x: what the model is given, if that is known.
+    """
+    fixed = world.fixed_lengths.get(model)
+    if fixed is None and world.layers_see_shards and world.sequence_size > 1:
+        fixed = guard.fixed_lengths.find(model)
+        world.fixed_lengths[model] = fixed
+    world.lengths[model] = guard.check(model, world, fixed, x)
+    if fixed is not None and not world.lengths[model].whole:
+        for part in fixed.models:
+            _open_inputs(world, part, fixed.opened)
+
+
+def ready(world: World, model: Any, batch: Any) -> None:
+    """Before a step on shards: build a model that is not built yet, of whole
+    sequences, and check it.
+
+    Args:
+        world: whose step it is.
+        model: that is about to run it.
+        batch: the whole batch, `x`, `(x,)`, `(x, y)` or `(x, y,
+            sample_weight)`.
+    """
+    if model in world.lengths:
+        return
+    x = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if not built(model):
+        model(tree.map_structure(_symbol, x))
+    check(world, model, x)
+
+
+def built(model: Any) -> bool:
+    """Whether a model has all of its variables."""
+    if getattr(model, "outputs", None):
+        return True  # It has a graph.
+    layers = [model, *sublayers(model, recursive=True)]
+    return all(layer.built for layer in layers)
+
+
+def _symbol(leaf: Any) -> Any:
+    if leaf is None:
+        return None
+    dtype = keras.backend.standardize_dtype(leaf.dtype)
+    return keras.KerasTensor(tuple(leaf.shape), dtype)
+
+
+def _open_inputs(world: World, model: Any, opened: Any) -> None:
+    """Let a model with a graph take shards of its fixed lengths. Its inputs
+    are checked by `batches` meanwhile."""
+    specs = model.input_spec
+    if not isinstance(specs, list):
+        return
+    # By shape: the specifications of a dictionary have another order.
+    shapes = {tuple(s.shape)[1:] for s in model.inputs if id(s) in opened}
+    changed = [copy.copy(spec) for spec in specs]
+    for spec in changed:
+        if spec.shape is not None and tuple(spec.shape)[1:] in shapes:
+            spec.shape = (spec.shape[0], None, *spec.shape[2:])
+    world.closed_inputs.append((model, specs))
+    model.input_spec = changed
+
+
 @contextmanager
 def _running(world: World, model: Any) -> Iterator[None]:
     """Name the model whose steps run; calls can nest (validation)."""
     previous, world.model = world.model, model
+    closed = len(world.closed_inputs)
     try:
         yield
     finally:
         world.model = previous
+        while len(world.closed_inputs) > closed:
+            part, specs = world.closed_inputs.pop()
+            part.input_spec = specs
 
 
 def _own_methods(world: World, model: Any) -> AbstractContextManager[None]:

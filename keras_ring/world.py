@@ -15,9 +15,11 @@ is given, whole, on one device.
 import abc
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from keras_ring.lengths import Lengths
 from keras_ring.transport import LocalTransport, Transport
 
 if TYPE_CHECKING:
@@ -45,6 +47,23 @@ class World(abc.ABC):
     sequence_size: int
     # The model whose fit, evaluate or predict runs now; see `training`.
     model: Any = None
+
+    @functools.cached_property
+    def lengths(self) -> weakref.WeakKeyDictionary[Any, Lengths]:
+        """What is known of the lengths of each model; see `training`."""
+        return weakref.WeakKeyDictionary()
+
+    @functools.cached_property
+    def fixed_lengths(self) -> weakref.WeakKeyDictionary[Any, Any]:
+        """What the guard has found out of the fixed ones, which does not
+        change."""
+        return weakref.WeakKeyDictionary()
+
+    @functools.cached_property
+    def closed_inputs(self) -> list[tuple[Any, Any]]:
+        """Models whose inputs are open while steps run, and what they check
+        of their inputs otherwise."""
+        return []
 
     @abc.abstractmethod
     def scope(self) -> contextlib.AbstractContextManager[None]:

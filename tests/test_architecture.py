@@ -23,9 +23,9 @@ FRAMEWORKS = ("jax", "tensorflow", "torch")
 # that nothing but the loader stands between it and the code above. A new
 # part needs a line.
 LEAVES = {
-    *("arguments", "backends", "errors", "keras_internals", "numerics"),
-    *("padding", "placement", "primitives", "random_bits", "scopes"),
-    *("scratch", "transport", "version"),
+    *("arguments", "backends", "errors", "keras_internals", "lengths"),
+    *("numerics", "padding", "placement", "primitives", "random_bits"),
+    *("scopes", "scratch", "transport", "version"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
@@ -45,12 +45,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {
         *("backends", "config", "masks", "numerics", "scoring", "tiling"),
     },
-    "world": {"transport"},
+    "world": {"lengths", "transport"},
     "strategy": {
         *("arguments", "backends", "errors", "kernels", "placement"),
         *("tensor_arguments", "world"),
     },
-    "batches": {"padding", "world"},
+    "batches": {"lengths", "padding", "world"},
     "step": {"batches", "keras_internals", "padding", "world"},
     "position_wise": set(),
     "whole_batch": {
@@ -59,12 +59,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "counting": {
         *("keras_internals", "position_wise", "step", "whole_batch", "world"),
     },
-    "chunked": {"backends", "numerics", "strategy"},
+    "chunked": {"backends", "numerics", "padding", "strategy"},
+    "shards": {"backends", "numerics", "padding", "transport"},
     "rematerialised": {"backends"},
     "ops": {
         *("arguments", "attention", "backends", "balance", "chunked"),
         *("kernels", "masks", "numerics", "padding", "placement"),
-        *("random_bits", "scoring", "strategy", "tensor_arguments"),
+        *("random_bits", "scoring", "shards", "strategy", "tensor_arguments"),
         *("transport", "trials", "world"),
     },
     "layers": {
@@ -77,10 +78,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("ops", "placement", "strategy", "tensor_arguments", "world"),
     },
     "trials": {"transport"},
-    "indexing": {"keras_internals", "ops"},
+    "indexing": {"keras_internals", "lengths", "ops", "strategy"},
     "guard": {
-        *("batches", "indexing", "keras_internals", "layers", "ops"),
-        *("strategy", "trials", "world"),
+        *("batches", "indexing", "keras_internals", "layers", "lengths"),
+        *("ops", "strategy", "trials", "world"),
     },
     "checkpoints": {"keras_internals", "strategy"},
     "training": {
@@ -101,15 +102,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("batches", "blockwise", "counting", "errors", "kernel"),
         *("keras_internals", "masks", "native"),
         *("numerics", "padding", "step"),
-        *(
-            "primitives",
-            "random_bits",
-            "scopes",
-            "scoring",
-            "scratch",
-            "tiling",
-        ),
-        *("placement", "strategy", "training", "transport", "world"),
+        *("primitives", "random_bits", "scopes", "scoring", "scratch"),
+        *("tiling", "placement", "shards", "strategy", "training"),
+        *("transport", "world"),
     },
 }
 # The facade names everything.

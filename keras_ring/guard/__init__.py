@@ -4,7 +4,9 @@ Where a layer sees its shard only, one that mixes positions and does not
 know about the ring computes something else than on one device. `check` finds
 such layers before anything runs and refuses them by name, with the way out.
 Only what is given a sequence matters: in a functional model these are the
-tensors whose axis 1 has no fixed size.
+tensors whose axis 1 has no fixed size, or one that can be split all the same
+(`fixed_lengths`). Where a fixed length cannot be split the model is not
+refused: every member of a ring then sees whole sequences.
 
 What stands in no table is tried (`trial`): it is refused if it is shown to
 mix positions, and is right if it is shown not to. A layer of one's own that
@@ -21,7 +23,7 @@ import keras
 from keras import tree
 
 from keras_ring import batches
-from keras_ring.guard import operation_rules, trial
+from keras_ring.guard import fixed_lengths, operation_rules, trial
 from keras_ring.guard.layer_rules import (
     ACTIVITY_REGULARIZER,
     GATHERED,
@@ -35,6 +37,7 @@ from keras_ring.guard.layer_rules import (
 from keras_ring.guard.trial import Verdict
 from keras_ring.keras_internals import calls, sublayers
 from keras_ring.layers.gathered import Gathered
+from keras_ring.lengths import OPEN, Lengths
 from keras_ring.world import World
 
 _OWN = "sequence_parallel_safe"
@@ -65,28 +68,55 @@ class Finding:
         what = f"{type(self.part).__name__} (name={self.part.name!r})"
         if self.rule is None:
             return what
-        return f"{what}: {self.rule.why}; {self.rule.instead}"
+        return f"{what}: {self.rule.why}; {self.rule.instead}".removesuffix(
+            "; "
+        )
 
 
-def check(model: Any, world: World, x: Any = None) -> None:
+def check(
+    model: Any,
+    world: World,
+    fixed: fixed_lengths.Found | None = None,
+    x: Any = None,
+) -> Lengths:
     """Refuse a model with layers that would be wrong on this world.
 
     Args:
         model: the Keras model that is about to run.
         world: where it runs.
+        fixed: what the fixed lengths of the model are, if that is known.
         x: what the model is given, if that is known: arrays, of which only
             shapes and dtypes count.
+
+    Returns:
+        Which lengths are split.
 
     Raises:
         ValueError: that names every such layer, why, and the way out.
     """
     if world.sequence_size == 1:
-        return
-    walk = _Walk(world)
+        return OPEN
+    lengths = OPEN
+    if world.layers_see_shards:
+        fixed = fixed or fixed_lengths.find(model)
+        if fixed.concerned:
+            lengths = Lengths(fixed.opened)
+    walk = _Walk(world, lengths)
     found = list(walk.model(model))
     if world.layers_see_shards and not _has_graph(model):
         found = list(walk.tried(model, _call_with(world, model, x), found))
     if world.layers_see_shards:
+        if fixed and (fixed.concerned or _takes_images(model)):
+            against = _against(fixed, found)
+            _warn(
+                "Every device of a ring holds whole sequences of the model "
+                f"{model.name!r} outside of attention, because it has fixed "
+                "lengths and these cannot be split; the result is right. "
+                f"What mixes positions can be split if you {GATHERED}",
+                against,
+            )
+            if against:
+                return Lengths(whole=True)
         refused = [f for f in found if f.rule and f.rule.fatal]
         noted = [f for f in found if f.rule and not f.rule.fatal]
         reason = (
@@ -123,6 +153,26 @@ def check(model: Any, world: World, x: Any = None) -> None:
             f"Under this strategy {reason}. Received: the model "
             f"{model.name!r} with{_listed(refused)}"
         )
+    return lengths
+
+
+def _against(fixed: fixed_lengths.Found, found: list[Finding]) -> list[Finding]:
+    """What keeps fixed lengths from being split."""
+    inferred = [
+        Finding(part, None, Rule((), why, instead=""))
+        for part, why in fixed.problems
+    ]
+    known = {id(finding.part) for finding in found}
+    return [f for f in found if f.rule is None or f.rule.fatal] + [
+        f for f in inferred if id(f.part) not in known
+    ]
+
+
+def _takes_images(model: Any) -> bool:
+    """Whether a model without a graph is given more axes than a sequence of
+    features has. Where its layers mix them, axis 1 is no sequence yet."""
+    shapes = [] if getattr(model, "outputs", None) else _built_shapes(model)
+    return any(shape is not None and len(shape) > 3 for shape in shapes)
 
 
 def _warn(message: str, found: list[Finding]) -> None:
@@ -138,8 +188,9 @@ def _listed(found: Iterable[Finding]) -> str:
 class _Walk:
     """Goes through the layers of a model that are given a sequence."""
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, lengths: Lengths):
         self._sees_shards = world.layers_see_shards
+        self._lengths = lengths
         self._seen: set[int] = set()
 
     def model(self, model: Any) -> Iterator[Finding]:
@@ -154,7 +205,9 @@ class _Walk:
                 for node in nodes:
                     call = node.arguments.args, node.arguments.kwargs
                     yield from self._layer(
-                        part, [tuple(t.shape) for t in node.input_tensors], call
+                        part,
+                        [self._lengths.shape(t) for t in node.input_tensors],
+                        call,
                     )
             else:
                 yield from self._inner(part)
@@ -164,7 +217,9 @@ class _Walk:
             return
         for node in nodes:
             why = operation_rules.problem(
-                part, node, lambda tensor: self._is_sequence(tensor.shape)
+                part,
+                node,
+                lambda tensor: self._is_sequence(self._lengths.shape(tensor)),
             )
             if why:
                 rule = Rule(
@@ -180,8 +235,9 @@ class _Walk:
         """What is whole already must not be gathered once more."""
         for node in nodes:
             for tensor in node.input_tensors:
-                if self._sees_shards and not self._is_sequence(tensor.shape):
-                    yield Finding(part, tuple(tensor.shape), _WHOLE_ALREADY)
+                shape = self._lengths.shape(tensor)
+                if self._sees_shards and not self._is_sequence(shape):
+                    yield Finding(part, shape, _WHOLE_ALREADY)
 
     def tried(
         self, layer: Any, call: Call, parts: list[Finding]
@@ -202,7 +258,9 @@ class _Walk:
         verdict = Verdict.UNKNOWN
         if call is not None:
             verdict = trial.of(
-                layer, call, lambda tensor: self._is_sequence(tensor.shape)
+                layer,
+                call,
+                lambda tensor: self._is_sequence(self._lengths.shape(tensor)),
             )
         if verdict is Verdict.BY_POSITION:
             yield from (found for found in parts if found.rule)

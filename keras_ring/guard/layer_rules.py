@@ -249,7 +249,14 @@ RULES = (
     Rule(
         ("BatchNormalization",),
         "its statistics are those of the shard",
-        lambda layer, shape: layer.trainable,
+        lambda layer, shape: (
+            layer.trainable or _on_sequence_axis("axis")(layer, shape)
+        ),
+    ),
+    Rule(
+        ("PReLU",),
+        "it has slopes of its own for each position",
+        lambda layer, shape: 1 not in (layer.shared_axes or ()),
     ),
     Rule(("GroupNormalization",), "its statistics are those of the shard"),
     Rule(

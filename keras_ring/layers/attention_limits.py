@@ -70,26 +70,3 @@ def check_ring(axes: AttentionAxes, scores: bool, overridden: bool) -> None:
             f"of inputs of rank {axes.rank}. Set attention_axes=1, or flatten "
             "the axes into one sequence before the layer."
         )
-
-
-def check_open_lengths(*inputs: Any) -> None:
-    """Refuse a symbolic input with a fixed sequence length, where a step
-    sees a part of it.
-
-    Args:
-        *inputs: `keras.KerasTensor`s `(batch, length, ...)`.
-    """
-    world = strategy.current()
-    if world is None or not world.layers_see_shards:
-        return
-    if world.sequence_size == 1:
-        return
-    for tensor in inputs:
-        if tensor.shape[1] is not None:
-            raise ValueError(
-                "The sequence length of a model must be left open under a "
-                "strategy, because every device sees a part of the sequence. "
-                f"Received: an input of shape {tuple(tensor.shape)}, "
-                f"sequence_parallel={world.sequence_size}. Use "
-                "keras.Input((None, ...))."
-            )

@@ -84,7 +84,7 @@ class Gathered(keras.layers.Wrapper):
         self.supports_masking = True
         self._gather = _Gather(name="gather", autocast=False)
         self._keep = _Keep(name="keep", autocast=False)
-        self._splits = _Remembered()
+        self._known_splits = _Remembered()
 
     def build(self, input_shape: Any = None) -> None:
         self._ring_world = strategy.current()
@@ -105,9 +105,7 @@ class Gathered(keras.layers.Wrapper):
             results = self.layer(*arguments, **kwargs)
         if not sees_shard:
             return tree.map_structure(self._gather, results)
-        splits = self._splits(
-            (arguments, kwargs), lambda: self._split(arguments, kwargs)
-        )
+        splits = self.splits(arguments, kwargs)
         flat = [
             self._keep(result) if split else result
             for result, split in zip(tree.flatten(results), splits, strict=True)
@@ -134,11 +132,22 @@ class Gathered(keras.layers.Wrapper):
                 return self.layer(*arguments, **kwargs)
             return self.layer.compute_output_spec(*arguments, **kwargs)
 
+    def splits(
+        self, arguments: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[bool]:
+        """Which results have the sequence on axis 1, for tensors or symbolic
+        tensors."""
+        return list(
+            self._known_splits(
+                (arguments, kwargs), lambda: self._split(arguments, kwargs)
+            )
+        )
+
     def _split(
         self, arguments: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[bool]:
-        """Which results have the sequence on axis 1: those whose axis 1 is
-        of unknown size when the length of the inputs is."""
+        """Those whose axis 1 is of unknown size when the length of the inputs
+        is."""
         lengthless = tree.map_structure(
             lambda value: _symbol(value, any_length=True), (arguments, kwargs)
         )

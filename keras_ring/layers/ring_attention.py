@@ -642,7 +642,6 @@ class RingAttention(Projections, keras.layers.Layer):
             return_attention_scores,
             use_causal_mask,
         )
-        limits.check_open_lengths(query, value, key)
         output = keras.KerasTensor(
             self.compute_output_shape(query.shape, value.shape, key.shape),
             dtype=self.compute_dtype,

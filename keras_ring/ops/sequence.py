@@ -11,11 +11,11 @@ from keras_ring import (
     backends,
     padding,
     placement,
+    shards,
     strategy,
     tensor_arguments,
     trials,
 )
-from keras_ring.numerics import accumulation_dtype
 from keras_ring.transport import Transport
 
 Tensor = Any
@@ -96,31 +96,8 @@ def gather_sequence(tensor: Tensor, axis: int = 1) -> Tensor:
     ring = shard_ring()
     if ring is None:
         return _unsplit(tensor)
-    local = ops.shape(tensor)[axis]
-    true = true_length(local)
-
-    def whole(shard):
-        every = ring.all_gather(shard, axis)
-        return every if true is None else padding.trim(every, axis, true)
-
-    if "float" not in keras.backend.standardize_dtype(tensor.dtype):
-        return whole(tensor)
-
-    def forward(shard):
-        return (whole(shard),), ()
-
-    def backward(residuals, grad):
-        del residuals
-        if true is not None:
-            shape = list(ops.shape(grad))
-            shape[axis] = local * ring.size - shape[axis]
-            grad = ops.concatenate(
-                [grad, ops.zeros(shape, dtype=grad.dtype)], axis
-            )
-        return (_sum_of_own_part(ring, grad, axis),)
-
-    custom_gradient = backends.load().runtime.custom_gradient
-    return custom_gradient(forward, backward)(tensor)[0]
+    true = true_length(ops.shape(tensor)[axis])
+    return shards.gather(ring, tensor, axis, true)
 
 
 def own_chunk(tensor: Tensor, axis: int = 1) -> Tensor:
@@ -144,7 +121,9 @@ def own_chunk(tensor: Tensor, axis: int = 1) -> Tensor:
     ring = shard_ring()
     if ring is None:
         return tensor
-    return _chunk(tensor, axis, ring.index(), ring.size)
+    axes = padding.lengths()
+    length = None if axes is None else axes.add(ops.shape(tensor)[axis])
+    return shards.own_part(ring, tensor, axis, length)
 
 
 def shard_ring() -> Transport | None:
@@ -154,7 +133,7 @@ def shard_ring() -> Transport | None:
     tried = trials.place()
     if tried is not None:
         ring: Transport = tried
-    elif world is None or not world.inside():
+    elif world is None or not world.inside() or padding.whole():
         return None
     else:
         ring = world.ring()
@@ -212,36 +191,6 @@ def _unsplit(tensor: Tensor) -> Tensor:
         axes[0] = distribution.batch_dim_name
     layout = keras.distribution.TensorLayout(axes, distribution.device_mesh)
     return keras.distribution.distribute_tensor(tensor, layout)
-
-
-def _chunk(tensor: Tensor, axis: int, index: Any, size: int) -> Tensor:
-    shape = list(ops.shape(tensor))
-    axes = padding.lengths()
-    length = -(-shape[axis] // size) if axes is None else axes.add(shape[axis])
-    missing = length * size - shape[axis]
-    if not isinstance(missing, int) or missing:
-        last = ops.take(tensor, [shape[axis] - 1], axis=axis)
-        copies = list(shape)
-        copies[axis] = missing
-        tensor = ops.concatenate([tensor, ops.broadcast_to(last, copies)], axis)
-    parts = ops.reshape(
-        tensor, [*shape[:axis], size, length, *shape[axis + 1 :]]
-    )
-    start = [0] * len(parts.shape)
-    start[axis] = index
-    own = [*shape[:axis], 1, length, *shape[axis + 1 :]]
-    return ops.squeeze(ops.slice(parts, start, own), axis)
-
-
-def _sum_of_own_part(ring: Transport, grad: Tensor, axis: int) -> Tensor:
-    """Every member's gradient of the own chunk, summed."""
-    dtype = keras.backend.standardize_dtype(grad.dtype)
-    # What each member of the ring asks of the own part, stacked on axis 0.
-    asked = ring.all_to_all(
-        ops.expand_dims(grad, 0), split_axis=axis + 1, concat_axis=0
-    )
-    asked = ops.cast(asked, accumulation_dtype(dtype))
-    return ops.cast(ops.sum(asked, axis=0), dtype)
 
 
 def _checked_axis(tensor: Tensor, axis: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import tensorflow as tf
 from keras import tree
 
-from keras_ring import padding, scopes, step, world
+from keras_ring import padding, scopes, shards, step, world
 from keras_ring.backends.tensorflow import hooks, native, scope, training
 from keras_ring.backends.tensorflow.transport import (
     InstanceKeys,
@@ -193,12 +193,16 @@ class World(world.World):
         tensors: list[tf.Tensor],
         shared: Sequence[tf.Tensor] = (),
     ) -> Any:
-        ring = self.ring() if self.inside() else LOCAL
-        return function(ring, *tensors, *shared)
+        if not self.inside():
+            return function(LOCAL, *tensors, *shared)
+        if padding.whole() and self.sequence_size > 1:
+            return shards.of_whole(function, self.ring(), tensors, shared)
+        return function(self.ring(), *tensors, *shared)
 
     def true_length(self, length: Any) -> Any:
-        axis = padding.lengths() if self.inside() else None
-        return None if axis is None else axis.true(length)
+        if not self.inside():
+            return None
+        return padding.true_length(length, self.sequence_size)
 
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
         return self.program(function)(tensors)

@@ -19,6 +19,7 @@ import tensorflow as tf
 from keras import tree
 
 from keras_ring import batches, counting, padding, random_bits, step
+from keras_ring import training as wrappers
 from keras_ring.backends.tensorflow import scope
 from keras_ring.backends.tensorflow.open_sizes import OpenSizes, announced
 from keras_ring.keras_internals import compiled_variables
@@ -157,6 +158,9 @@ def _own_seeds(world: "World", model: Any) -> Iterator[None]:
     """Random numbers of a step: others on every replica, the same in every
     run, and afterwards the generators stand as on one device."""
     data_index, sequence_index = world.place()
+    if padding.whole():
+        # Members of a ring do the same, and draw the same.
+        sequence_index = 0
     replica = data_index * world.sequence_size + sequence_index
     offset = (replica * random_bits.STRIDE) % 2**31
     states = [
@@ -201,7 +205,7 @@ def _prediction(world: "World", model: Any) -> Callable[..., Any]:
         outputs, true = program(data, sizes, splits)
         rows = [world.everyones(value) for value in tree.flatten(outputs)]
         first = tree.pack_sequence_as(outputs, [pieces[0] for pieces in rows])
-        carries = batches.split_outputs(model, first, local_lengths)
+        carries = batches.split_outputs(world, model, first, local_lengths)
         joined = [
             join(world, *parts)
             for parts in zip(rows, tree.flatten(carries), true, strict=True)
@@ -258,6 +262,7 @@ def _cut(world: "World", model: Any, batch: Any) -> tuple[Any, Sizes, Any]:
     if isinstance(batch, list):
         batch = tuple(batch)
     batch = tree.map_structure(_present, batch)
+    wrappers.ready(world, model, batch)
     splits = batches.split_batch(world, model, batch)
     if world.workers > 1:
         _check_same(world, batch)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from keras import tree
 
-from keras_ring import random_bits
+from keras_ring import padding, random_bits
 from keras_ring.backends.torch import hooks, launch
 from keras_ring.backends.torch.transport import RingTransport
 
@@ -158,6 +158,9 @@ class Agreement:
         if self.world.size == 1:
             yield
             return
+        if padding.whole():
+            # Members of a ring do the same, and draw the same.
+            rank -= self.world.sequence_index
         offset = (rank * random_bits.STRIDE) & 0xFFFFFFFF
         # As the int32 in which seeds are kept.
         offset -= (offset & 0x80000000) << 1

@@ -170,13 +170,14 @@ def _symbolic_build(
         self: Any, iterator: Any = None, data_batch: Any = None
     ) -> Any:
         from keras_ring.backends.torch import training
+        from keras_ring.training import built
 
         world = current()
         if (
             world is None
             or world.size == 1
             or not training.mixed(self)
-            or not training.built(self)
+            or not built(self)
         ):
             return original(self, iterator, data_batch)
         batch = data_batch

@@ -10,6 +10,7 @@ Private names of Keras appear in `hooks.py` alone.
 """
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import keras
 import torch
 from keras import tree
 
-from keras_ring import padding, scopes, step, training, world
+from keras_ring import padding, scopes, shards, step, training, world
 from keras_ring.backends.torch import agreement, hooks, launch
 from keras_ring.backends.torch.training import Step
 from keras_ring.keras_internals import without_values
@@ -118,11 +119,14 @@ class World(world.World):
     ) -> Any:
         if not self.inside() or any(map(without_values, tensors)):
             return function(LOCAL, *tensors, *shared)
+        if padding.whole() and self.sequence_size > 1:
+            return shards.of_whole(function, self.ring(), tensors, shared)
         return function(self.ring(), *tensors, *shared)
 
     def true_length(self, length: int) -> int | None:
-        axis = padding.lengths() if self.inside() else None
-        return None if axis is None else axis.true(length)
+        if not self.inside():
+            return None
+        return padding.true_length(length, self.sequence_size)
 
     def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
         tensors = [keras.ops.convert_to_tensor(t) for t in tensors]
@@ -223,6 +227,7 @@ def custom_gradient(
         @staticmethod
         def forward(ctx: Any, *tensors: Any) -> Any:
             outputs, residuals = forward(*tensors)
+            ctx.resumed = _resuming()
             # Only tensors can be saved; what else there is, such as an
             # array that a mask carries, is kept at its place.
             ctx.others = [
@@ -245,13 +250,28 @@ def custom_gradient(
                 next(saved) if kept else other
                 for kept, other in zip(ctx.kept, ctx.others, strict=True)
             )
-            results = tuple(backward(residuals, *grads))
+            results = tuple(ctx.resumed(backward, residuals, *grads))
             return tuple(
                 g if needed else None
                 for g, needed in zip(results, ctx.needs_input_grad, strict=True)
             )
 
     return Function.apply
+
+
+def _resuming() -> Callable[..., Any]:
+    """Calls a function as if where this is called. For accelerators PyTorch
+    computes gradients in threads of its own, which know no scope, no step and
+    no sizes: there a ring would be taken for one device."""
+    world, context = current(), contextvars.copy_context()
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        if world is None or current() is world:
+            return function(*arguments)
+        with scopes.entered(world):
+            return context.run(function, *arguments)
+
+    return call
 
 
 def vjp(

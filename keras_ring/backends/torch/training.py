@@ -17,7 +17,7 @@ import keras
 import torch
 from keras import tree
 
-from keras_ring import batches, counting, step
+from keras_ring import batches, counting, step, training
 from keras_ring.keras_internals import sublayers
 from keras_ring.padding import PaddedAxis
 
@@ -222,6 +222,7 @@ def run_step(
 ) -> Any:
     """A step of fit or evaluate on the own part of a global batch; gives
     the global logs."""
+    training.ready(world, model, batch)
     world.agreement.check(model, batch)
     own = Step.of_batch(world, model, batch)
     counting.check(world, model, padded=own.padded)
@@ -246,13 +247,12 @@ def predict_step(
     world: "World", model: Any, function: Callable[..., Any], batch: Any
 ) -> Any:
     """The global predictions for a global batch."""
-    if not built(model):
-        _build(model, batch, batches.split_batch(world, model, batch))
+    training.ready(world, model, batch)
     world.agreement.check(model, batch)
     own = Step.of_batch(world, model, batch)
     with world.stepping(), step.run(own), world.agreement.own_seeds(model):
         outputs = function([own.local])
-    carries = batches.split_outputs(model, outputs, own.local_lengths)
+    carries = batches.split_outputs(world, model, outputs, own.local_lengths)
     return tree.map_structure(
         lambda output, split: world.unshard(
             keras.ops.convert_to_tensor(output), split, own.rows, own.lengths
@@ -262,41 +262,15 @@ def predict_step(
     )
 
 
-def built(model: Any) -> bool:
-    """Whether a model has all of its variables."""
-    return all(layer.built for layer in _layers(model))
-
-
 def mixed(model: Any) -> bool:
     """Whether some layer computes in another dtype than its variables."""
-    return any(x.compute_dtype != x.variable_dtype for x in _layers(model))
-
-
-def _layers(model: Any) -> list[Any]:
-    return [model, *sublayers(model, recursive=True)]
+    layers = [model, *sublayers(model, recursive=True)]
+    return any(x.compute_dtype != x.variable_dtype for x in layers)
 
 
 def own_part(world: "World", model: Any, batch: Any) -> Any:
     """What of a global batch this process has in a step."""
     return Step.of_batch(world, model, batch).local
-
-
-def _build(model: Any, batch: Any, splits: Any) -> None:
-    """Build a model from the shapes of a global batch, of any length."""
-    x, split = (
-        part[0] if isinstance(part, tuple | list) else part
-        for part in (batch, splits)
-    )
-
-    def symbol(leaf: Any, has_length: bool) -> keras.KerasTensor:
-        shape = list(leaf.shape)
-        if has_length:
-            shape[1] = None
-        return keras.KerasTensor(
-            tuple(shape), keras.backend.standardize_dtype(leaf.dtype)
-        )
-
-    model(tree.map_structure(symbol, x, split))
 
 
 def _summed(
