@@ -11,8 +11,8 @@ L = keras.layers
 BATCH, WIDTH = 4, 8
 LENGTHS = (12, 7)  # One that the ring cannot split.
 
-# Sums in another order, magnified by a normalisation over four rows.
-TOLERANCE = 1e-4
+# Sums of a few dozen products in another order, over four steps.
+TOLERANCE = 2e-5
 
 
 def normal(*shape, seed=0):
@@ -42,16 +42,16 @@ def classifier():
         L.Flatten()(ops.take(x, [0, 6, -1], axis=1)),
         kr.ops.take_position(x, 1),
         Reader()(x),
-        ops.cast(tokens[:, 0, None], "float32"),
+        ops.cast(tokens[:, 0, None], "float32") / 9.0,
     ]
-    pooled = L.BatchNormalization()(L.Concatenate()(read))
+    pooled = L.Concatenate()(read)
     return keras.Model(tokens, [L.Dense(3)(pooled), L.Dense(2)(x)])
 
 
 def trained(model, length):
     tokens = np.random.default_rng(1).integers(0, 9, size=(BATCH, length))
     labels = [normal(BATCH, 3, seed=2), normal(BATCH, length, 2, seed=3)]
-    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.compile(keras.optimizers.SGD(0.01), "mse")
     losses = [model.train_on_batch(tokens, labels) for _ in range(2)]
     return [
         np.float64(losses),
