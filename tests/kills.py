@@ -1,0 +1,189 @@
+"""Kill one of two PyTorch processes at random moments, and go on.
+
+    python -m tests.kills [--runs 20] [--seed 0]
+
+Every run trains from the start with checkpoints, and one process, drawn like
+the moment, is killed. The other must end by itself; the checkpoint that is
+left must be whole; and a second start must end at the loss of an undisturbed
+run. Prints, for each run, the moment, the seconds to the other's end and the
+loss. The moments reach from the first step over training, evaluation and
+saving to the end.
+"""
+
+import argparse
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.processes import ROOT, free_port, launch_environment
+
+EPOCHS, TIMEOUT, LIMIT = 4, 60.0, 600.0
+
+
+def train(folder):
+    """What a process does; prints its moments and the loss."""
+    import keras
+
+    import keras_ring
+    from tests.language_model import batch, initial_weights, language_model
+
+    class Tell(keras.callbacks.Callback):
+        """Says where the process is."""
+
+        def say(self, *words):
+            print("at", *words, flush=True)
+
+        def on_train_batch_begin(self, batch, logs=None):
+            self.say("step")
+
+        def on_test_batch_begin(self, batch, logs=None):
+            self.say("evaluate")
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.say("saving")
+
+    strategy = keras_ring.DistributedStrategy(timeout=TIMEOUT)
+    x, y, _ = batch(8, 64)
+    print("at build", flush=True)
+    with strategy.scope():
+        model = language_model("ring")
+        model.set_weights(initial_weights(model))
+        history = model.fit(
+            *(x, y),
+            batch_size=2,
+            epochs=EPOCHS,
+            shuffle=False,
+            verbose=0,
+            validation_data=(x[:4], y[:4]),
+            callbacks=[
+                Tell(),
+                keras.callbacks.BackupAndRestore(f"{folder}/backup"),
+                keras.callbacks.ModelCheckpoint(f"{folder}/last.keras"),
+            ],
+        )
+    print("loss", history.history["loss"][-1], flush=True)
+
+
+def start(folder):
+    """Both processes, writing to files of their own."""
+    port = free_port()
+    processes = []
+    for rank in range(2):
+        with open(f"{folder}/out{rank}", "w") as out:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.kills", "--train", folder],
+                    **{"stdout": out, "stderr": out, "cwd": ROOT},
+                    env=launch_environment(rank, 2, port),
+                )
+            )
+    return processes
+
+
+def finished(processes):
+    """Wait for the end of processes; kill those that do not end."""
+    try:
+        return [process.wait(LIMIT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def lines(folder, rank=0):
+    return Path(f"{folder}/out{rank}").read_text().splitlines()
+
+
+def loss(folder):
+    """The loss at the end, as rank 0 said."""
+    (last,) = (x for x in lines(folder) if x.startswith("loss"))
+    return float(last.split()[1])
+
+
+def moments(folder):
+    return [line for line in lines(folder) if line.startswith("at ")]
+
+
+def killed(folder, count, draw):
+    """One run that is disturbed.
+
+    Returns:
+        The moment, the rank that was killed, the seconds to the other's end
+        and how it ended.
+    """
+    processes = start(folder)
+    number, pause = draw.randrange(1, count + 1), draw.random() * 0.3
+    victim = draw.randrange(2)
+    deadline = time.monotonic() + LIMIT
+    while len(moments(folder)) < number and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(pause)
+    at = moments(folder)[-1]
+    processes[victim].kill()
+    begun = time.monotonic()
+    code = finished([processes[1 - victim]])[0]
+    seconds = time.monotonic() - begun
+    finished(processes)
+    return at, victim, seconds, code
+
+
+def whole(folder):
+    """Whether every checkpoint that has its name can be read."""
+    import zipfile
+
+    found = [*Path(folder).rglob("*.keras"), *Path(folder).rglob("*.h5")]
+    for path in found:
+        if path.name.startswith("."):
+            continue
+        if path.suffix == ".keras":
+            with zipfile.ZipFile(path) as file:
+                assert file.testzip() is None, path
+        else:
+            import h5py
+
+            with h5py.File(path) as file:
+                file.visit(lambda name: None)
+    return len(found)
+
+
+def main():
+    given = argparse.ArgumentParser(description=__doc__)
+    given.add_argument("--runs", type=int, default=20)
+    given.add_argument("--seed", type=int, default=0)
+    given.add_argument("--train", help=argparse.SUPPRESS)
+    given = given.parse_args()
+    if given.train:
+        train(given.train)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        finished(start(folder))
+        undisturbed, count = loss(folder), len(moments(folder))
+    print(f"undisturbed: loss {undisturbed:.7f}, {count} moments", flush=True)
+    took = []
+    for run in range(given.runs):
+        draw = random.Random(given.seed * 1000 + run)
+        with tempfile.TemporaryDirectory() as folder:
+            at, victim, seconds, code = killed(folder, count, draw)
+            files = whole(folder)
+            finished(start(folder))
+            resumed = loss(folder)
+        took.append(seconds)
+        print(
+            f"seed {given.seed * 1000 + run}: rank {victim} killed {at}; the "
+            f"other ended with {code} after {seconds:.2f} s; {files} whole "
+            f"checkpoints; loss {resumed:.7f}",
+            flush=True,
+        )
+        # A step in float32 that is done again gives the same bits.
+        assert abs(resumed - undisturbed) <= 1e-6 * undisturbed
+    print(
+        f"seconds to the other's end: min {min(took):.2f}, median "
+        f"{statistics.median(took):.2f}, max {max(took):.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
