@@ -204,6 +204,10 @@ def test_replicas_share_the_program_of_their_updates():
         ]
         assert len(names) == replicas
         assert len(set(names)) == 1
+        assert not any(
+            operation.type == "AssignSubVariableOp"
+            for operation in program.get_operations()
+        )
         (update,) = (
             function
             for function in program.as_graph_def().library.function
@@ -220,4 +224,5 @@ def test_replicas_share_the_program_of_their_updates():
             first, *others = local(variable.value)
             for other in others:
                 np.testing.assert_array_equal(other, first)
-    assert sizes[4] <= 2 * sizes[2]
+    # Twice the replicas, of twice the visits each.
+    assert sizes[4] <= 2.5 * sizes[2]
