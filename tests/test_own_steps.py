@@ -231,6 +231,29 @@ def test_accumulated_gradients_and_moving_averages(on_devices):
     on_devices(2, check_optimizers, (1, 2))
 
 
+def sparse():
+    """Rows of an embedding that are asked for many times: what squares their
+    gradients must see what one device sees."""
+    tokens = keras.Input((None,), dtype="int32")
+    h = layers.Dense(7, activation="relu")(layers.Embedding(5, WIDTH)(tokens))
+    model = keras.Model(tokens, layers.Dense(CLASSES)(h))
+    model.compile(keras.optimizers.Adam(0.05), "mse")
+    return model
+
+
+def check_sparse(mesh):
+    x = np.arange(4 * 8).reshape(4, 8) % 5
+    _, y = data()
+    want = fitted(sparse, x, y)
+    with scope(mesh):
+        have = fitted(sparse, x, y)
+    compare(have, want)
+
+
+def test_gradients_of_rows_that_come_many_times(on_devices):
+    on_devices(2, check_sparse, (1, 2))
+
+
 def step_of(model, optimizer, loss_of):
     """One step of a loop of one's own, for `strategy.run`."""
     if BACKEND == "tensorflow":

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_ring import arguments, padding, placement, strategy
-from keras_ring.keras_internals import without_values
+from keras_ring.keras_internals import in_symbolic_scope, without_values
 from keras_ring.layers import dense_options
 from keras_ring.layers.positions import checked_positions, checked_start
 from keras_ring.ops.dense_take import dense_take
@@ -131,6 +131,12 @@ class PositionEmbedding(keras.layers.Layer):
                     "the sequences."
                 )
         width = table.shape[1]
+        if not isinstance(length, int) and not ops.is_tensor(length):
+            # An exported program, which cannot say whether a slice fits.
+            places = ops.arange(length, dtype="int32") + start_index
+            vectors = dense_take(table, places)
+            inside = ops.logical_and(places >= 0, places < self.sequence_length)
+            return ops.where(inside[:, None], vectors, float("nan"))
         if ring is None:
             return ops.slice(table, [start_index, 0], [length, width])
         first, true = placement.start(ring.index(), length), true_length(length)
@@ -150,7 +156,6 @@ class PositionEmbedding(keras.layers.Layer):
 
 def _has_values(tensor: Tensor, length: Any) -> bool:
     """False where Keras only infers shapes, on JAX with a length that is an
-    expression."""
-    return not without_values(tensor) and (
-        isinstance(length, int) or ops.is_tensor(length)
-    )
+    expression. Programs for open lengths are exported with one as well."""
+    known = isinstance(length, int) or ops.is_tensor(length)
+    return not without_values(tensor) and (known or not in_symbolic_scope())
