@@ -126,7 +126,7 @@ SPLIT = {
 WHOLE = {
     "convolution": lambda x: block(L.Conv1D(8, 3, padding="same")(x)),
     "pooled": lambda x: L.GlobalAveragePooling1D()(block(x)),
-    "unknown": lambda x: block(L.Lambda(lambda x: x * 2.0)(x)),
+    "sums": lambda x: block(L.Lambda(lambda x: ops.cumsum(x, axis=1))(x)),
     "a constant of this length": lambda x: block(
         x + np.ones((1, 12, 8), "float32")
     ),

@@ -481,7 +481,7 @@ class RightClassifier(Written):
 def test_models_without_a_graph_are_tried():
     """With the shapes of what they are given."""
     x = np.zeros((2, 6), "int32")
-    world = types.SimpleNamespace(**vars(SHARDS), data_size=1)
+    world = types.SimpleNamespace(**vars(SHARDS), data_size=1, lengths={})
     for make in (Classifier, RightClassifier):
         model = make(
             L.Embedding(5, 8), kr.layers.RingTransformerBlock(2, 8), L.Dense(3)
@@ -489,10 +489,10 @@ def test_models_without_a_graph_are_tried():
         model(x)
         if make is Classifier:
             with pytest.raises(ValueError, match=r"Classifier .*halves"):
-                guard.check(model, world, x)
-        guard.check(model, ALONE, x)
+                guard.check(model, world, x=x)
+        guard.check(model, ALONE, x=x)
         if make is RightClassifier:
-            guard.check(model, world, x)
+            guard.check(model, world, x=x)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,13 @@ from keras_ring import layers, losses, masks
 from keras_ring.ops import (
     blockwise_feed_forward,
     chunked_cross_entropy,
+    gather_batch,
     gather_sequence,
     own_chunk,
     positional_dropout,
     ring_attention,
     sequence_positions,
+    take_position,
 )
 
 BATCH, LENGTH, WIDTH = 2, 6, 4
@@ -521,6 +523,48 @@ OPERATIONS = {
         "axis=True",
         "Pass a whole",
     ),
+    "batch-list": (
+        lambda: gather_batch([[1.0]]),
+        "tensor or an array",
+        "[[1.0]]",
+        "numpy.asarray",
+    ),
+    "batch-flag": (
+        lambda: gather_batch(X, sequence="no"),
+        "True or False",
+        "sequence='no'",
+        "Pass one",
+    ),
+    "batch-rank": (
+        lambda: gather_batch(X[:, 0, 0]),
+        "must have a batch axis",
+        "shape=(2,)",
+        "Pass sequence=False",
+    ),
+    "position-float": (
+        lambda: take_position(X, 1.0),
+        "integer",
+        "index=1.0",
+        "Pass 0",
+    ),
+    "position-outside": (
+        lambda: take_position(X, LENGTH),
+        "position of the sequence",
+        "index=6",
+        "from -6 to 5",
+    ),
+    "position-list": (
+        lambda: take_position([[1.0]], 0),
+        "tensor or an array",
+        "[[1.0]]",
+        "numpy.asarray",
+    ),
+    "position-rank": (
+        lambda: take_position(X[:, 0, 0], 0),
+        "(batch, length, ...)",
+        "tensor.shape=(2,)",
+        "Pass a whole",
+    ),
     "gather-list": (
         lambda: gather_sequence([[1.0]]),
         "tensor or an array",
@@ -985,6 +1029,24 @@ OTHERS = {
         "function",
         "print_fn='out'",
         "Pass the function",
+    ),
+    "empty-rows": (
+        lambda: layer(empty_rows="mean"),
+        "must be one of",
+        "empty_rows='mean'",
+        "'stock'",
+    ),
+    "empty-rows-sinks": (
+        lambda: layer(empty_rows="stock", sinks=True),
+        "no sinks",
+        "sinks=True",
+        "Use empty_rows",
+    ),
+    "strip-masks": (
+        lambda: layer(strip_masks="yes"),
+        "True or False",
+        "strip_masks='yes'",
+        "Pass one",
     ),
     "mesh-float": (
         lambda: strategy().mesh_shape(2.0),

@@ -171,7 +171,9 @@ def _against(fixed: fixed_lengths.Found, found: list[Finding]) -> list[Finding]:
 def _takes_images(model: Any) -> bool:
     """Whether a model without a graph is given more axes than a sequence of
     features has. Where its layers mix them, axis 1 is no sequence yet."""
-    shapes = [] if getattr(model, "outputs", None) else _built_shapes(model)
+    if getattr(model, "outputs", None):
+        return False
+    shapes = _built_shapes(model).values()
     return any(shape is not None and len(shape) > 3 for shape in shapes)
 
 

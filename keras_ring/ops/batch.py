@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
-from keras_ring import backends, padding, strategy
+from keras_ring import (
+    arguments,
+    backends,
+    padding,
+    strategy,
+    tensor_arguments,
+)
 from keras_ring.numerics import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -47,12 +53,14 @@ def gather_batch(tensor: Tensor, sequence: bool = True) -> Tensor:
         return contrastive_loss(keras_ring.ops.gather_batch(y), predictions)
     ```
     """
+    tensor_arguments.is_array("tensor", tensor)
+    sequence = arguments.flag("sequence", sequence)
     rank = len(tensor.shape)
     if rank < 1 + bool(sequence):
         raise ValueError(
             "`tensor` must have a batch axis, and with sequence=True a "
             f"sequence axis. Received: shape={tuple(tensor.shape)}, sequence="
-            f"{sequence}. Use sequence=False for `(batch, ...)`."
+            f"{sequence}. Pass sequence=False for `(batch, ...)`."
         )
     world = strategy.current()
     if world is None or not world.inside():

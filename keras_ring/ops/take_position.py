@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_ring import tensor_arguments
 from keras_ring.ops.sequence import ring_sum, shard_ring, whole_length
 
 Tensor = Any
@@ -38,11 +39,12 @@ def take_position(tensor: Tensor, index: Index) -> Tensor:
     first = keras_ring.ops.take_position(x, 0)
     ```
     """
+    tensor_arguments.is_array("tensor", tensor)
     positions = _positions(index)
     if len(tensor.shape) < 2:
         raise ValueError(
             "A sequence has the shape (batch, length, ...). Received: "
-            f"tensor.shape={tuple(tensor.shape)}."
+            f"tensor.shape={tuple(tensor.shape)}. Pass a whole batch."
         )
     if isinstance(tensor, keras.KerasTensor):
         return TakePosition(index).symbolic_call(tensor)
@@ -71,7 +73,7 @@ def _positions(index: Index) -> list[int]:
     if flat.ndim > 1 or not flat.size or flat.dtype.kind not in "iu":
         raise ValueError(
             "`index` must be an integer or a list of integers. Received: "
-            f"index={index!r}."
+            f"index={index!r}. Pass 0, or [0, -1]."
         )
     return [int(position) for position in flat]
 
@@ -85,7 +87,8 @@ def _taken(tensor: Tensor, positions: list[int]) -> Tensor:
             if not -length <= position < length:
                 raise ValueError(
                     "`index` must be a position of the sequence. Received: "
-                    f"index={position} for a length of {length}."
+                    f"index={position} for a length of {length}. Pass one "
+                    f"from {-length} to {length - 1}."
                 )
     from_start = [p if p >= 0 else length + p for p in positions]
     places = ops.stack([ops.cast(p, "int32") for p in from_start])
