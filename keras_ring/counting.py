@@ -401,7 +401,7 @@ def _check_lengths(
         return
     for labels in tree.flatten(y_true):
         shape = tuple(getattr(labels, "shape", ()))
-        if len(shape) < 2 or shape[1] in (None, 1):
+        if len(shape) < 2 or shape[1] == 1:
             continue
         if not step.carries(labels, output, y_pred):
             raise ValueError(
