@@ -42,6 +42,7 @@ def split_batch(world: World, model: Any, batch: Any) -> Any:
             where a layer sees a shard.
     """
     parts = batch if isinstance(batch, (tuple, list)) else (batch,)
+    _check_rows(parts)
     x, *rest = parts
     inputs = _matched(x, getattr(model, "inputs", None))
     known = world.lengths.get(model, OPEN)
@@ -186,6 +187,23 @@ def check_not_empty(parts: dict[str, Any]) -> None:
                     f"Received: {name} of shape {tuple(leaf.shape)}. Leave "
                     "the call out where there is nothing to compute."
                 )
+
+
+def _check_rows(parts: Any) -> None:
+    """Refuse arrays of one batch that have different numbers of samples, of
+    which devices would take parts that do not belong together."""
+    rows = {
+        leaf.shape[0]
+        for part in parts
+        for leaf in _leaves(part)
+        if len(leaf.shape) and isinstance(leaf.shape[0], int)
+    } - {1}
+    if len(rows) > 1:
+        raise ValueError(
+            "All arrays of the batch must have the same number of samples, or "
+            f"1. Received: {', '.join(map(str, sorted(rows)))} samples. Give "
+            "each sample its labels and weights."
+        )
 
 
 def _carries_sequence(
