@@ -206,6 +206,12 @@ class World(world.World):
                 )
 
     def recover(self, model: Any) -> None:
+        # After an error between steps the trainer has the newest values; of
+        # those that a step was given some may be gone.
+        state = getattr(model, "_jax_state", None)
+        synced = getattr(model, "_jax_state_synced", True)
+        if state and not synced and not any(map(_is_gone, tree.flatten(state))):
+            model.jax_state_sync()
         # Keras detaches the variables' values while it runs steps.
         for variable, value in model.__dict__.pop(_DETACHED, ()):
             if variable._value is None and not value.is_deleted():
@@ -286,6 +292,12 @@ def _device_names(asked: tuple[str, ...] | None) -> tuple[str, ...]:
             "--xla_force_host_platform_device_count=N."
         )
     return asked
+
+
+def _is_gone(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, jax.Array) and value.is_deleted()
+    )
 
 
 def _summed_widely(tensor: jax.Array) -> jax.Array:
