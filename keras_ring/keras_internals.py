@@ -138,6 +138,14 @@ def with_companions(tensor: Any, function: Callable[[Any, str], Any]) -> Any:
     return result
 
 
+def scales_losses(optimizer: Any) -> bool:
+    """Whether an optimizer takes gradients of losses that it has scaled."""
+    return (
+        isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        or getattr(optimizer, "loss_scale_factor", None) is not None
+    )
+
+
 def full_values(variables: Any) -> list[Any]:
     """The values of variables in their own dtype, also where Keras would
     cast them to that of a mixed-precision layer."""

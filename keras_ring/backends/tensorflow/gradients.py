@@ -12,6 +12,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_ring.keras_internals import scales_losses
+
 Function = Callable[..., Any]
 
 
@@ -107,14 +109,6 @@ def backend_apply_gradients(original: Function) -> Function:
             )
 
     return backend_apply_gradients
-
-
-def scales_losses(optimizer: Any) -> bool:
-    """Whether an optimizer takes gradients of losses that it has scaled."""
-    return (
-        isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        or getattr(optimizer, "loss_scale_factor", None) is not None
-    )
 
 
 def _world() -> Any:

@@ -17,6 +17,7 @@ import torch
 
 from keras_ring import counting
 from keras_ring.backends.torch import saving
+from keras_ring.keras_internals import scales_losses
 
 if TYPE_CHECKING:
     from keras_ring.backends.torch.runtime import World
@@ -251,14 +252,6 @@ def _scale_loss(
         return scaled / world.size
 
     return scale_loss
-
-
-def scales_losses(optimizer: Any) -> bool:
-    """Whether an optimizer takes gradients of losses that it has scaled."""
-    return (
-        isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        or getattr(optimizer, "loss_scale_factor", None) is not None
-    )
 
 
 def _callback_list(
