@@ -248,7 +248,11 @@ class Failures(Waits):
         begun, before = 0.0, None
         while not self._ended.wait(TICK):
             count, now = self.count, time.monotonic()
-            if count % 2 == 0 or count != last or self._lost is not None:
+            if count % 2 == 1 and self._lost is not None:
+                # It has begun to wait again, or was not reached.
+                self._wake()
+                continue
+            if count % 2 == 0 or count != last:
                 last, before = count, None
                 continue
             try:
@@ -292,12 +296,15 @@ class Failures(Waits):
             group = transport.group
             if dist.get_backend(group) != dist.Backend.GLOO:
                 continue
-            other = dist.get_global_rank(
-                group, (transport.index() + 1) % transport.size
-            )
-            with contextlib.suppress(RuntimeError):
-                work: Any = dist.irecv(torch.empty(1), other, group, TAG)
-                work.wait(datetime.timedelta(milliseconds=1))
+            # Of all the others: a connection that one of them has closed
+            # fails at once, and ends no wait for another.
+            for member in range(transport.size):
+                if member == transport.index():
+                    continue
+                other = dist.get_global_rank(group, member)
+                with contextlib.suppress(RuntimeError):
+                    work: Any = dist.irecv(torch.empty(1), other, group, TAG)
+                    work.wait(datetime.timedelta(milliseconds=1))
 
 
 def _same_waits(
