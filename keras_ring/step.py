@@ -8,7 +8,9 @@ puts this into Keras.
 """
 
 import contextlib
+import contextvars
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -368,3 +370,24 @@ def run(step: Step) -> Iterator[None]:
             yield
     finally:
         _RUNNING.reset(token)
+
+
+def returning() -> Callable[..., Any]:
+    """Calls functions as if where this is called: in the same step, with the
+    same sizes.
+
+    What is returned can be kept in a graph of gradients. It keeps the step
+    only as long as others do: a step has the model's outputs, and these have
+    the graph, a circle through C++ that Python's collector does not see.
+    """
+    step = _RUNNING.get()
+    kept = None if step is None else weakref.ref(step)
+    context = contextvars.copy_context()
+    context.run(_RUNNING.set, None)
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        again = context.copy()
+        again.run(_RUNNING.set, None if kept is None else kept())
+        return again.run(function, *arguments)
+
+    return call

@@ -180,9 +180,15 @@ class DistributedStrategy:
         Inside, `function` sees what a layer sees: on JAX the global tensors
         (sharded over the devices), on TensorFlow and PyTorch its own shard.
 
+        On TensorFlow and JAX `function` is traced and compiled at each call,
+        so that what it reads of Python is always as it is now. A
+        `tf.function` is traced once for each set of shapes, as everywhere
+        (but without AutoGraph): decorate the steps of a loop.
+
         Args:
             function: takes as many tensors as are given here, returns a
                 tensor or a nested structure of tensors, None nowhere in it.
+                A `tf.function` on TensorFlow, if it is to be called often.
             *tensors: global arrays, the same on every process. Those of rank
                 2 and more, `(batch, length, ...)`, are split over batch and
                 length, rank 1 over the batch; rank 0 is given to all.
@@ -203,11 +209,8 @@ class DistributedStrategy:
         for number, tensor in enumerate(tensors):
             _check_shared(f"tensors[{number}]", tensor)
 
-        def checked(*parts: Any) -> Any:
-            return keras.tree.map_structure(_checked_result, function(*parts))
-
         with errors.as_raised():
-            return self.world.run(checked, list(tensors))
+            return self.world.run(function, list(tensors), _checked_result)
 
     def summary(self, print_fn: Callable[[str], Any] = print) -> None:
         """Print the mesh, the devices and the kernel that is used.

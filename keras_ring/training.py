@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -160,6 +160,8 @@ def _under_strategy(method: Callable[..., Any]) -> Callable[..., Any]:
             known = self in world.lengths or built(self)
             if known or not world.layers_see_shards:
                 check(world, self, bound.arguments.get("x"))
+            if method.__name__ in ("fit", "train_on_batch"):
+                check_overwritten(world, self.trainable_variables)
             _check_arguments(world, self, bound)
             world.prepare(self)
             try:
@@ -187,6 +189,27 @@ def check(world: World, model: Any, x: Any = None) -> None:
     if fixed is not None and not world.lengths[model].whole:
         for part in fixed.models:
             _open_inputs(world, part, fixed.opened)
+
+
+def check_overwritten(world: World, variables: Iterable[Any]) -> None:
+    """Refuse to train variables that are no parameters: the scales of float8
+    are given in place of a gradient, and follow the largest number of the
+    whole batch, which no mean over devices is.
+
+    Raises:
+        ValueError: where a layer sees a part of the batch.
+    """
+    if not world.layers_see_shards:
+        return
+    for variable in variables:
+        if getattr(variable, "overwrite_with_gradient", False):
+            raise ValueError(
+                "Layers that are quantized to float8 can be trained on one "
+                "device, and under a strategy on JAX. Received: the variable "
+                f"{variable.path!r}, whose gradient overwrites it. Train "
+                "before model.quantize('float8'), or use the dtype policy "
+                "'mixed_bfloat16'."
+            )
 
 
 def ready(world: World, model: Any, batch: Any) -> None:

@@ -19,6 +19,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import keras
+
 from keras_ring.lengths import Lengths
 from keras_ring.transport import LocalTransport, Transport
 
@@ -127,8 +129,19 @@ class World(abc.ABC):
         """
 
     @abc.abstractmethod
-    def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
-        """`function` of global tensors; see `DistributedStrategy.run`."""
+    def run(
+        self,
+        function: Callable[..., Any],
+        tensors: list[Any],
+        check: Callable[[Any], Tensor],
+    ) -> Any:
+        """`function` of global tensors; see `DistributedStrategy.run`.
+
+        Args:
+            function: of tensors.
+            tensors: its arguments.
+            check: makes a tensor of each leaf of the result, or raises.
+        """
 
     def program(
         self, function: Callable[..., Any]
@@ -139,7 +152,9 @@ class World(abc.ABC):
         shapes. What the function closes over is then as it was at the first
         call, and that is why `run` itself makes a new program every time.
         """
-        return functools.partial(self.run, function)
+        return lambda tensors: self.run(
+            function, tensors, keras.ops.convert_to_tensor
+        )
 
     def as_in_a_step(self) -> contextlib.AbstractContextManager[None]:
         """What kernels are asked in here they answer as in its steps."""

@@ -19,7 +19,8 @@ if BACKEND == "jax":
         + " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
         + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
         # Tests compile thousands of small programs, each run a few times.
-        + " --xla_backend_optimization_level=1"
+        + " --xla_backend_optimization_level=0"
+        + " --xla_llvm_disable_expensive_passes=true"
     )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 

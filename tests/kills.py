@@ -3,11 +3,11 @@
     python -m tests.kills [--runs 20] [--seed 0]
 
 Every run trains from the start with checkpoints, and one process, drawn like
-the moment, is killed. The other must end by itself; the checkpoint that is
-left must be whole; and a second start must end at the loss of an undisturbed
-run. Prints, for each run, the moment, the seconds to the other's end and the
-loss. The moments reach from the first step over training, evaluation and
-saving to the end.
+the moment, is killed: in turn while attention is compiled for the first time,
+in the first step, in a later one, in evaluation, and while checkpoints are
+written. The other must end by itself; the checkpoint that is left must be
+whole; and a second start must end at the loss of an undisturbed run. Prints,
+for each run, the moment, the seconds to the other's end and the loss.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 from tests.processes import ROOT, free_port, launch_environment
 
 EPOCHS, TIMEOUT, LIMIT = 4, 60.0, 600.0
+KINDS = ("compile", "first step", "step", "evaluate", "saving")
 
 
 def train(folder):
@@ -68,9 +69,15 @@ def train(folder):
     print("loss", history.history["loss"][-1], flush=True)
 
 
-def start(folder):
-    """Both processes, writing to files of their own."""
+def start(folder, compiles=False):
+    """Both processes, writing to files of their own.
+
+    Args:
+        folder: of all that they write.
+        compiles: whether what is compiled is kept there as well.
+    """
     port = free_port()
+    own = {"KERAS_RING_CACHE": f"{folder}/cache"} if compiles else {}
     processes = []
     for rank in range(2):
         with open(f"{folder}/out{rank}", "w") as out:
@@ -78,7 +85,7 @@ def start(folder):
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.kills", "--train", folder],
                     **{"stdout": out, "stderr": out, "cwd": ROOT},
-                    env=launch_environment(rank, 2, port),
+                    env=launch_environment(rank, 2, port) | own,
                 )
             )
     return processes
@@ -107,21 +114,43 @@ def moments(folder):
     return [line for line in lines(folder) if line.startswith("at ")]
 
 
-def killed(folder, count, draw):
+def chosen(kind, said, draw):
+    """Which of the moments that an undisturbed run told of, by number.
+
+    Args:
+        kind: of `KINDS`.
+        said: what it told, without its last epoch.
+        draw: random numbers.
+    """
+    word = {"compile": "build", "first step": "step"}.get(kind, kind)
+    places = [i for i, line in enumerate(said) if line == f"at {word}"]
+    if kind == "step":
+        return draw.choice(places[1:])
+    return places[0] if kind == "first step" else draw.choice(places)
+
+
+def killed(folder, kind, said, longest, draw):
     """One run that is disturbed.
+
+    Args:
+        folder: of all that it writes.
+        kind: when it is disturbed.
+        said: the moments of an undisturbed run.
+        longest: seconds after that moment at which it is at the latest.
+        draw: random numbers.
 
     Returns:
         The moment, the rank that was killed, the seconds to the other's end
         and how it ended.
     """
-    processes = start(folder)
-    number, pause = draw.randrange(1, count + 1), draw.random() * 0.3
+    processes = start(folder, kind == "compile")
+    number, pause = chosen(kind, said, draw), draw.random() * longest
     victim = draw.randrange(2)
     deadline = time.monotonic() + LIMIT
-    while len(moments(folder)) < number and time.monotonic() < deadline:
+    while len(moments(folder)) <= number and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(pause)
-    at = moments(folder)[-1]
+    at = f"{len(moments(folder))} ({kind}, {pause:.2f} s later)"
     processes[victim].kill()
     begun = time.monotonic()
     code = finished([processes[1 - victim]])[0]
@@ -153,6 +182,7 @@ def main():
     given = argparse.ArgumentParser(description=__doc__)
     given.add_argument("--runs", type=int, default=20)
     given.add_argument("--seed", type=int, default=0)
+    given.add_argument("--compiling", type=float, default=20.0)
     given.add_argument("--train", help=argparse.SUPPRESS)
     given = given.parse_args()
     if given.train:
@@ -160,19 +190,29 @@ def main():
         return
     with tempfile.TemporaryDirectory() as folder:
         finished(start(folder))
-        undisturbed, count = loss(folder), len(moments(folder))
-    print(f"undisturbed: loss {undisturbed:.7f}, {count} moments", flush=True)
+        undisturbed, said = loss(folder), moments(folder)
+    # Not in the last epoch: the other may have ended before.
+    said = said[: len(said) * (EPOCHS - 1) // EPOCHS]
+    print(f"undisturbed: loss {undisturbed:.7f}", flush=True)
     took = []
     for run in range(given.runs):
         draw = random.Random(given.seed * 1000 + run)
+        kind = KINDS[run % len(KINDS)]
+        longest = given.compiling if kind == "compile" else 0.3
         with tempfile.TemporaryDirectory() as folder:
-            at, victim, seconds, code = killed(folder, count, draw)
+            at, victim, seconds, code = killed(
+                folder, kind, said, longest, draw
+            )
             files = whole(folder)
-            finished(start(folder))
+            finished(start(folder, kind == "compile"))
             resumed = loss(folder)
+            assert code != 0, "the other has not noticed"
+            left = [path.name for path in Path(folder, "cache").glob(".*")]
+            assert not left, left
         took.append(seconds)
         print(
-            f"seed {given.seed * 1000 + run}: rank {victim} killed {at}; the "
+            f"seed {given.seed * 1000 + run}: rank {victim} killed at moment "
+            f"{at}; the "
             f"other ended with {code} after {seconds:.2f} s; {files} whole "
             f"checkpoints; loss {resumed:.7f}",
             flush=True,

@@ -260,6 +260,7 @@ def step_of(model, optimizer, loss_of):
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
+        @tf.function
         def step(x, y):
             with tf.GradientTape() as tape:
                 loss = loss_of(y, model(x, training=True))
@@ -289,19 +290,17 @@ def looped(run, losses, x, y):
     optimizer = keras.optimizers.SGD(0.5, momentum=0.9)
     optimizer.build(model.trainable_variables)
     values = [
-        float(
-            keras.ops.convert_to_numpy(
-                run(step_of(model, optimizer, loss), x, y)
-            )
-        )
-        for loss in losses
+        float(keras.ops.convert_to_numpy(run(step, x, y)))
+        for step in (step_of(model, optimizer, loss) for loss in losses)
+        # What was compiled for the first time serves the second.
+        for _ in range(2)
     ]
     return {"loss": values}, model.get_weights()
 
 
 def check_loop(mesh, rows, length, in_run):
     x, y = (ops.convert_to_tensor(part) for part in data(rows, length))
-    losses = [keras.losses.MeanSquaredError()] * 2
+    losses = [keras.losses.MeanSquaredError()]
     if in_run:  # A loss of one's own is a function of the whole batch.
         losses.append(
             lambda y, p: ops.exp(
@@ -321,6 +320,34 @@ def check_loop(mesh, rows, length, in_run):
         run = strategy.run if in_run else lambda step, x, y: step(x, y)
         have = looped(run, losses, x, y)
     compare(have, plain)
+
+
+@pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="compiled at each call, or never"
+)
+def test_a_tf_function_is_traced_once(on_devices):
+    on_devices(2, check_traces)
+
+
+def check_traces():
+    import tensorflow as tf
+
+    seen = []
+
+    def step(x):
+        seen.append(x.shape)
+        return ops.mean(x)
+
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
+    compiled = tf.function(step)
+    short, long = np.ones((2, 4, 3)), np.ones((2, 8, 3))
+    # Each of two replicas traces.
+    for x, traces in ((short, 2), (short, 2), (long, 4), (long, 4), (short, 4)):
+        assert float(strategy.run(compiled, x)) == 1.0
+        assert len(seen) <= traces
+    with pytest.warns(UserWarning, match="at each call.*@tf.function"):
+        for _ in range(3):
+            strategy.run(step, short)
 
 
 @pytest.mark.skipif(

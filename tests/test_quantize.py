@@ -116,3 +116,33 @@ def test_around_a_ring_it_is_that_of_one_device(on_devices):
         if "key/bias" not in weight.path  # It has no gradient but rounding.
     )
     on_devices(2, check_ring, 2, values, want, float(loss))
+
+
+def check_float8(values, want, losses):
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
+    with strategy.scope():
+        model = block_model()
+        model.set_weights(values)
+        model.quantize("float8")
+        # Two steps: the first one's numbers scale those of the second.
+        if strategy.world.layers_see_shards:
+            with pytest.raises(ValueError, match="float8.*whose gradient over"):
+                model.fit(features(), features(1), verbose=0)
+        else:
+            for loss in losses:
+                found = model.train_on_batch(features(), features(1))
+                np.testing.assert_allclose(found, loss, rtol=1e-5)
+            return
+        close(model.predict(features(), verbose=0), want)
+
+
+def test_float8_is_trained_where_its_scales_are_right(on_devices):
+    keras.utils.set_random_seed(2)
+    model = block_model()
+    values = model.get_weights()
+    model.quantize("float8")
+    want = model.predict(features(), verbose=0)
+    losses = [
+        float(model.train_on_batch(features(), features(1))) for _ in range(2)
+    ]
+    on_devices(2, check_float8, values, want, losses)

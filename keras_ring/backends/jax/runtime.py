@@ -162,8 +162,16 @@ class World(world.World):
         whole = isinstance(length, int) and length % self.sequence_size == 0
         return None if whole or not isinstance(length, int) else length
 
-    def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
-        return self.program(function)(tensors)
+    def run(
+        self,
+        function: Callable[..., Any],
+        tensors: list[Any],
+        check: Callable[[Any], Any],
+    ) -> Any:
+        def checked(*arguments: Any) -> Any:
+            return tree.map_structure(check, function(*arguments))
+
+        return self.program(checked)(tensors)
 
     def program(
         self, function: Callable[..., Any]

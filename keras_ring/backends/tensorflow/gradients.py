@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_ring import training
 from keras_ring.keras_internals import scales_losses
 
 Function = Callable[..., Any]
@@ -31,6 +32,8 @@ def apply(original: Function) -> Function:
                 f"{type(self).__name__} in the scope, outside of a step. Do it "
                 "in a function that is given to strategy.run(function, ...)."
             )
+        variables = trainable_variables or self._trainable_variables
+        training.check_overwritten(world, variables)
         # Optimizers nest, also in threads of their own: what was averaged is
         # not averaged again.
         place = world.place()

@@ -6,10 +6,12 @@ part of every batch and sequence; see `training.py`. The world hangs on the
 `tf.distribute` strategy, because that is what a replica's thread can find.
 """
 
+import collections
 import contextlib
 import functools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,6 +30,8 @@ from keras_ring.strategy import DistributedStrategy
 from keras_ring.world import LOCAL
 
 _KEYS = InstanceKeys()
+# Calls of `strategy.run` with a function from which on it should be compiled.
+OFTEN = 3
 
 
 class _RingReplicas:
@@ -204,8 +208,50 @@ class World(world.World):
             return None
         return padding.true_length(length, self.sequence_size)
 
-    def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
-        return self.program(function)(tensors)
+    def run(
+        self,
+        function: Callable[..., Any],
+        tensors: list[Any],
+        check: Callable[[Any], Any],
+    ) -> Any:
+        promised = isinstance(
+            function, tf.types.experimental.PolymorphicFunction
+        )
+        if promised and function in self._programs:
+            return self._programs[function](tensors)
+        # A ring cannot be in a program within that of all replicas.
+        own = function.python_function if promised else function
+        program = self.program(
+            lambda *shards: tree.map_structure(check, own(*shards))
+        )
+        if promised:
+            self._programs[function] = program
+        else:
+            self._tell_of_tracing(function)
+        return program(tensors)
+
+    def _tell_of_tracing(self, function: Callable[..., Any]) -> None:
+        """Warn once of a function that is run, and so traced, often."""
+        code = getattr(function, "__code__", None)
+        self._runs[code] += 1
+        if code is not None and self._runs[code] == OFTEN:
+            warnings.warn(
+                f"strategy.run traces {function.__qualname__} at each call, "
+                "which takes time, and memory that TensorFlow does not give "
+                "back. Decorate it with @tf.function: then it is traced once "
+                "for each set of shapes.",
+                stacklevel=5,
+            )
+
+    @functools.cached_property
+    def _programs(self) -> dict[Any, Callable[[list[Any]], Any]]:
+        """Of each `tf.function` that was run."""
+        return {}
+
+    @functools.cached_property
+    def _runs(self) -> collections.Counter[Any]:
+        """How often other functions were, by their code."""
+        return collections.Counter()
 
     def program(
         self, function: Callable[..., Any]

@@ -10,7 +10,7 @@ Private names of Keras appear in `hooks.py` alone.
 """
 
 import contextlib
-import contextvars
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +18,8 @@ import keras
 import torch
 from keras import tree
 
-from keras_ring import padding, scopes, shards, step, training, world
+from keras_ring import padding, scopes, shards, training, world
+from keras_ring import step as steps
 from keras_ring.backends.torch import agreement, hooks, launch
 from keras_ring.backends.torch.training import Step
 from keras_ring.keras_internals import without_values
@@ -128,15 +129,20 @@ class World(world.World):
             return None
         return padding.true_length(length, self.sequence_size)
 
-    def run(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
+    def run(
+        self,
+        function: Callable[..., Any],
+        tensors: list[Any],
+        check: Callable[[Any], Any],
+    ) -> Any:
         tensors = [keras.ops.convert_to_tensor(t) for t in tensors]
         with self.call():
             with self.scope():
                 own = Step(
                     self, None, (tensors,), ([t.ndim > 1 for t in tensors],)
                 )
-                with self.stepping(), step.run(own):
-                    results = function(*own.local[0])
+                with self.stepping(), steps.run(own):
+                    results = tree.map_structure(check, function(*own.local[0]))
             return tree.map_structure(
                 lambda result: self._joined(result, own.rows, own.lengths),
                 results,
@@ -223,53 +229,65 @@ def custom_gradient(
             for an input that has no gradient.
     """
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *tensors: Any) -> Any:
-            outputs, residuals = forward(*tensors)
-            ctx.resumed = _resuming()
-            # Only tensors can be saved; what else there is, such as an
-            # array that a mask carries, is kept at its place.
-            ctx.others = [
-                None if isinstance(r, torch.Tensor) else r for r in residuals
-            ]
-            ctx.save_for_backward(
-                *(r for r in residuals if isinstance(r, torch.Tensor))
-            )
-            ctx.kept = [isinstance(r, torch.Tensor) for r in residuals]
-            ctx.mark_non_differentiable(
-                *(t for t in outputs if not _differentiable(t))
-            )
-            return tuple(outputs)
+    return functools.partial(_Own.apply, forward, backward)
 
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-            saved = iter(ctx.saved_tensors)
-            residuals = tuple(
-                next(saved) if kept else other
-                for kept, other in zip(ctx.kept, ctx.others, strict=True)
-            )
-            results = tuple(ctx.resumed(backward, residuals, *grads))
-            return tuple(
-                g if needed else None
-                for g, needed in zip(results, ctx.needs_input_grad, strict=True)
-            )
 
-    return Function.apply
+class _Own(torch.autograd.Function):
+    """`custom_gradient`. One class for all: one for each call, with its
+    functions and what these hold, would live until Python's collector finds
+    it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, forward: Callable, backward: Callable, *tensors: Any
+    ) -> Any:
+        outputs, residuals = forward(*tensors)
+        ctx.own, ctx.resumed = backward, _resuming()
+        # Only tensors can be saved; what else there is, such as an array that
+        # a mask carries, is kept at its place.
+        ctx.others = [
+            None if isinstance(r, torch.Tensor) else r for r in residuals
+        ]
+        ctx.save_for_backward(
+            *(r for r in residuals if isinstance(r, torch.Tensor))
+        )
+        ctx.kept = [isinstance(r, torch.Tensor) for r in residuals]
+        ctx.mark_non_differentiable(
+            *(t for t in outputs if not _differentiable(t))
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        saved = iter(ctx.saved_tensors)
+        residuals = tuple(
+            next(saved) if kept else other
+            for kept, other in zip(ctx.kept, ctx.others, strict=True)
+        )
+        results = tuple(ctx.resumed(ctx.own, residuals, *grads))
+        needed = ctx.needs_input_grad[2:]
+        return (
+            None,
+            None,
+            *(
+                g if wanted else None
+                for g, wanted in zip(results, needed, strict=True)
+            ),
+        )
 
 
 def _resuming() -> Callable[..., Any]:
     """Calls a function as if where this is called. For accelerators PyTorch
     computes gradients in threads of its own, which know no scope, no step and
     no sizes: there a ring would be taken for one device."""
-    world, context = current(), contextvars.copy_context()
+    world, returned = current(), steps.returning()
 
     def call(function: Callable[..., Any], *arguments: Any) -> Any:
         if world is None or current() is world:
             return function(*arguments)
         with scopes.entered(world):
-            return context.run(function, *arguments)
+            return returned(function, *arguments)
 
     return call
 

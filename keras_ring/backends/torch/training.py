@@ -203,13 +203,7 @@ def reduced_gradients(
     """Everyone's mean gradient of each variable (the sum, if the losses have
     been divided by the number of processes), in one transfer per dtype; None
     where there is none."""
-    for variable in variables:
-        if getattr(variable, "overwrite_with_gradient", False):
-            raise NotImplementedError(
-                "Variables that their gradient overwrites (float8 "
-                "training) are not supported under a strategy. Received: "
-                f"the variable {variable.path!r}."
-            )
+    training.check_overwritten(world, variables)
     present = [g is not None for g in gradients]
     world.agreement.check_gradients(present, variables)
     sums = iter(_summed(world, [g for g in gradients if g is not None]))
