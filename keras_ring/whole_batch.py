@@ -77,13 +77,13 @@ def own_methods(model: Any) -> Iterator[None]:
     """In here a model's own `compute_loss` and `compute_metrics` are given
     the whole batch."""
     before = {}
-    for name, wrap in (
-        ("compute_loss", _compute_loss),
-        ("compute_metrics", _compute_metrics),
+    for name, reads in (
+        ("compute_loss", lambda model: []),
+        ("compute_metrics", _counted),
     ):
         if computes_itself(model, name):
             before[name] = model.__dict__.get(name)
-            method = wrap(model, getattr(model, name))
+            method = _given_whole(model, getattr(model, name), reads)
             setattr(method, _OWN, True)
             # Not by assignment, which Keras would look into.
             model.__dict__[name] = method
@@ -115,40 +115,40 @@ def is_given_whole(model: Any, name: str) -> bool:
     return getattr(model.__dict__.get(name), _OWN, False)
 
 
-def _compute_loss(model: Any, method: Function) -> Function:
+def _given_whole(
+    model: Any, method: Function, reads: Callable[[Any], list[Any]]
+) -> Function:
+    """A method of a model that is given the whole batch in a step.
+
+    Args:
+        model: whose method it is.
+        method: takes `x`, `y`, `y_pred` and `sample_weight`.
+        reads: of a model, the metrics that the method updates and reads.
+    """
+
     @functools.wraps(method)
-    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         step = steps.running()
         if step is None or step.model is not model:
             return method(*args, **kwargs)
-        what = f"The compute_loss of the model {model.name!r}"
+        what = f"The {method.__name__} of the model {model.name!r}"
         args, kwargs = _gathered_arguments(step, what, args, kwargs)
-        with _seeing_everything():
+        with step.full_state(reads(model)), _seeing_everything():
             return method(*args, **kwargs)
 
-    return compute_loss
+    return call
 
 
-def _compute_metrics(model: Any, method: Function) -> Function:
-    @functools.wraps(method)
-    def compute_metrics(*args: Any, **kwargs: Any) -> Any:
-        step = steps.running()
-        if step is None or step.model is not model:
-            return method(*args, **kwargs)
-        what = f"The compute_metrics of the model {model.name!r}"
-        args, kwargs = _gathered_arguments(step, what, args, kwargs)
-        # What the losses feed counts on each device by itself.
-        fed = set(map(id, trackers(model)))
-        counted = [
-            metric
-            for metric in model.metrics
-            if id(metric) not in fed
-            and not getattr(metric, "updated_by_loss", False)
-        ]
-        with step.full_state(counted), _seeing_everything():
-            return method(*args, **kwargs)
-
-    return compute_metrics
+def _counted(model: Any) -> list[Any]:
+    """The metrics of a model, but for those that its losses feed, which count
+    on each device by itself."""
+    fed = set(map(id, trackers(model)))
+    return [
+        metric
+        for metric in model.metrics
+        if id(metric) not in fed
+        and not getattr(metric, "updated_by_loss", False)
+    ]
 
 
 def trackers(model: Any) -> list[Any]:

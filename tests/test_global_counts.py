@@ -286,7 +286,7 @@ def check_model(name, mesh):
 INSIDE_SEVERAL = {"ignoring", "weighted_mean", "summed", "two_outputs", "flat"}
 
 
-@pytest.mark.mostly(mesh=(2, 2), every=3)
+@pytest.mark.mostly(mesh=(2, 2))
 @pytest.mark.parametrize("mesh", [(1, 3), (2, 2)], ids=["1x3", "2x2"])
 @pytest.mark.parametrize(
     "name",
