@@ -170,10 +170,16 @@ def whole(folder):
     """Whether every checkpoint that has its name can be read."""
     import zipfile
 
-    found = [*Path(folder).rglob("*.keras"), *Path(folder).rglob("*.h5")]
+    # What is not finished lies in a hidden folder.
+    found = [
+        path
+        for path in Path(folder).rglob("*")
+        if path.suffix in (".keras", ".h5")
+        and not any(
+            part.startswith(".") for part in path.relative_to(folder).parts
+        )
+    ]
     for path in found:
-        if path.name.startswith("."):
-            continue
         if path.suffix == ".keras":
             with zipfile.ZipFile(path) as file:
                 assert file.testzip() is None, path
