@@ -108,7 +108,7 @@ def test_a_ring_equals_one_device(on_devices, size, name):
 
 @pytest.mark.parametrize("name", ["pairs", "soft-cap-bias", "cross-segments"])
 def test_an_odd_length(on_devices, name):
-    on_devices(4, check_ring, 4, name, 7)
+    on_devices(3, check_ring, 3, name, 7)
 
 
 def check_ring_gradients(size):

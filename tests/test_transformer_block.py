@@ -182,7 +182,7 @@ def check_training(size, name, remat):
         close(ours, theirs)
 
 
-@pytest.mark.mostly(size=4, every=2)
+@pytest.mark.mostly(size=2, every=2)
 @pytest.mark.parametrize("size", RINGS)
 @pytest.mark.parametrize(
     ("name", "remat"),
