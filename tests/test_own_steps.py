@@ -345,6 +345,8 @@ def check_traces():
     for x, traces in ((short, 2), (short, 2), (long, 4), (long, 4), (short, 4)):
         assert float(strategy.run(compiled, x)) == 1.0
         assert len(seen) <= traces
+    with pytest.raises(ValueError, match="jit_compile=True in strategy"):
+        strategy.run(tf.function(step, jit_compile=True), short)
     for _ in range(2):
         strategy.run(step, short)
     with pytest.warns(UserWarning, match=r"at each call.*@tf\.function"):

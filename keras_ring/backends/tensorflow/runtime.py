@@ -219,8 +219,7 @@ class World(world.World):
         )
         if promised and function in self._programs:
             return self._programs[function](tensors)
-        # A ring cannot be in a program within that of all replicas.
-        own = getattr(function, "python_function", function)
+        own = training.own_function(function)
         program = self.program(
             lambda *shards: tree.map_structure(check, own(*shards))
         )

@@ -98,6 +98,22 @@ def _check_compiled(model: Any) -> None:
             )
 
 
+def own_function(function: Any) -> Any:
+    """The Python function of a `tf.function`, or else what is given: a ring
+    cannot be in a program within that of all replicas.
+
+    Raises:
+        ValueError: for one that XLA shall compile.
+    """
+    if getattr(function, "_jit_compile", None):
+        raise ValueError(
+            "TensorFlow cannot compile a step over several replicas with XLA. "
+            f"Received: {function!r} with jit_compile=True in strategy.run. "
+            "Decorate it with @tf.function alone."
+        )
+    return getattr(function, "python_function", function)
+
+
 def _losses(model: Any) -> list[Any]:
     """The loss objects that a model was compiled with."""
     given = getattr(model, "loss", None) if model.compiled else None
