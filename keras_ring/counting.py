@@ -234,6 +234,8 @@ def mean_metric(original: Function) -> Function:
         step, output = steps.running(), _MEASURED.get()
         if step is None:
             return original(self, values, sample_weight)
+        if step.model is None and not step.sums_metrics:
+            _tell_of_own_metric(step, self)
         if is_tracker(step.model, self):
             weight = step.tracker_weight()
             if weight is not None:
@@ -332,6 +334,20 @@ def _tell_of_own_steps(model: Any, names: Sequence[str]) -> None:
         "keras_ring.ops.gather_batch makes whole. The attribute "
         f"`{position_wise.MARK} = True` on the model says that it is right.",
         stacklevel=2,
+    )
+
+
+def _tell_of_own_metric(step: Step, metric: Any) -> None:
+    """Say once that a metric counts a part in a function of the user's own."""
+    if step.devices == 1 or metric.__dict__.get(_TOLD):
+        return
+    metric.__dict__[_TOLD] = True
+    warnings.warn(
+        f"The metric {metric.name!r} is updated in a function that "
+        "strategy.run runs. It counts this device's part of a batch, padding "
+        "included, unless keras_ring.ops.gather_batch has made whole what it "
+        "is updated with. Or return that, and update the metric outside.",
+        stacklevel=3,
     )
 
 

@@ -322,6 +322,31 @@ def check_loop(mesh, rows, length, in_run):
     compare(have, plain)
 
 
+def check_metrics_in_run():
+    """What counts a part is told of; what is gathered is right."""
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
+    x = np.arange(8.0, dtype="float32").reshape(1, 8)
+    with strategy.scope():
+        own, whole = keras.metrics.Mean(name="part"), keras.metrics.Mean()
+
+        def step(x, gather):
+            metric = whole if gather else own
+            metric.update_state(keras_ring.ops.gather_batch(x) if gather else x)
+            return ops.mean(x)
+
+        with pytest.warns(UserWarning, match="'part'.*this device's part"):
+            strategy.run(functools.partial(step, gather=False), x)
+        strategy.run(functools.partial(step, gather=True), x)
+        assert float(whole.result()) == x.mean()
+
+
+@pytest.mark.skipif(
+    BACKEND != "torch", reason="metrics count everything, or are added up"
+)
+def test_a_metric_that_counts_a_part_is_told_of(on_devices):
+    on_devices(2, check_metrics_in_run)
+
+
 @pytest.mark.skipif(
     BACKEND != "tensorflow", reason="compiled at each call, or never"
 )
