@@ -9,8 +9,6 @@ import tensorflow as tf
 
 import keras_ring
 from keras_ring import config, masks
-from keras_ring.backends.tensorflow import rewriting
-from keras_ring.backends.tensorflow.rewriting import SPARED
 from tests import reference
 
 LOOPS = {"While", "StatelessWhile", "If", "StatelessIf"}
@@ -228,50 +226,3 @@ def test_replicas_share_the_program_of_their_updates():
                 np.testing.assert_array_equal(other, first)
     # Twice the replicas, of twice the visits each.
     assert sizes[4] <= 2.5 * sizes[2]
-
-
-def passes():
-    """Which passes over programs are turned off, where this is traced."""
-    from tensorflow.python.eager import context
-
-    options = context.context().function_call_options
-    given = tf.compat.v1.ConfigProto.FromString(options.config_proto_serialized)
-    rewriting = given.graph_options.rewrite_options
-    return {
-        name
-        for name in (*SPARED, "remapping")
-        if getattr(rewriting, name) == rewriting.OFF
-    }
-
-
-def test_programs_of_replicas_are_rewritten_less():
-    """But for what the program asks for; and no other ones are."""
-    strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
-    found = []
-
-    def step(x):
-        # Where all replicas meet is the thread that runs the program.
-        context = tf.distribute.get_replica_context()
-        context.merge_call(lambda _: found.append(passes()))
-        return keras.ops.mean(x)
-
-    before = tf.config.optimizer.get_experimental_options()
-    outside = passes()
-    strategy.run(step, np.ones((2, 4)))
-    assert found == [{*SPARED} | outside]
-    assert passes() == outside
-    tf.config.optimizer.set_experimental_options({SPARED[0]: True})
-    try:
-        strategy.run(step, np.ones((2, 4)))
-    finally:
-        tf.config.optimizer.set_experimental_options(
-            {SPARED[0]: None, **before}
-        )
-    assert found[1:] == [{*SPARED[1:]} | outside]
-
-
-def test_without_the_private_name_programs_are_as_all(monkeypatch):
-    monkeypatch.setattr(rewriting, "_context", lambda: None)
-    outside = passes()
-    with rewriting.spared():
-        assert passes() == outside

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 import tensorflow as tf
 from keras import tree
 
-from keras_ring.backends.tensorflow import rewriting
-
 if TYPE_CHECKING:
     from keras_ring.backends.tensorflow.runtime import World
 
@@ -99,8 +97,7 @@ class OpenSizes:
             types = tree.pack_sequence_as(
                 data, list(map(self._type, leaves, opened))
             )
-            with rewriting.spared():
-                self._function.get_concrete_function(types, sizes, splits)
+            self._function.get_concrete_function(types, sizes, splits)
 
     def _part(self, leaf: Any) -> Any:
         """That of a replica of this process."""

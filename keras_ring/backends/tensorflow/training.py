@@ -20,7 +20,7 @@ from keras import tree
 
 from keras_ring import batches, counting, padding, random_bits, step
 from keras_ring import training as wrappers
-from keras_ring.backends.tensorflow import rewriting, scope
+from keras_ring.backends.tensorflow import scope
 from keras_ring.backends.tensorflow.open_sizes import OpenSizes, announced
 from keras_ring.keras_internals import compiled_variables
 from keras_ring.padding import PaddedAxis
@@ -254,8 +254,7 @@ def compiled(
 
     def guarded(*arguments: Any) -> Any:
         try:
-            with rewriting.spared():
-                return program(*arguments)
+            return program(*arguments)
         except _TRANSFER_ERRORS as error:
             if world.placed:
                 raise
