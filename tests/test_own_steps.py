@@ -266,7 +266,8 @@ def step_of(model, optimizer, loss_of):
                 loss = loss_of(y, model(x, training=True))
                 scaled = optimizer.scale_loss(loss)
             gradients = tape.gradient(scaled, model.trainable_weights)
-            optimizer.apply(gradients, model.trainable_weights)
+            # As Keras takes them: what can be gone through once.
+            optimizer.apply(gradients, iter(model.trainable_weights))
             return loss
 
         return step

@@ -32,6 +32,9 @@ def apply(original: Function) -> Function:
                 f"{type(self).__name__} in the scope, outside of a step. Do it "
                 "in a function that is given to strategy.run(function, ...)."
             )
+        if trainable_variables is not None:
+            # It may be gone through once only.
+            trainable_variables = list(trainable_variables)
         variables = trainable_variables or self._trainable_variables
         training.check_overwritten(world, variables)
         # Optimizers nest, also in threads of their own: what was averaged is
