@@ -266,7 +266,7 @@ def step_of(model, optimizer, loss_of):
                 loss = loss_of(y, model(x, training=True))
                 scaled = optimizer.scale_loss(loss)
             gradients = tape.gradient(scaled, model.trainable_weights)
-            # As Keras takes them: what can be gone through once.
+            # Keras takes variables that can be gone through once.
             optimizer.apply(gradients, iter(model.trainable_weights))
             return loss
 
@@ -279,7 +279,8 @@ def step_of(model, optimizer, loss_of):
         optimizer.scale_loss(loss).backward()
         variables = model.trainable_weights
         with torch.no_grad():
-            optimizer.apply([v.value.grad for v in variables], variables)
+            gradients = [v.value.grad for v in variables]
+            optimizer.apply(gradients, iter(variables))
         return loss.detach()
 
     return step

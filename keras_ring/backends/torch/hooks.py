@@ -226,6 +226,9 @@ def _apply(
         world = current()
         if world is None or world.size == 1 or not world.inside():
             return original(self, grads, trainable_variables)
+        if trainable_variables is not None:
+            # It may be gone through once only.
+            trainable_variables = list(trainable_variables)
         # Optimizers nest: what was averaged is not averaged again.
         with world.applying() as outermost:
             if outermost:
