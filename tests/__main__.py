@@ -85,22 +85,12 @@ def run_part(backend: str, arguments: list[str], files: list[str]) -> Outcome:
                 f"--junit-xml={report}",
                 *arguments,
             ],
-            env=os.environ | {"KERAS_BACKEND": backend} | shared(folder),
+            env=os.environ | {"KERAS_BACKEND": backend},
             cwd=Path(__file__).parent.parent,
             check=False,
         )
         counts = count(report)
     return Outcome(backend, *counts, time.monotonic() - start, done.returncode)
-
-
-def shared(folder: str) -> dict[str, str]:
-    """Settings by which workers use what another has compiled: JAX's programs
-    by their text, for as long as the tests run."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
 
 
 def count(report: Path) -> tuple[int, int, int]:

@@ -67,6 +67,7 @@ void run(int number) {
   // Maybe none at all.
   const int64_t most = between(0, 2) ? between(-50, 150) : far;
   const int64_t stop = between(0, 3) ? far : between(0, 400);
+  const int64_t rows = between(0, 3) ? far : between(0, 400);
   const bool masked = between(0, 2) == 0, by_head = between(0, 1);
   std::vector<uint8_t> mask(size_t(batch) * (by_head ? heads : 1) * queries *
                             keys);
@@ -87,7 +88,7 @@ void run(int number) {
   const keras_ring_visit visit{
       batch, heads, key_heads, queries, keys, width, value_width, query_parts,
       key_parts, query_starts.data(), key_starts.data(), least, most, stop,
-      scale, between(1, 5), masked ? mask.data() : nullptr,
+      rows, scale, between(1, 5), masked ? mask.data() : nullptr,
       int64_t(by_head ? heads : 1) * queries * keys,
       by_head ? int64_t(queries) * keys : 0, keys};
   keras_ring_tensor q = query.view(), k = key.view(), v = value.view(),
@@ -114,7 +115,7 @@ void run(int number) {
           const size_t pair = size_t(b) * visit.mask_batch +
                               size_t(h) * visit.mask_head + size_t(i) * keys + j;
           if (position - there < least || position - there > most ||
-              there >= stop || (masked && !mask[pair]))
+              there >= stop || position >= rows || (masked && !mask[pair]))
             continue;
           const float* seen = &key.numbers[key.at(b, h / group, j)];
           scores[j] = 0;

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from keras import ops
 
 from keras_ring.masks import Causal, Padding, SlidingWindow
 from keras_ring.masks.by_position import Before
@@ -148,7 +149,9 @@ def test_masks_that_are_bands():
     def counts(pairs, length):
         return [
             [
-                pairs.least <= i - j <= pairs.most and j < pairs.stop
+                pairs.least <= i - j <= pairs.most
+                and j < pairs.stop
+                and i < pairs.rows
                 for j in range(length)
             ]
             for i in range(length)
@@ -165,8 +168,19 @@ def test_masks_that_are_bands():
     ]
     assert kernel.band(SlidingWindow(2**70)).most < 2**62
     assert kernel.band(Causal() | SlidingWindow(2)) is None
-    assert kernel.band(Before(3, queries=True)) is None
     assert kernel.band(Causal() & Padding(None)) is None
+    padded = kernel.band(Before(1) & Before(2, queries=True))
+    assert counts(padded, 3) == [[True, False, False]] * 2 + [[False] * 3]
+
+
+def test_limits_that_are_tensors():
+    """Where padding begins, in a program of lengths that vary."""
+    limit = ops.convert_to_tensor(3, "int32")
+    mask = Causal() & Before(limit) & Before(limit, queries=True)
+    assert kernel.band(mask) is None
+    assert kernel.band(mask, open_limits=True) == (0, kernel.FAR, limit, limit)
+    twice = kernel.band(Before(limit) & Before(2), open_limits=True)
+    assert int(twice.stop) == 2
 
 
 @NEEDED

@@ -22,7 +22,7 @@ from tests.visits import CASES, TOLERANCE, Refusing, Visit
 
 KERNEL = TensorFlowNativeKernel(Refusing())
 pytestmark = needed(native.loaded)
-FIT = ("full", "causal", "window", "window-causal")
+FIT = ("full", "causal", "window", "window-causal", "padded-queries")
 ATOL = TOLERANCE["float32"]
 OPERATIONS = {"KerasRingForward", "KerasRingBackward"}
 
@@ -185,11 +185,17 @@ GOOD = {
     "value": (2, 2, 8, 5),
     "query_starts": (2,),
     "key_starts": (1,),
+    "limits": (2,),
     "lse": (2, 4, 6),
     "delta": (2, 4, 6),
     "grad_out": (2, 4, 6, 5),
     "out": (2, 4, 6, 5),
     "grad_query": (2, 4, 6, 3),
+}
+DTYPES = {
+    "query_starts": tf.int32,
+    "key_starts": tf.int32,
+    "limits": tf.int64,
 }
 
 
@@ -197,10 +203,10 @@ def call(direction, count=None, **shapes):
     """One operation with zeros of the shapes, as far as they differ from
     good ones; `count` of what is there before."""
     given = {
-        name: tf.zeros(shape, tf.int32 if "starts" in name else tf.float32)
+        name: tf.zeros(shape, DTYPES.get(name, tf.float32))
         for name, shape in (GOOD | shapes).items()
     }
-    names = ["query", "key", "value", "query_starts", "key_starts"]
+    names = ["query", "key", "value", "query_starts", "key_starts", "limits"]
     before = ["out", "lse"]
     if direction == "backward":
         names += ["lse", "delta", "grad_out"]
@@ -210,7 +216,7 @@ def call(direction, count=None, **shapes):
     return operation(
         **{name: given[name] for name in names},
         before=[given[name] for name in before],
-        **{"least": 0, "most": 9, "stop": 9, "scale": 1.0, "threads": 1},
+        **{"least": 0, "most": 9, "scale": 1.0, "threads": 1},
     )
 
 
@@ -236,6 +242,7 @@ def test_good_shapes_are_taken():
         ("forward", {"query_starts": (0,)}),
         ("forward", {"query_starts": ()}),
         ("forward", {"key_starts": (3,)}),
+        ("forward", {"limits": (1,)}),
         ("forward", {"out": (2, 4, 6, 4)}),
         ("forward", {"lse": (2, 4, 5)}),
         ("forward", {"count": 1}),
@@ -445,3 +452,40 @@ def test_batches_that_are_open(batch):
         np.testing.assert_allclose(
             found[0], np.swapaxes(want.out, 1, 2), ATOL, ATOL
         )
+
+
+@pytest.mark.parametrize(
+    ("keys", "queries"), [(40, 40), (37, 37), (30, 33), (1, 1), (0, 0)]
+)
+def test_lengths_that_are_open(keys, queries):
+    """With padding from a place on that the program is told."""
+    types = set()
+
+    @tf.function(
+        autograph=False,
+        input_signature=[
+            *[tf.TensorSpec((2, 2, None, 8))] * 4,
+            *[tf.TensorSpec((), tf.int32)] * 2,
+        ],
+    )
+    def visit(query, key, value, grad_out, keys, queries):
+        mask = masks.Causal() & Before(keys) & Before(queries, queries=True)
+        found = both(KERNEL, (query, key, value, grad_out), block(mask))
+        graph = tf.compat.v1.get_default_graph()
+        types.update(operation.type for operation in graph.get_operations())
+        return found
+
+    limits = tf.constant(keys), tf.constant(queries)
+    tensors = drawn(*[(2, 2, 40, 8)] * 4)
+    rows, columns = np.arange(40)[:, None], np.arange(40)[None]
+    allowed = (rows >= columns) & (columns < keys) & (rows < queries)
+    want = reference.attention(
+        *(np.swapaxes(np.asarray(t, "float64"), 1, 2) for t in tensors),
+        allowed=allowed[None, None],
+        scale=0.3,
+    )
+    agree(visit(*tensors, *limits), [np.swapaxes(a, 1, 2) for a in want])
+    nothing = visit(*[tf.zeros((2, 2, 0, 8))] * 4, *limits)
+    assert [t.shape[2] for t in nothing] == [0] * 5
+    assert types >= OPERATIONS
+    assert "While" not in types

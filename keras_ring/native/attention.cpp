@@ -290,22 +290,28 @@ void clear(const Matrix& rows, const Range& which, Index columns) {
     std::fill(rows.at(i), rows.at(i) + columns, 0.0f);
 }
 
-// The parts of a side, cut into tiles.
+constexpr Index NOWHERE = std::numeric_limits<Index>::max() / 2;
+
+// The parts of a side, cut into tiles, and at a position.
 std::vector<Range> ranges(Index length, Index parts, const int32_t* starts,
-                          Index tile) {
+                          Index tile, Index position = NOWHERE) {
   std::vector<Range> found;
   const Index part = length / parts;
-  for (Index p = 0; p < parts; ++p)
-    for (Index i = 0; i < part; i += tile)
-      found.push_back({p * part + i, p * part + std::min(i + tile, part),
-                       starts[p] + i});
+  for (Index p = 0; p < parts; ++p) {
+    const Index cut = position - starts[p];
+    for (Index i = 0, end; i < part; i = end) {
+      end = std::min(i + tile, part);
+      if (i < cut && cut < end) end = cut;
+      found.push_back({p * part + i, p * part + end, starts[p] + i});
+    }
+  }
   return found;
 }
 
 Band band(const keras_ring_visit& visit, const Range& rows,
           const Range& columns) {
   const Index there =
-      visit.least > visit.most
+      visit.least > visit.most || rows.position >= visit.rows
           ? 0
           : std::max<Index>(visit.stop - columns.position, 0);
   return {rows.position - columns.position, visit.least, visit.most,
@@ -740,7 +746,7 @@ extern "C" int32_t keras_ring_forward(const keras_ring_visit* visit,
         slices_of(*visit, (visit->queries + ROWS - 1) / ROWS);
     const auto all_queries =
         ranges(visit->queries, visit->query_parts, visit->query_starts,
-               slices == 1 ? visit->queries : ROWS);
+               slices == 1 ? visit->queries : ROWS, visit->rows);
     const auto all_keys = ranges(visit->keys, visit->key_parts,
                                  visit->key_starts, FORWARD_KEYS);
     const Index value_width = up(visit->value_width);
@@ -797,7 +803,8 @@ extern "C" int32_t keras_ring_backward(
     int32_t go_on) {
   return status([&] {
     const auto queries =
-        ranges(visit->queries, visit->query_parts, visit->query_starts, ROWS);
+        ranges(visit->queries, visit->query_parts, visit->query_starts, ROWS,
+               visit->rows);
     const auto all_keys = ranges(visit->keys, visit->key_parts,
                                  visit->key_starts, BACKWARD_KEYS);
     const Index head_size = visit->queries * visit->width;

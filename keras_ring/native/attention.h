@@ -27,9 +27,9 @@ struct keras_ring_visit {
   int64_t query_parts, key_parts;
   const int32_t* query_starts;
   const int32_t* key_starts;
-  // A pair counts if least <= query position - key position <= most and the key
-  // lies before the position `stop`.
-  int64_t least, most, stop;
+  // A pair counts if least <= query position - key position <= most, the key
+  // lies before the position `stop` and the query before the position `rows`.
+  int64_t least, most, stop, rows;
   float scale;      // Of the products.
   int32_t threads;  // At most so many.
   // (batch, heads, queries, keys), neighbours along the keys: 0 where a pair

@@ -6,6 +6,7 @@ import os
 from typing import Any, NamedTuple
 
 import keras
+from keras import ops
 
 from keras_ring.kernel import BlockGradients, FoldingKernel
 from keras_ring.masks import Causal, Mask, SlidingWindow
@@ -23,19 +24,21 @@ FAR = 2**40
 
 class Band(NamedTuple):
     """The pairs that count: those with
-    `least <= query position - key position <= most` and a key before the
-    position `stop`."""
+    `least <= query position - key position <= most`, a key before the
+    position `stop` and a query before the position `rows`."""
 
     least: int = -FAR
     most: int = FAR
-    stop: int = FAR
+    stop: Any = FAR
+    rows: Any = FAR
 
     def both(self, other: "Band") -> "Band":
         """The pairs that count in both."""
         return Band(
             max(self.least, other.least),
             min(self.most, other.most),
-            min(self.stop, other.stop),
+            _lower(self.stop, other.stop),
+            _lower(self.rows, other.rows),
         )
 
 
@@ -51,13 +54,14 @@ class NativeKernel(FoldingKernel):
 
     Attributes:
         any_mask: whether masks are taken that are no `Band`.
-        open_axes: of how many axes, from the first on, sizes may be unknown or
-            0.
+        open_axes: of how many axes, from the first on, sizes may be unknown.
+        open_limits: whether `Band.stop` and `Band.rows` may be tensors.
     """
 
     name = "native"
     any_mask = False
     open_axes = 0
+    open_limits = False
 
     @abc.abstractmethod
     def load(self) -> None:
@@ -140,7 +144,7 @@ class NativeKernel(FoldingKernel):
     ) -> Partial:
         if not self._fits(query, key, value, block):
             return self.otherwise.fold(partial, query, key, value, block)
-        pairs = band(block.scoring.mask)
+        pairs = self._band(block)
         return self.forward(partial, query, key, value, block, pairs)
 
     def fold_backward(
@@ -161,7 +165,7 @@ class NativeKernel(FoldingKernel):
                 block,
             )
         del out  # Already in delta.
-        pairs = band(block.scoring.mask)
+        pairs = self._band(block)
         return self.backward(
             *(grad_query, query, key, value, lse, delta, grad_out, block, pairs)
         )
@@ -176,15 +180,19 @@ class NativeKernel(FoldingKernel):
             scoring.only_products
             and scoring.scale > 0
             and all(map(self._takes, tensors))
-            and (self.any_mask or band(scoring.mask) is not None)
+            and (self.any_mask or self._band(block) is not None)
         )
 
     def _takes(self, tensor: Tensor) -> bool:
-        """Whether it is of float32, of sizes that are known and not 0."""
+        """Whether it is of float32, and of sizes that are not 0 or not yet
+        known."""
         return _name(tensor.dtype) == "float32" and all(
-            isinstance(size, int) and size
-            for size in tensor.shape[self.open_axes :]
+            size or (size is None and axis < self.open_axes)
+            for axis, size in enumerate(tensor.shape)
         )
+
+    def _band(self, block: Block) -> "Band | None":
+        return band(block.scoring.mask, self.open_limits)
 
 
 @functools.cache
@@ -193,8 +201,22 @@ def _name(dtype: Any) -> str:
     return found
 
 
-def band(mask: Mask | None) -> Band | None:
-    """The pairs of a mask; None if they are no band."""
+def _lower(first: Any, second: Any) -> Any:
+    """The lower of two limits."""
+    if isinstance(first, int) and isinstance(second, int):
+        return min(first, second)
+    # A number as large as FAR fits into no tensor of limits.
+    tensors = [n for n in (first, second) if not isinstance(n, int) or n < FAR]
+    return tensors[0] if len(tensors) == 1 else ops.minimum(*tensors)
+
+
+def band(mask: Mask | None, open_limits: bool = False) -> Band | None:
+    """The pairs of a mask; None if they are no band.
+
+    Args:
+        mask: any.
+        open_limits: whether the band may have limits that are tensors.
+    """
     match mask:
         case None:
             return Band()
@@ -203,10 +225,14 @@ def band(mask: Mask | None) -> Band | None:
         case SlidingWindow(size=size):
             size = min(size, FAR)
             return Band(1 - size, size - 1)
-        case Before(limit=int(limit), queries=False):
-            return Band(stop=min(limit, FAR))
+        case Before(limit=limit, queries=queries):
+            if isinstance(limit, int):
+                limit = min(limit, FAR)
+            elif not open_limits:
+                return None
+            return Band(rows=limit) if queries else Band(stop=limit)
         case And(first=first, second=second):
-            sides = band(first), band(second)
+            sides = band(first, open_limits), band(second, open_limits)
             if sides[0] is not None and sides[1] is not None:
                 return sides[0].both(sides[1])
     return None

@@ -31,8 +31,8 @@ keras_ring_tensor tensor(Numbers numbers) {
 
 keras_ring_visit visit_of(Rows query, Rows key, Rows value,
                           Starts query_starts, Starts key_starts, int64_t least,
-                          int64_t most, int64_t stop, float scale,
-                          int32_t threads) {
+                          int64_t most, int64_t stop, int64_t rows,
+                          float scale, int32_t threads) {
   const auto queries = query.dimensions(), keys = key.dimensions();
   return {queries[0],
           queries[1],
@@ -48,6 +48,7 @@ keras_ring_visit visit_of(Rows query, Rows key, Rows value,
           least,
           most,
           stop,
+          rows,
           scale,
           threads};
 }
@@ -73,8 +74,8 @@ ffi::Error done(int32_t status) {
 ffi::Error forward(Rows query, Rows key, Rows value, Starts query_starts,
                    Starts key_starts, ffi::RemainingArgs before,
                    ffi::Result<Rows> out, ffi::Result<Numbers> lse,
-                   int64_t least, int64_t most, int64_t stop, float scale,
-                   int32_t threads) {
+                   int64_t least, int64_t most, int64_t stop, int64_t rows,
+                   float scale, int32_t threads) {
   const bool more = before.size() > 0;
   if (more) {
     auto error = go_on(before, 0, out->untyped_data(), out->size_bytes());
@@ -83,7 +84,7 @@ ffi::Error forward(Rows query, Rows key, Rows value, Starts query_starts,
     if (error.failure()) return error;
   }
   const auto visit = visit_of(query, key, value, query_starts, key_starts,
-                              least, most, stop, scale, threads);
+                              least, most, stop, rows, scale, threads);
   const auto q = tensor(query), k = tensor(key), v = tensor(value),
              o = tensor(*out), l = tensor(*lse);
   return done(keras_ring_forward(&visit, &q, &k, &v, &o, &l, more));
@@ -94,7 +95,7 @@ ffi::Error backward(Rows query, Rows key, Rows value, Starts query_starts,
                     Rows grad_out, ffi::RemainingArgs before,
                     ffi::Result<Rows> grad_query, ffi::Result<Rows> grad_key,
                     ffi::Result<Rows> grad_value, int64_t least, int64_t most,
-                    int64_t stop, float scale, int32_t threads) {
+                    int64_t stop, int64_t rows, float scale, int32_t threads) {
   const bool more = before.size() > 0;
   if (more) {
     auto error = go_on(before, 0, grad_query->untyped_data(),
@@ -102,7 +103,7 @@ ffi::Error backward(Rows query, Rows key, Rows value, Starts query_starts,
     if (error.failure()) return error;
   }
   const auto visit = visit_of(query, key, value, query_starts, key_starts,
-                              least, most, stop, scale, threads);
+                              least, most, stop, rows, scale, threads);
   const auto q = tensor(query), k = tensor(key), v = tensor(value),
              l = tensor(lse), d = tensor(delta), g = tensor(grad_out),
              gq = tensor(*grad_query), gk = tensor(*grad_key),
@@ -117,6 +118,7 @@ auto with_attributes(Binding binding) {
       .template Attr<int64_t>("least")
       .template Attr<int64_t>("most")
       .template Attr<int64_t>("stop")
+      .template Attr<int64_t>("rows")
       .template Attr<float>("scale")
       .template Attr<int32_t>("threads");
 }

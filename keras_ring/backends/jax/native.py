@@ -182,6 +182,7 @@ def _call(
         least=np.int64(pairs.least),
         most=np.int64(pairs.most),
         stop=np.int64(pairs.stop),
+        rows=np.int64(pairs.rows),
         scale=np.float32(block.scoring.scale),
         threads=np.int32(_threads()),
     )

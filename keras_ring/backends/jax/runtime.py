@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from keras import tree
 
 from keras_ring import batches, numerics, scopes, training, world
+from keras_ring.backends.jax import compilation_cache
 from keras_ring.backends.jax.transport import RingTransport, at, place
 from keras_ring.keras_internals import (
     compiled_variables,
@@ -80,6 +81,7 @@ class World(world.World):
                 return
             training.install()
             self.keep()
+            compilation_cache.leave_out(self.mesh.devices.flat)
             try:
                 yield
             finally:
@@ -198,6 +200,7 @@ class World(world.World):
         return program
 
     def prepare(self, model: Any) -> None:
+        compilation_cache.leave_out(self.mesh.devices.flat)
         devices = set(self.mesh.devices.flat)
         for variable in compiled_variables(model):
             # Made outside the scope: an optimizer, a metric.

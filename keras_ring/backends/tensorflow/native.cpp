@@ -5,7 +5,6 @@
 // comes as a list `before`, of nothing where there is nothing, and is
 // overwritten where nobody else holds it.
 
-#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -88,7 +87,7 @@ keras_ring_tensor view(const Tensor& tensor) {
 
 // The attributes of an operation.
 struct Attributes {
-  int64_t least, most, stop;
+  int64_t least, most;
   float scale;
   int32_t threads;
 };
@@ -102,7 +101,6 @@ void* create(TF_OpKernelConstruction* construction) {
   };
   integer("least", &found.least);
   integer("most", &found.most);
-  integer("stop", &found.stop);
   if (TF_GetCode(status) == TF_OK)
     TF_OpKernelConstruction_GetAttrFloat(construction, "scale", &found.scale,
                                          status);
@@ -118,9 +116,10 @@ void* create(TF_OpKernelConstruction* construction) {
 
 void destroy(void* kernel) { delete static_cast<Attributes*>(kernel); }
 
-// Query, key and value and the starts of their parts: the first five inputs.
+// Query, key and value, the starts of their parts and the limits of their
+// positions: the first six inputs.
 struct Inputs {
-  Tensor query, key, value, query_starts, key_starts;
+  Tensor query, key, value, query_starts, key_starts, limits;
   keras_ring_visit visit;
 
   Inputs(TF_OpKernelContext* context, const Attributes& attributes)
@@ -128,7 +127,11 @@ struct Inputs {
         key(input(context, 1)),
         value(input(context, 2)),
         query_starts(input(context, 3)),
-        key_starts(input(context, 4)) {
+        key_starts(input(context, 4)),
+        limits(input(context, 5)) {
+    expect(limits, "limits", {2});
+    const auto* limit =
+        static_cast<const int64_t*>(TF_TensorData(limits.get()));
     const Shape q = rows("query", query), k = rows("key", key),
                 v = rows("value", value);
     if (k[0] != q[0] || k[3] != q[3] || v[0] != k[0] || v[1] != k[1] ||
@@ -145,7 +148,7 @@ struct Inputs {
              parts("key_starts", key_starts, k[2]),
              static_cast<const int32_t*>(TF_TensorData(query_starts.get())),
              static_cast<const int32_t*>(TF_TensorData(key_starts.get())),
-             attributes.least, attributes.most, attributes.stop,
+             attributes.least, attributes.most, limit[0], limit[1],
              attributes.scale, attributes.threads};
   }
 
@@ -156,10 +159,9 @@ struct Inputs {
 
   static Shape rows(const char* name, const Tensor& tensor) {
     const Shape shape = shape_of(tensor);
-    if (shape.size() != 4 ||
-        *std::min_element(shape.begin() + 1, shape.end()) < 1)
-      refuse(std::string("`") + name + "` must have 4 axes and some numbers in "
-             "each sample. Received: " + words(shape) + ".");
+    if (shape.size() != 4 || shape[1] < 1 || shape[3] < 1)
+      refuse(std::string("`") + name + "` must have 4 axes, with some heads "
+             "and a width. Received: " + words(shape) + ".");
     return shape;
   }
 
@@ -220,11 +222,11 @@ void forward(TF_OpKernelContext* context, const Attributes& attributes) {
   const Inputs inputs(context, attributes);
   const auto& visit = inputs.visit;
   const Shape shape = inputs.per_query(visit.value_width);
-  const bool go_on = goes_on(context, 5, 2);
-  const Tensor out = go_on ? continued(context, 5, 0, "out", shape)
+  const bool go_on = goes_on(context, 6, 2);
+  const Tensor out = go_on ? continued(context, 6, 0, "out", shape)
                            : allocated(context, 0, shape);
   const Tensor lse =
-      go_on ? continued(context, 6, 1, "lse", inputs.per_query())
+      go_on ? continued(context, 7, 1, "lse", inputs.per_query())
             : allocated(context, 1, inputs.per_query());
   const auto query = view(inputs.query), key = view(inputs.key),
              value = view(inputs.value), result = view(out),
@@ -236,15 +238,15 @@ void forward(TF_OpKernelContext* context, const Attributes& attributes) {
 void backward(TF_OpKernelContext* context, const Attributes& attributes) {
   const Inputs inputs(context, attributes);
   const auto& visit = inputs.visit;
-  const Tensor lse = input(context, 5), delta = input(context, 6),
-               grad_out = input(context, 7);
+  const Tensor lse = input(context, 6), delta = input(context, 7),
+               grad_out = input(context, 8);
   expect(lse, "lse", inputs.per_query());
   expect(delta, "delta", inputs.per_query());
   expect(grad_out, "grad_out", inputs.per_query(visit.value_width));
   const Shape shape = inputs.per_query(visit.width);
-  const bool go_on = goes_on(context, 8, 1);
+  const bool go_on = goes_on(context, 9, 1);
   const Tensor grad_query = go_on
-                                ? continued(context, 8, 0, "grad_query", shape)
+                                ? continued(context, 9, 0, "grad_query", shape)
                                 : allocated(context, 0, shape);
   const Tensor grad_key = allocated(context, 1, shape_of(inputs.key)),
                grad_value = allocated(context, 2, shape_of(inputs.value));
@@ -342,11 +344,12 @@ void add(const char* name, const std::vector<const char*>& inputs,
   Status status;
   auto* operation = TF_NewOpDefinitionBuilder(name);
   for (const char* attribute :
-       {"count: int >= 0", "least: int", "most: int", "stop: int",
-        "scale: float", "threads: int >= 1"})
+       {"count: int >= 0", "least: int", "most: int", "scale: float",
+        "threads: int >= 1"})
     TF_OpDefinitionBuilderAddAttr(operation, attribute);
   for (const char* text : {"query: float", "key: float", "value: float",
-                           "query_starts: int32", "key_starts: int32"})
+                           "query_starts: int32", "key_starts: int32",
+                           "limits: int64"})
     TF_OpDefinitionBuilderAddInput(operation, text);
   for (const char* text : inputs)
     TF_OpDefinitionBuilderAddInput(operation, text);

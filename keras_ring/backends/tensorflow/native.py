@@ -29,8 +29,10 @@ SOURCE = Path(__file__).with_name("native.cpp")
 class TensorFlowNativeKernel(NativeKernel):
     """What a visit is added to is overwritten where nobody else holds it."""
 
-    # The last batch of an epoch makes it open in a program.
-    open_axes = 1
+    # In a program the last batch of an epoch opens the first axis, and lengths
+    # that vary the third, with the place where padding begins.
+    open_axes = 3
+    open_limits = True
     # Nothing in here is a loop or a branch of a program.
     fold = _as_it_is(NativeKernel.fold)
     fold_backward = _as_it_is(NativeKernel.fold_backward)
@@ -120,7 +122,9 @@ def _inputs(
         "value": value,
         "query_starts": tf.convert_to_tensor(block.query_starts, tf.int32),
         "key_starts": tf.convert_to_tensor(block.key_starts, tf.int32),
-        **pairs._asdict(),
+        "limits": [tf.cast(n, tf.int64) for n in (pairs.stop, pairs.rows)],
+        "least": pairs.least,
+        "most": pairs.most,
         "scale": block.scoring.scale,
         "threads": max(1, native.threads() // _neighbours()),
     }

@@ -24,7 +24,7 @@ FLOAT = torch.float32
 PLAIN: dict[str, Any] = {"dtype": FLOAT, "device": "cpu"}
 
 # `keras_ring_visit` of `attention.h`.
-VISIT = struct.Struct("@9q2P3qfiP3q")
+VISIT = struct.Struct("@9q2P4qfiP3q")
 # Numbers of a `keras_ring_tensor`: address and strides.
 FIELDS = 4
 # Those of them that have an address.
