@@ -204,8 +204,13 @@ class RingTransport(Transport):
                 with tf.device(device):
                     rows.append(
                         [
-                            # Equal on all replicas: a single result.
-                            tf.identity(each[source if len(each) > 1 else 0])
+                            # Equal on all replicas: a single result. What a
+                            # gradient goes through looks for variables behind
+                            # its results, and shall not do so in all of
+                            # another replica's program.
+                            tf.stop_gradient(
+                                each[source if len(each) > 1 else 0]
+                            )
                             for each in everyones
                         ]
                     )
