@@ -25,9 +25,7 @@ def train_and_leave():
         for thread in map(int, os.listdir("/proc/self/task")):
             os.sched_setaffinity(thread, one)
             if thread != os.getpid():
-                os.sched_setscheduler(
-                    thread, os.SCHED_IDLE, os.sched_param(0)
-                )
+                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
         model.train_on_batch(*batch(4, 8)[:2])
 
 
@@ -51,7 +49,7 @@ def test_processes_exit_with_idle_threads():
         for rank in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=SECONDS)[1] for process in running]
+        errors = [p.communicate(timeout=SECONDS)[1] for p in running]
     finally:
         for process in running:
             process.kill()
