@@ -122,12 +122,20 @@ def _inputs(
         "value": value,
         "query_starts": tf.convert_to_tensor(block.query_starts, tf.int32),
         "key_starts": tf.convert_to_tensor(block.key_starts, tf.int32),
-        "limits": [tf.cast(n, tf.int64) for n in (pairs.stop, pairs.rows)],
+        "limits": _limits(pairs),
         "least": pairs.least,
         "most": pairs.most,
         "scale": block.scoring.scale,
         "threads": max(1, native.threads() // _neighbours()),
     }
+
+
+def _limits(pairs: Band) -> tf.Tensor:
+    """`stop` and `rows`, in one operation where they are known."""
+    limits = [pairs.stop, pairs.rows]
+    if not all(isinstance(limit, int) for limit in limits):
+        limits = [tf.cast(limit, tf.int64) for limit in limits]
+    return tf.convert_to_tensor(limits, tf.int64)
 
 
 _ASSUMED: ContextVar[Any] = ContextVar("keras_ring_replicas", default=None)
