@@ -22,6 +22,7 @@ from keras_ring.kernel import BlockGradients, Kernel
 from keras_ring.numerics import Partial
 from keras_ring.placement import Portion
 from keras_ring.scoring import Scoring
+from keras_ring.shapes import sizes
 from keras_ring.tiling import Block
 from keras_ring.transport import Transport
 
@@ -99,7 +100,7 @@ class Ring:
             key, value: see `forward`.
         """
         first, last = hops
-        length = ops.shape(key)[2]
+        length = sizes(key)[2]
 
         def visit(
             own: Own,
@@ -184,7 +185,7 @@ class Ring:
             grad_bias = placement.joined(
                 [own.pop("bias") for own in staying], 1, axis=1
             )
-            grad_bias = grad_bias[..., : ops.shape(self.scoring.bias)[3]]
+            grad_bias = grad_bias[..., : sizes(self.scoring.bias)[3]]
         slopes: list[Tensor] = []
         for own in staying:
             if "slopes" in own:
@@ -224,7 +225,7 @@ class Ring:
             The gradients of the own keys and values in the portion.
         """
         first, last = hops
-        length = ops.shape(key)[2]
+        length = sizes(key)[2]
 
         def visit(
             own: Own,
@@ -323,7 +324,7 @@ class Ring:
                 )
         if share.bias is not None:
             # Padding of the keys may make their chunks reach past the bias.
-            shape = *ops.shape(share.bias)[:3], length * self.transport.size
+            shape = *sizes(share.bias)[:3], length * self.transport.size
             found["bias"] = _with_columns(
                 staying["bias"]
                 if staying
@@ -353,7 +354,7 @@ class Ring:
                 ...) each.
         """
         carried = self.scoring.carried().query
-        length = ops.shape(query)[2]
+        length = sizes(query)[2]
         starts = self._starts(self.transport.index(), length)
         return [
             Own(
@@ -370,7 +371,7 @@ class Ring:
         size, mask = self.transport.size, self.scoring.mask
         if mask is None or self.balanced:
             return 0, size - 1
-        lengths = ops.shape(query)[2], ops.shape(key)[2]
+        lengths = sizes(query)[2], sizes(key)[2]
         return placement.hops(size, *lengths, mask.reach())
 
     def _parts(self) -> int:
@@ -379,7 +380,7 @@ class Ring:
 
     def _portions(self, key: Tensor) -> list[Portion]:
         """What of the chunks of keys goes around the ring together."""
-        length = ops.shape(key)[2]
+        length = sizes(key)[2]
         return placement.portions(length, self._parts(), self._most())
 
     def _most(self) -> int | None:
@@ -420,7 +421,7 @@ class Ring:
         key_tensors: list[Tensor],
     ) -> tuple[Any, Block]:
         """Whether some pair of a visit is allowed, and the visit's block."""
-        lengths = ops.shape(own.query)[2], ops.shape(key)[2]
+        lengths = sizes(own.query)[2], sizes(key)[2]
         carried = self.scoring.carried()._replace(
             query=own.carried, key=tuple(key_tensors)
         )
@@ -456,21 +457,21 @@ def _no_gradients(
 
     bias = slopes = None
     if scoring.bias is not None:
-        bias = zeros((*ops.shape(scoring.bias)[:3], ops.shape(key)[2]))
+        bias = zeros((*sizes(scoring.bias)[:3], sizes(key)[2]))
     if scoring.slopes is not None:
-        slopes = zeros(ops.shape(scoring.slopes))
+        slopes = zeros(sizes(scoring.slopes))
     if grad_query is None:
-        grad_query = zeros(ops.shape(query))
-    grad_key, grad_value = (zeros(ops.shape(t)) for t in (key, value))
+        grad_query = zeros(sizes(query))
+    grad_key, grad_value = (zeros(sizes(t)) for t in (key, value))
     return BlockGradients(grad_query, grad_key, grad_value, bias, slopes)
 
 
 def _nothing(query: Tensor, value: Tensor) -> Partial:
     """The partial result over no keys at all."""
     dtype = numerics.accumulation_dtype(query.dtype)
-    rows = tuple(ops.shape(query)[:3])
+    rows = tuple(sizes(query)[:3])
     return Partial(
-        ops.zeros((*rows, ops.shape(value)[3]), dtype=dtype),
+        ops.zeros((*rows, sizes(value)[3]), dtype=dtype),
         ops.full(rows, -float("inf"), dtype=dtype),
     )
 

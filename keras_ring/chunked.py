@@ -19,6 +19,7 @@ from keras import ops
 
 from keras_ring import backends, padding, strategy
 from keras_ring.numerics import accumulation_dtype
+from keras_ring.shapes import sizes
 
 Tensor = Any
 
@@ -79,7 +80,7 @@ def _map_local(
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
     del transport  # Positions know nothing of each other.
-    tiling = _Chunks(ops.shape(arguments[0])[1], chunk_size)
+    tiling = _Chunks(sizes(arguments[0])[1], chunk_size)
     runtime = backends.load().runtime
     primitives = backends.load().kernel.KERNEL
 
@@ -87,7 +88,7 @@ def _map_local(
         stores = [
             primitives.store(tiling.cut(tensor)) for tensor in arguments[:count]
         ]
-        batch = ops.shape(arguments[0])[0]
+        batch = sizes(arguments[0])[0]
 
         def body(index: Any, filled: tuple) -> tuple:
             chunks = [primitives.read(store, index) for store in stores]
@@ -155,7 +156,7 @@ def _map_local(
             ),
             tuple(
                 ops.zeros(
-                    ops.shape(arguments[i]),
+                    sizes(arguments[i]),
                     accumulation_dtype(arguments[i].dtype),
                 )
                 for i in common
@@ -187,7 +188,7 @@ class _Chunks:
 
     def cut(self, tensor: Tensor) -> Tensor:
         """(batch, length, ...) -> (count, batch, size, ...)."""
-        shape = ops.shape(tensor)
+        shape = sizes(tensor)
         padding = self.count * self.size - self.length
         if not isinstance(padding, int) or padding:
             widths: list = [(0, 0)] * len(shape)
@@ -204,7 +205,7 @@ class _Chunks:
         """(count, batch, size, ...) -> (batch, length, ...)."""
         if isinstance(self.count, int) and self.count == 1:
             return ops.squeeze(chunks, 0)
-        shape = ops.shape(chunks)
+        shape = sizes(chunks)
         tensor = ops.transpose(chunks, (1, 0, 2, *range(3, len(shape))))
         tensor = ops.reshape(
             tensor, (shape[1], self.count * self.size, *shape[3:])

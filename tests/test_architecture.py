@@ -25,7 +25,7 @@ FRAMEWORKS = ("jax", "tensorflow", "torch")
 LEAVES = {
     *("arguments", "backends", "errors", "keras_internals", "lengths"),
     *("numerics", "padding", "placement", "primitives", "random_bits"),
-    *("scopes", "scratch", "transport", "version"),
+    *("scopes", "scratch", "shapes", "transport", "version"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blockwise": {"kernel", "numerics", "primitives", "tiling"},
     "attention": {
         *("kernel", "numerics", "placement", "scoring", "tiling"),
-        "transport",
+        *("shapes", "transport"),
     },
     "config": {"backends"},
     "kernels": {
@@ -59,14 +59,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "counting": {
         *("keras_internals", "position_wise", "step", "whole_batch", "world"),
     },
-    "chunked": {"backends", "numerics", "padding", "strategy"},
+    "chunked": {"backends", "numerics", "padding", "shapes", "strategy"},
     "shards": {"backends", "numerics", "padding", "transport"},
     "rematerialised": {"backends"},
     "ops": {
         *("arguments", "attention", "backends", "balance", "chunked"),
         *("kernels", "masks", "numerics", "padding", "placement"),
-        *("random_bits", "scoring", "shards", "strategy", "tensor_arguments"),
-        *("transport", "trials", "world"),
+        *("random_bits", "scoring", "shapes", "shards", "strategy"),
+        *("tensor_arguments", "transport", "trials", "world"),
     },
     "layers": {
         *("arguments", "backends", "keras_internals", "masks", "numerics"),

@@ -23,6 +23,7 @@ from keras_ring.ops import attention_checks as checks
 from keras_ring.ops.dense_attention import dense_attention
 from keras_ring.ops.sequence import true_length, whole_length
 from keras_ring.scoring import Dropout, Scoring
+from keras_ring.shapes import sizes
 from keras_ring.world import LOCAL, World
 
 Tensor = Any
@@ -130,7 +131,7 @@ def ring_attention(
         result = _made_up(query, value)
         return result if return_lse else result.out
     world = strategy.current()
-    keys = ops.shape(key)[1]
+    keys = sizes(key)[1]
     all_keys = whole_length(keys)
     known = all_keys if isinstance(all_keys, int) else None
     if mask is not None:
@@ -142,7 +143,7 @@ def ring_attention(
     if world is not None and limit is not None:
         hidden = Before(limit)
         mask = hidden if mask is None else mask & hidden
-    rows = true_length(ops.shape(query)[1])
+    rows = true_length(sizes(query)[1])
     if world is not None and rows is not None:
         # A gradient that arrives at a padded query must not reach the keys.
         real = Before(rows, queries=True)
@@ -183,7 +184,7 @@ def ring_attention(
 def _made_up(query: Tensor, value: Tensor) -> AttentionResult:
     """What a trial takes for attention: of the values at its own position,
     or of nothing where there are others."""
-    shape = tuple(ops.shape(query)[:3])
+    shape = tuple(sizes(query)[:3])
     out = ops.zeros((*shape, value.shape[3]), dtype=query.dtype)
     if query.shape[1] == value.shape[1]:
         out = out + ops.repeat(value, shape[2] // value.shape[2], axis=2)
@@ -199,7 +200,7 @@ def _dropout(
         return None
     first_row: Any = 0
     if world is not None and world.inside():
-        first_row = world.data_index() * ops.shape(query)[0]
+        first_row = world.data_index() * sizes(query)[0]
     first_row = ops.convert_to_tensor(first_row, dtype="int32")
     return Dropout(float(rate), seed, first_row)
 
@@ -207,7 +208,7 @@ def _dropout(
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple:
     """Attention with one more logit for each head that has no value."""
     # Cast once, or the parts of the gradient are rounded before they meet.
-    sinks = ops.broadcast_to(ops.cast(sinks, lse.dtype), ops.shape(lse))
+    sinks = ops.broadcast_to(ops.cast(sinks, lse.dtype), sizes(lse))
     above = lse - sinks
     # What the keys have of a softmax over themselves and the sink. A row
     # without keys is 0, and so is its gradient: both come from sigmoid.
@@ -240,7 +241,7 @@ def _attend(
     at_key, at_shared = counts[0], counts[0] + counts[1]
 
     size, mask = transport.size, scoring.mask
-    lengths = (ops.shape(tensor)[1] for tensor in tensors[:2])
+    lengths = (sizes(tensor)[1] for tensor in tensors[:2])
     balanced = balance.pays(choice, size, mask, *lengths)
 
     def chunks(move, tensors, axis=2):
