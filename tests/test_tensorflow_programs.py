@@ -226,3 +226,36 @@ def test_replicas_share_the_program_of_their_updates():
                 np.testing.assert_array_equal(other, first)
     # Twice the replicas, of twice the visits each.
     assert sizes[4] <= 2.5 * sizes[2]
+
+
+def test_a_gradient_searches_no_other_replica_for_variables(monkeypatch):
+    """TensorFlow looks for them in all that lies behind a result; behind what
+    has arrived that would be the whole program of its sender."""
+    from tensorflow.python.ops import op_selector
+
+    search = op_selector.get_backward_walk_ops
+    found = []
+
+    def counted(*arguments, **options):
+        operations = search(*arguments, **options)
+        found.append(len(operations))
+        return operations
+
+    monkeypatch.setattr(op_selector, "get_backward_walk_ops", counted)
+    most = {}
+    for layers in 1, 4:
+
+        def function(tensor, layers=layers):
+            with tf.GradientTape() as tape:
+                tape.watch(tensor)
+                out = tensor
+                for _ in range(layers):
+                    out = keras_ring.ops.ring_attention(out, out, out)
+            return tape.gradient(out, tensor)
+
+        found.clear()
+        keras_ring.DistributedStrategy(sequence_parallel=2).run(
+            function, np.ones((1, 8, 2, 4), "float32")
+        )
+        most[layers] = max(found)
+    assert most[1] == most[4]

@@ -50,7 +50,7 @@ class NativeKernel(FoldingKernel):
 
     Args:
         otherwise: computes the visits that do not fit: of other dtypes,
-            masks and scores, and of sizes that are not known.
+            masks, scores and sizes.
 
     Attributes:
         any_mask: whether masks are taken that are no `Band`.
@@ -173,8 +173,8 @@ class NativeKernel(FoldingKernel):
     def _fits(
         self, query: Tensor, key: Tensor, value: Tensor, block: Block
     ) -> bool:
-        """Whether a visit has float32 scores that are scaled products, sizes
-        that are known and a mask that the library takes."""
+        """Whether a visit has float32 scores that are scaled products, and sizes
+        and a mask that the library takes."""
         scoring, tensors = block.scoring, (query, key, value)
         return (
             scoring.only_products
