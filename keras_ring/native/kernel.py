@@ -173,8 +173,8 @@ class NativeKernel(FoldingKernel):
     def _fits(
         self, query: Tensor, key: Tensor, value: Tensor, block: Block
     ) -> bool:
-        """Whether a visit has float32 scores that are scaled products, and sizes
-        and a mask that the library takes."""
+        """Whether a visit has float32 scores that are scaled products, and
+        sizes and a mask that the library takes."""
         scoring, tensors = block.scoring, (query, key, value)
         return (
             scoring.only_products
