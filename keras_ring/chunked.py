@@ -84,7 +84,16 @@ def _map_local(
     runtime = backends.load().runtime
     primitives = backends.load().kernel.KERNEL
 
+    def made_of(*inputs: Tensor) -> tuple[Tensor, ...]:
+        made = function(*inputs)
+        return tuple(
+            ops.cast(result, dtype)
+            for result, (_, dtype) in zip(made, results, strict=True)
+        )
+
     def forward(*arguments: Tensor) -> tuple[tuple, tuple]:
+        if tiling.is_whole:
+            return made_of(*arguments), arguments
         stores = [
             primitives.store(tiling.cut(tensor)) for tensor in arguments[:count]
         ]
@@ -92,12 +101,10 @@ def _map_local(
 
         def body(index: Any, filled: tuple) -> tuple:
             chunks = [primitives.read(store, index) for store in stores]
-            made = function(*chunks, *arguments[count:])
+            made = made_of(*chunks, *arguments[count:])
             return tuple(
-                primitives.write(store, index, ops.cast(result, dtype))
-                for store, result, (_, dtype) in zip(
-                    filled, made, results, strict=True
-                )
+                primitives.write(store, index, result)
+                for store, result in zip(filled, made, strict=True)
             )
 
         empty = tuple(
@@ -114,6 +121,28 @@ def _map_local(
         places = [i for i, t in enumerate(arguments) if _is_floating(t)]
         local = [i for i in places if i < count]
         common = [i for i in places if i >= count]
+        gradients: list[Tensor | None] = [None] * len(arguments)
+
+        def pulled_back(
+            given: Sequence[Tensor], grads: Sequence[Tensor]
+        ) -> list[Tensor]:
+            """Of one chunk, the gradients of what is floating point."""
+
+            def of_floating(*tensors: Tensor) -> tuple[Tensor, ...]:
+                inputs = list(given)
+                for place, tensor in zip(places, tensors, strict=True):
+                    inputs[place] = tensor
+                return made_of(*inputs)
+
+            return runtime.vjp(
+                of_floating, [given[place] for place in places], grads
+            )
+
+        if tiling.is_whole:
+            found = pulled_back(arguments, grads)
+            for place, grad in zip(places, found, strict=True):
+                gradients[place] = ops.cast(grad, arguments[place].dtype)
+            return tuple(gradients)
         stores = [
             primitives.store(tiling.cut(tensor)) for tensor in arguments[:count]
         ]
@@ -121,22 +150,11 @@ def _map_local(
 
         def body(index: Any, carry: tuple) -> tuple:
             filled, sums = carry
-            chunks = [primitives.read(store, index) for store in stores]
-            given = [*chunks, *arguments[count:]]
-
-            def of_floating(*tensors: Tensor) -> tuple[Tensor, ...]:
-                inputs = list(given)
-                for place, tensor in zip(places, tensors, strict=True):
-                    inputs[place] = tensor
-                made = function(*inputs)
-                return tuple(
-                    ops.cast(result, dtype)
-                    for result, (_, dtype) in zip(made, results, strict=True)
-                )
-
-            found = runtime.vjp(
-                of_floating,
-                [given[place] for place in places],
+            found = pulled_back(
+                [
+                    *(primitives.read(store, index) for store in stores),
+                    *arguments[count:],
+                ],
                 [primitives.read(store, index) for store in arriving],
             )
             filled = tuple(
@@ -163,7 +181,6 @@ def _map_local(
             ),
         )
         filled, sums = primitives.loop(tiling.count, body, start)
-        gradients: list[Tensor | None] = [None] * len(arguments)
         for place, store in zip(local, filled, strict=True):
             gradients[place] = tiling.join(primitives.stacked(store))
         for place, total in zip(common, sums, strict=True):
@@ -186,6 +203,11 @@ class _Chunks:
             self.count = -(-length // chunk_size)
             self.size = chunk_size
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is known that one chunk is all there is."""
+        return isinstance(self.count, int) and self.count == 1
+
     def cut(self, tensor: Tensor) -> Tensor:
         """(batch, length, ...) -> (count, batch, size, ...)."""
         shape = sizes(tensor)
@@ -194,8 +216,6 @@ class _Chunks:
             widths: list = [(0, 0)] * len(shape)
             widths[1] = (0, padding)
             tensor = ops.pad(tensor, widths)
-        if isinstance(self.count, int) and self.count == 1:
-            return ops.expand_dims(tensor, 0)
         tensor = ops.reshape(
             tensor, (shape[0], self.count, self.size, *shape[2:])
         )
@@ -203,8 +223,6 @@ class _Chunks:
 
     def join(self, chunks: Tensor) -> Tensor:
         """(count, batch, size, ...) -> (batch, length, ...)."""
-        if isinstance(self.count, int) and self.count == 1:
-            return ops.squeeze(chunks, 0)
         shape = sizes(chunks)
         tensor = ops.transpose(chunks, (1, 0, 2, *range(3, len(shape))))
         tensor = ops.reshape(
