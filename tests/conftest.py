@@ -5,6 +5,7 @@ that backend on real collectives: 8 simulated CPU devices on JAX, 4 logical
 CPU devices on TensorFlow, real gloo processes on PyTorch.
 """
 
+import gc
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -12,15 +13,10 @@ BACKEND = os.environ["KERAS_BACKEND"]
 if BACKEND == "jax":
     # `JAX_PLATFORMS=cuda` is for tests/test_jax_gpu.py.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "")
-        + " --xla_force_host_platform_device_count=8"
-        # More devices than cores: on a busy machine some wait long.
-        + " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
-        + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-        # Tests compile thousands of small programs, each run a few times.
-        + " --xla_backend_optimization_level=0"
-        + " --xla_llvm_disable_expensive_passes=true"
+    from tests import xla_flags
+
+    os.environ["XLA_FLAGS"] = " ".join(
+        [xla_flags.known(), os.environ.get("XLA_FLAGS", "")]
     )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -68,6 +64,10 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{name}: {text}")
     config.stash[LEFT_OUT] = {}
     worlds.simulate_devices()
+    # What has been imported stays, and tracing makes millions of objects:
+    # without this a tenth of the time goes to looking for garbage.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -171,6 +171,7 @@ def check_portions(size, balanced):
     np.testing.assert_allclose(cut["gradients"], whole["gradients"], atol=1e-5)
 
 
+@pytest.mark.mostly(balanced=True)
 @pytest.mark.parametrize("balanced", [False, True])
 def test_portions_move_as_much_and_less_at_once(on_devices, balanced):
     """On every backend, although not all of them cut what travels."""

@@ -161,6 +161,7 @@ def offered(monkeypatch):
     config.set_kernel("auto")
 
 
+@pytest.mark.mostly(data=2)
 @pytest.mark.parametrize("data", [1, 2])
 def test_around_a_ring(data, offered, monkeypatch):
     """Balanced causal chunks, a padded length, and batches split by XLA."""

@@ -184,6 +184,7 @@ def test_limits_that_are_tensors():
 
 
 @NEEDED
+@pytest.mark.mostly(processor="native", every=2)
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 @pytest.mark.parametrize("processor", ["native", "baseline"])
 def test_random_visits_under_sanitizers(sanitizer, processor, tmp_path):

@@ -43,6 +43,8 @@ MODELS = {
     "gate": (lambda h, o: h + o, "heads", {"use_gate": True}, {}),
     "cross": (None, "heads", {}, {}),
 }
+# The others differ in what a query sees, which gradients do not ask.
+TRAINED = ("sum", "grouped", "dropout", "cross")
 
 
 def branch(h, kind, ours):
@@ -120,15 +122,15 @@ def trained(model, ids):
 def run(size, kinds):
     """For each kind how far predictions of ours are from those of stock
     layers on one device; and how far trained weights are from ours there."""
+    learning = [kind for kind in kinds if kind in TRAINED]
     ids = tokens()
     real = (ids != 0)[..., None]
     strategy = kr.DistributedStrategy(sequence_parallel=size)
     wanted = build(kinds, ours=False).predict(ids, verbose=0)
-    alone = trained(build(kinds, ours=True), ids)
+    alone = trained(build(learning, ours=True), ids)
     with strategy.scope():
-        model = build(kinds, ours=True)
-        found = model.predict(ids, verbose=0)
-        after = trained(model, ids)
+        found = build(kinds, ours=True).predict(ids, verbose=0)
+        after = trained(build(learning, ours=True), ids)
     errors = {}
     for kind, want, have in zip(kinds, wanted, found, strict=True):
         want = want * real
@@ -138,8 +140,18 @@ def run(size, kinds):
     return errors
 
 
+# There each replica's program is traced and optimized by itself.
+SLOW_ON_TENSORFLOW = (
+    [pytest.mark.extra] if keras.backend.backend() == "tensorflow" else []
+)
+
+
 @pytest.mark.parametrize(
-    ("size", "kinds"), [(2, list(MODELS)), (4, ["sum", "cross"])]
+    ("size", "kinds"),
+    [
+        (2, list(MODELS)),
+        pytest.param(4, ["sum", "cross"], marks=SLOW_ON_TENSORFLOW),
+    ],
 )
 def test_real_positions_are_those_of_stock_layers(on_devices, size, kinds):
     errors = on_devices(size, run, size, kinds)
