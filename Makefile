@@ -90,8 +90,7 @@ known-backend:
 	esac; done
 
 .venv-demo-torch/ready .venv-test/ready: TORCH := -r requirements/torch.txt
-.venv-demo-%/ready: EXTRAS = $*
-.venv-demo-%/ready: ALSO := matplotlib
+.venv-demo-%/ready: EXTRAS = $*,examples
 .venv-test/ready: EXTRAS := jax,tensorflow,torch,dev
 
 .venv-demo-%/ready: pyproject.toml requirements/torch.txt
@@ -130,6 +129,6 @@ $(need-python)
   echo "$(PYTHON) cannot make an environment; on Debian and Ubuntu:"; \
   echo "apt-get install python3-venv"; exit 1; }
 @$(if $(TORCH),$(@D)/bin/python -m pip install $(TORCH))
-$(@D)/bin/python -m pip install --editable '.[$(EXTRAS)]' $(ALSO)
+$(@D)/bin/python -m pip install --editable '.[$(EXTRAS)]'
 @touch $@
 endef

@@ -4,7 +4,8 @@
     make demo BACKEND=tensorflow     # 4 simulated devices on TensorFlow
     make demo BACKEND=torch          # 2 processes on PyTorch
 
-By hand, in an environment with keras_ring, one backend and matplotlib:
+By hand, in an environment with keras_ring, one backend and its extra
+`examples`:
 
     KERAS_BACKEND=jax python examples/byte_language_model.py
     KERAS_BACKEND=torch torchrun --nproc-per-node 2 \
@@ -294,8 +295,9 @@ def plot(
     colors = ["tab:blue", "tab:gray", "tab:red"]
     bars = right.bar(list(memory), sizes, color=colors[: len(sizes)], width=0.6)
     right.bar_label(bars, [f"{size:,.0f} MiB" for size in sizes], padding=2)
-    right.set(ylabel="MiB", title="Peak memory of one device", yscale="log")
-    right.set_ylim(min(sizes) / 4, max(sizes) * 3)
+    # From zero, so that a bar is as long as what it stands for.
+    right.set(ylabel="MiB", title="Peak memory of one device")
+    right.set_ylim(0, max(sizes) * 1.1)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     OUT.mkdir(exist_ok=True)

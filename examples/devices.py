@@ -1,10 +1,11 @@
-"""The devices that the examples run on.
+"""The devices that the examples run on, and what else they need.
 
 Importing this splits the machine's CPU into devices, so it must come before
 Keras is imported. On PyTorch every device is a process, and the examples are
 started with torchrun.
 """
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,15 @@ BACKEND = os.environ.setdefault("KERAS_BACKEND", "jax")
 SIMULATED = {"jax": 8, "tensorflow": 4, "torch": 2}[BACKEND]
 RANK = int(os.environ.get("RANK", "0"))
 OUT = Path(__file__).resolve().parent.parent / "out"
+
+
+def check_installed() -> None:
+    """Say before anything is trained that its plot could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        sys.exit(
+            "The examples draw plots with matplotlib, which is not installed. "
+            "Install it with `pip install 'keras-ring[examples]'`."
+        )
 
 
 def simulate_devices() -> None:
@@ -53,4 +63,5 @@ def say(*words: object) -> None:
         print(*words, flush=True)
 
 
+check_installed()
 simulate_devices()

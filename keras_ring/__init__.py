@@ -1,5 +1,19 @@
 """Exact long-context attention for Keras on JAX, TensorFlow and PyTorch."""
 
+try:
+    import keras as _keras  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name not in ("jax", "tensorflow", "torch"):
+        raise
+    raise ModuleNotFoundError(
+        "Keras needs the backend that it runs on to be installed. Received: "
+        f"backend={error.name!r}, which is not. Install it, with the extra of "
+        f"this package (`pip install 'keras-ring[{error.name}]'`), or choose "
+        "another: set the environment variable KERAS_BACKEND to 'jax', "
+        "'tensorflow' or 'torch' before Keras is imported.",
+        name=error.name,
+    ) from error
+
 from keras_ring import config, layers, losses, masks, ops
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.version import __version__

@@ -152,11 +152,13 @@ class DistributedStrategy:
             sequence = available // data
         needed = data * sequence * self.model_parallel
         if needed > available:
+            backend = keras.backend.backend()
             raise ValueError(
                 "A strategy cannot use more devices than there are: "
                 f"data_parallel={data} x sequence_parallel={sequence} x "
                 f"model_parallel={self.model_parallel} = {needed} devices. "
-                f"Received: {available} devices. {_HOW_TO_GET_DEVICES}"
+                f"Received: {available} device{'s' * (available != 1)} on the "
+                f"backend {backend!r}. {_HOW_TO_GET_DEVICES[backend]}"
             )
         return data, sequence
 
@@ -276,12 +278,20 @@ def _checked_result(value: Any) -> Any:
     )
 
 
-_HOW_TO_GET_DEVICES = (
-    "Lower the sizes, or provide more devices: on PyTorch start one process "
-    "per device with `torchrun --nproc-per-node N`; to simulate them on a "
-    "CPU set XLA_FLAGS=--xla_force_host_platform_device_count=N (JAX) or "
-    "logical devices (TensorFlow)."
-)
+_HOW_TO_GET_DEVICES = {
+    "jax": (
+        "Lower the sizes, or simulate N devices on a CPU with XLA_FLAGS="
+        "--xla_force_host_platform_device_count=N, set before JAX starts."
+    ),
+    "tensorflow": (
+        "Lower the sizes, or simulate devices on a CPU: call "
+        "tf.config.set_logical_device_configuration before TensorFlow starts."
+    ),
+    "torch": (
+        "Lower the sizes, or start one process for each device with "
+        "`torchrun --nproc-per-node N`."
+    ),
+}
 
 
 _SUSPENDED: ContextVar[bool] = ContextVar("keras_ring_suspended", default=False)

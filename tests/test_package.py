@@ -3,6 +3,7 @@
 import ast
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_the_wheel_needs_keras_and_no_backend(wheel):
     always = [need for need in needs if "extra ==" not in need]
     assert always == ["keras>=3.15", "numpy"]
     extras = {x.split(": ", 1)[1] for x in lines if x.startswith("Provides-E")}
-    assert extras == {"jax", "tensorflow", "torch", "dev"}
+    assert extras == {"jax", "tensorflow", "torch", "examples", "dev"}
     assert "License-Expression: Apache-2.0" in lines
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
 
@@ -111,6 +112,37 @@ def test_importing_loads_no_framework_that_keras_does_not():
         """
     )
     assert loaded.strip() == "[]"
+
+
+def test_a_backend_that_is_not_installed_is_named():
+    found = run_python(
+        """
+        import os, sys
+        backend = os.environ["KERAS_BACKEND"]
+        sys.modules[backend] = None  # Importing it fails as if it were gone.
+        try:
+            import keras_ring
+        except ModuleNotFoundError as error:
+            print(error)
+        """
+    )
+    backend = keras.backend.backend()
+    assert f"Received: backend={backend!r}, which is not." in found
+    assert f"pip install 'keras-ring[{backend}]'" in found
+
+
+@pytest.mark.once
+def test_the_script_of_the_readme_runs_as_it_stands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (script,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        if "KERAS_BACKEND" in block
+    )
+    shown = run_python(script)
+    losses = [float(loss) for loss in re.findall(r"loss: ([0-9.]+)", shown)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert "sequence parallel  8" in shown
 
 
 DEVICES_STILL_OPEN = {
