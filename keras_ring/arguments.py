@@ -1,4 +1,4 @@
-"""What an argument that is no tensor may be, and how it is refused.
+"""Checks of arguments that are no tensors, and the errors that refuse them.
 
 Every check gives back the plain Python value, so that NumPy's numbers and
 bools are as good as Python's own wherever they are kept or saved.

@@ -379,7 +379,8 @@ class Ring:
         return 2 if self.balanced else 1
 
     def _portions(self, key: Tensor) -> list[Portion]:
-        """What of the chunks of keys goes around the ring together."""
+        """Cut the chunks of keys into the portions that go around the ring
+        together."""
         length = sizes(key)[2]
         return placement.portions(length, self._parts(), self._most())
 
@@ -399,15 +400,15 @@ class Ring:
         return self.transport.shift(visiting, by=first) if first else visiting
 
     def _starts(self, index: Any, length: Any) -> tuple[Any, ...]:
-        """Where a member's positions begin, of each part of its chunk."""
+        """First positions of a member, of each part of its chunk."""
         size = self.transport.size
         return placement.starts(index, length, size, self.balanced)
 
     def _key_starts(
         self, hop: Any, length: Any, portion: Portion
     ) -> tuple[Any, ...]:
-        """Where the visiting positions begin, of each part of their chunk,
-        which has a length."""
+        """First visiting positions, of each part of their chunk, which has a
+        length."""
         index = self.transport.index()
         source = placement.source(index, hop, self.transport.size)
         starts = self._starts(source, length)
@@ -420,7 +421,7 @@ class Ring:
         key: Tensor,
         key_tensors: list[Tensor],
     ) -> tuple[Any, Block]:
-        """Whether some pair of a visit is allowed, and the visit's block."""
+        """True if some pair of a visit is allowed, and the visit's block."""
         lengths = sizes(own.query)[2], sizes(key)[2]
         carried = self.scoring.carried()._replace(
             query=own.carried, key=tuple(key_tensors)

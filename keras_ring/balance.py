@@ -28,7 +28,7 @@ def pays(
     query_length: Any,
     key_length: Any,
 ) -> bool:
-    """Whether attention should work on balanced chunks.
+    """True if attention should work on balanced chunks.
 
     Args:
         choice: what the user wants; "auto" for where it pays, and True for

@@ -1,4 +1,4 @@
-"""Which arrays of a batch carry the sequence.
+"""The arrays of a batch, and which of them carry the sequence.
 
 A batch is `(x, y, sample_weight)`. An array that carries the sequence has it
 on axis 1 and is split over the ring; every array is split over the data
@@ -141,8 +141,7 @@ def needs_padding(
     batch_size: int | None = None,
     validation_split: float = 0.0,
 ) -> bool:
-    """Whether in-memory arrays make batches that the mesh cannot split
-    equally.
+    """True if in-memory arrays make batches that the mesh cannot split equally.
 
     Args:
         world: the mesh.

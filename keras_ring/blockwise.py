@@ -128,7 +128,7 @@ def block_backward(
     grad_out: Tensor,
     block: Block,
 ) -> BlockGradients:
-    """What one visit contributes to the gradients.
+    """Gradients that one visit contributes.
 
     `lse` and `delta` belong to attention over all keys of the sequence, so
     `p = exp(score - lse)` are the final probabilities and the contributions

@@ -1,4 +1,4 @@
-"""What a saved model says of its backend, and what another one makes of it.
+"""The backend in a saved model, and what another one makes of it.
 
 Weights and the state of an optimizer are the same on every backend. Two
 things in the compile configuration of a file are not: on PyTorch Keras names

@@ -191,7 +191,7 @@ def _map_local(
 
 
 class _Chunks:
-    """How a length is cut: `count` chunks of `size`, the last filled up."""
+    """Chunks of a length: `count` chunks of `size`, the last filled up."""
 
     def __init__(self, length: Any, chunk_size: int):
         self.length = length
@@ -205,7 +205,7 @@ class _Chunks:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is known that one chunk is all there is."""
+        """True if it is known that one chunk is all there is."""
         return isinstance(self.count, int) and self.count == 1
 
     def cut(self, tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ _SETTINGS = {"kernel": "auto"}
 
 
 def kernel() -> str:
-    """What computes the attention of one chunk over another.
+    """Name of the kernel that computes attention of one chunk over another.
 
     Returns:
         The name that `set_kernel` was given; "auto" by default.

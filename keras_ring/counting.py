@@ -261,7 +261,7 @@ def mean_metric(original: Function) -> Function:
 
 
 def is_tracker(model: Any, metric: Any) -> bool:
-    """Whether a metric is the mean of a loss of a model."""
+    """True if a metric is the mean of a loss of a model."""
     return any(metric is tracker for tracker in whole_batch.trackers(model))
 
 
@@ -439,7 +439,7 @@ def _check_scalar(output: Output | None) -> None:
 
 
 def _like(values: Any, prediction: Any) -> bool:
-    """Whether the values of a loss have the sequence axis."""
+    """True if the values of a loss have the sequence axis."""
     return len(values.shape) > 1 and len(prediction.shape) > 1
 
 

@@ -31,7 +31,7 @@ def as_raised() -> Iterator[None]:
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether the last frame of a traceback is of this package."""
+    """True if the last frame of a traceback is of this package."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -29,7 +29,7 @@ def _classes() -> tuple[Any, Any]:
 
 
 def targets() -> list[tuple[Any, str, Callable[..., Any]]]:
-    """What of Keras is to be wrapped, for `counting.wrap_once`."""
+    """Functions of Keras to be wrapped, for `counting.wrap_once`."""
     wrappers = _item, _take
     return [
         (owner, "call", wrap)
@@ -39,8 +39,8 @@ def targets() -> list[tuple[Any, str, Callable[..., Any]]]:
 
 
 def takes_positions(operation: Any, node: Any, sees_sequence: Sees) -> bool:
-    """Whether a call of an operation takes positions of the sequence in a
-    way that is computed right on a shard.
+    """True if a call of an operation takes positions of the sequence in a way
+    that is computed right on a shard.
 
     Args:
         operation: a `keras.Operation` that is no layer.
@@ -87,7 +87,7 @@ def _take(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _on_shard(operation: Any) -> bool:
-    """Whether an operation is given a shard: in a step, and with a sequence
+    """True if an operation is given a shard: in a step, and with a sequence
     that is split on axis 1."""
     world = strategy.current()
     if world is None or shard_ring() is None:
@@ -100,8 +100,8 @@ def _on_shard(operation: Any) -> bool:
 
 
 def _place(key: Any, rank: int) -> int | None:
-    """Which entry of a key is the one position that it takes on axis 1; None
-    for a key that does anything else with the first two axes."""
+    """Index of the entry of a key that is the one position that it takes on
+    axis 1; None for a key that does anything else with the first two axes."""
     if not isinstance(key, (tuple, list)):
         return None
     axis = 0
@@ -123,7 +123,7 @@ def _place(key: Any, rank: int) -> int | None:
 
 
 def _takes(operation: Any, tensor: Any, indices: Any) -> bool:
-    """Whether known positions are taken on axis 1."""
+    """True if known positions are taken on axis 1."""
     if operation.axis is None or operation.axis % len(tensor.shape) != 1:
         return False
     if not isinstance(indices, (int, list, tuple, np.ndarray, np.integer)):

@@ -1,4 +1,4 @@
-"""What the shared code needs of Keras and Keras does not publish.
+"""Private parts of Keras that the shared code needs.
 
 The layers that a layer is made of, the calls that made a functional model,
 the operations that index a tensor in one, whether only shapes are inferred,
@@ -88,7 +88,7 @@ def nodes_of(model: Any) -> list[tuple[Any, Any]]:
 
 
 def in_symbolic_scope() -> bool:
-    """Whether Keras is only inferring shapes, with made-up lengths; a release
+    """True if Keras is only inferring shapes, with made-up lengths; a release
     that does not tell is taken to compute."""
     try:
         from keras.src.backend.common.symbolic_scope import in_symbolic_scope
@@ -98,7 +98,7 @@ def in_symbolic_scope() -> bool:
 
 
 def without_values(tensor: Any) -> bool:
-    """Whether a tensor has a shape only: Keras' own, or one that is on no
+    """True if a tensor has a shape only: Keras' own, or one that is on no
     device (PyTorch)."""
     return isinstance(tensor, keras.KerasTensor) or bool(
         getattr(tensor, "is_meta", False)
@@ -139,7 +139,7 @@ def with_companions(tensor: Any, function: Callable[[Any, str], Any]) -> Any:
 
 
 def scales_losses(optimizer: Any) -> bool:
-    """Whether an optimizer takes gradients of losses that it has scaled."""
+    """True if an optimizer takes gradients of losses that it has scaled."""
     return (
         isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         or getattr(optimizer, "loss_scale_factor", None) is not None
@@ -193,7 +193,7 @@ def compiled_variables(model: Any) -> list[Any]:
 
 
 def automatic_jit(model: Any) -> Any:
-    """What `jit_compile="auto"` comes to for a model; None where Keras does
-    not tell."""
+    """Value of `jit_compile="auto"` for a model; None where Keras does not
+    tell."""
     resolve = getattr(model, "_resolve_auto_jit_compile", None)
     return None if resolve is None else resolve()

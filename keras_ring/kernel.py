@@ -1,4 +1,4 @@
-"""What a kernel must do: attention over one visiting chunk.
+"""Kernel interface: attention over one visiting chunk.
 
 Everything is heads first and local. Legend: B batch, H query heads, K
 key/value heads, Q and S query and key lengths, D and E the head dimensions of
@@ -19,8 +19,7 @@ Tensor = Any
 
 
 class BlockGradients(NamedTuple):
-    """What one visit contributes to the gradients, in the accumulation
-    dtype.
+    """Gradients that one visit contributes, in the accumulation dtype.
 
     Attributes:
         query: (B, H, Q, D).
@@ -75,7 +74,7 @@ class Kernel(abc.ABC):
         grad_out: Tensor,
         block: Block,
     ) -> BlockGradients:
-        """What one visit contributes to the gradients.
+        """Gradients that one visit contributes.
 
         Args:
             query: (B, H, Q, D).

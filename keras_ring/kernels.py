@@ -1,4 +1,4 @@
-"""Which of a backend's kernels computes attention.
+"""Choice of the kernel that computes attention.
 
 A backend lists its kernels from the one it prefers to the blockwise
 reference. One that is not the reference is used only after it was seen to
@@ -70,7 +70,7 @@ def choose(dtype: str, device: str | None = None) -> Kernel:
 def agrees(
     kernel: Kernel, reference: Kernel, dtype: str, device: str | None
 ) -> bool:
-    """Whether a kernel computes what the reference does. Asked once per
+    """True if a kernel computes what the reference does. Asked once per
     process; if not, a warning says which kernel is left out and why."""
     try:
         # A thread of its own is not in the middle of tracing something.
@@ -93,7 +93,8 @@ def agrees(
 def _first_difference(
     kernel: Kernel, reference: Kernel, dtype: str, device: str | None
 ) -> str | None:
-    """What the two kernels disagree on first, on a device; None if nothing."""
+    """First thing the two kernels disagree on, on a device; None if there is
+    none."""
     with nullcontext() if device is None else keras.device(device):
         return next(_differences(kernel, reference, dtype), None)
 
@@ -101,7 +102,7 @@ def _first_difference(
 def _differences(
     kernel: Kernel, reference: Kernel, dtype: str
 ) -> Iterator[str]:
-    """What the two kernels disagree on, in words."""
+    """Differences between the two kernels, in words."""
     draw = np.random.default_rng(0)
 
     def tensor(length: int, heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which symbolic tensors of a model carry a sequence that a step splits.
+"""Symbolic tensors of a model that carry a sequence that a step splits.
 
 A length of `None` says so by itself. A fixed one can be split as well where
 every layer that is given it treats positions one by one or knows the ring;
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """What is known of the lengths of one model.
+    """Knowledge of the lengths of one model.
 
     Attributes:
         opened: the symbolic tensors, by their id, whose axis 1 has a fixed
@@ -32,7 +32,7 @@ class Lengths:
         return shape
 
     def split(self, symbol: Any) -> bool:
-        """Whether axis 1 of a symbolic tensor is a sequence that is split."""
+        """True if axis 1 of a symbolic tensor is a sequence that is split."""
         shape = self.shape(symbol)
         return not self.whole and len(shape) > 1 and shape[1] is None
 

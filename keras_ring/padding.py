@@ -91,7 +91,7 @@ class PaddedAxis:
         return local * self.parts if true is None else true
 
     def valid(self, local: Size, index: Any) -> Size:
-        """How much of a shard is no padding.
+        """Number of positions of a shard that are no padding.
 
         Args:
             local: size of the shard.
@@ -173,7 +173,7 @@ def clip(value: Size, low: int, high: Size) -> Size:
 
 
 def _same(first: Size, second: Size) -> bool:
-    """Whether two sizes are known to be the same."""
+    """True if two sizes are known to be the same."""
     return first is second or (
         isinstance(first, int) and isinstance(second, int) and first == second
     )
@@ -222,14 +222,14 @@ def lengths() -> PaddedAxis | None:
 
 
 def whole() -> bool:
-    """Whether the running code is in a step and sees whole sequences."""
+    """True if the running code is in a step and sees whole sequences."""
     found = _AXES.get()
     return found is not None and found[2]
 
 
 def true_length(length: Size, parts: int) -> Size | None:
-    """How long the sequence is of which attention sees shards, None where
-    they have no padding.
+    """Length of the sequence of which attention sees shards, None where they
+    have no padding.
 
     Args:
         length: that the running code sees.

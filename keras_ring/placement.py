@@ -1,4 +1,4 @@
-"""Which global positions a shard holds.
+"""Placement: the global positions that a shard holds.
 
 The sequence is split into `size` equal, contiguous chunks in natural order:
 index `i` holds positions `i * length` to `(i + 1) * length - 1`, where
@@ -115,7 +115,7 @@ class Band(NamedTuple):
         return tensor[(*before, slice(self.begin, self.end))]
 
     def starts(self, starts: tuple) -> tuple:
-        """Where its positions begin, of those of all parts."""
+        """First positions of it, of those of all parts."""
         if self.part is None:
             return starts
         return (starts[self.part] + self.offset,)
@@ -158,7 +158,7 @@ def joined(tensors: Sequence[Any], parts: int, axis: int) -> Any:
 
 
 def moves(size: int) -> tuple[list[int], list[int]]:
-    """Where the first and the second halves of the natural chunks go.
+    """Destinations of the first and the second halves of the natural chunks.
 
     Returns:
         Two permutations: the half of member `i` goes to member `[i]`.

@@ -1,4 +1,4 @@
-"""Which losses and metrics are right on a part of the batch.
+"""Losses and metrics that are right on a part of the batch.
 
 A loss is computed shard by shard where that gives the same numbers as on the
 whole batch: where it has one value for each position (or each sample), which
@@ -50,7 +50,7 @@ _COUNTING = (
 
 
 def loss(loss: Any, prediction: Any, split: bool) -> bool:
-    """Whether a loss can be computed shard by shard.
+    """True if a loss can be computed shard by shard.
 
     Args:
         loss: a `keras.losses.Loss`.
@@ -70,7 +70,7 @@ def loss(loss: Any, prediction: Any, split: bool) -> bool:
 
 
 def metric(metric: Any, prediction: Any, split: bool) -> bool:
-    """Whether a metric can count shard by shard; as `loss`."""
+    """True if a metric can count shard by shard; as `loss`."""
     if marked(metric):
         return True
     if not _of_keras(type(metric)):
@@ -96,8 +96,8 @@ def metric(metric: Any, prediction: Any, split: bool) -> bool:
 
 
 def marked(part: Any) -> bool:
-    """Whether a loss, metric, function or model says of itself that it is
-    right on a shard."""
+    """True if a loss, metric, function or model says of itself that it is right
+    on a shard."""
     if getattr(part, MARK, False):
         return True
     if isinstance(part, functools.partial):

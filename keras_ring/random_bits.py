@@ -30,7 +30,7 @@ Tensor = Any
 
 
 def keep(seed: Tensor, coordinates: Sequence[Tensor], rate: float) -> Tensor:
-    """Which elements a dropout keeps.
+    """Mask of the elements that a dropout keeps.
 
     Args:
         seed: int32 `(2,)`.
@@ -65,7 +65,7 @@ def share_seed(generator: keras.random.SeedGenerator) -> None:
 
 
 def is_shared(variable: Any) -> bool:
-    """Whether a variable is the state of a generator so marked."""
+    """True if a variable is the state of a generator so marked."""
     return getattr(variable, SHARED, False)
 
 

@@ -1,4 +1,4 @@
-"""Which strategy is active here, and under which one a layer was made.
+"""Scopes: the active strategy, and the one that a layer was made under.
 
 The record of what is active is the package's own: Keras forgets its
 distribution when `clear_session` is called, and some of its backends do more

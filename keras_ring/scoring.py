@@ -54,7 +54,7 @@ class Scoring:
 
     @property
     def only_products(self) -> bool:
-        """Whether scores are scaled products, masked or not, and no more."""
+        """True if scores are scaled products, masked or not, and no more."""
         return (
             self.soft_cap is None
             and self.bias is None
@@ -90,7 +90,7 @@ class Scoring:
         )
 
     def structure(self) -> Any:
-        """What is left without the tensors, hashable."""
+        """The scoring without its tensors, hashable."""
         return (
             self.scale,
             None if self.mask is None else self.mask.structure(),

@@ -1,4 +1,4 @@
-"""What a step that sees a shard knows of the whole batch.
+"""Step: what code that sees a shard knows of the whole batch.
 
 Keras computes losses and metrics of what it is given. In a step on a shard
 that is a part of the batch, possibly with padding; a `Step` cuts the padding
@@ -48,7 +48,7 @@ class Output:
 
     @property
     def nothing(self) -> bool:
-        """Whether it is known that all of the own part is padding."""
+        """True if it is known that all of the own part is padding."""
         sizes = (self.rows, self.length)
         return any(isinstance(size, int) and size == 0 for size in sizes)
 
@@ -111,7 +111,7 @@ class Step:
 
     @property
     def padded(self) -> bool:
-        """Whether what the step sees has padding somewhere."""
+        """True if what the step sees has padding somewhere."""
         return self.rows.padded or self.lengths.padded
 
     def know_outputs(self, model: Any, outputs: Any) -> None:
@@ -126,7 +126,7 @@ class Step:
                 self._splits[id(leaf)] = leaf, flag
 
     def output(self, prediction: Any) -> Output | None:
-        """What is known of an output; None where it is not the model's."""
+        """Knowledge of an output; None where it is not the model's."""
         leaf = tree.flatten(prediction)[0]
         if id(leaf) not in self._splits:
             return None
@@ -141,14 +141,14 @@ class Step:
         return Output(split, rows, all_rows, length, all_length, self.padded)
 
     def split(self, tensor: Any) -> bool:
-        """Whether a tensor has the sequence on axis 1; of one that is neither
+        """True if a tensor has the sequence on axis 1; of one that is neither
         of the batch nor an output its size decides."""
         if id(tensor) in self._splits:
             return self._splits[id(tensor)][1]
         return len(tensor.shape) > 1 and tensor.shape[1] in self.local_lengths
 
     def carries(self, tensor: Any, output: Output, prediction: Any) -> bool:
-        """Whether labels or weights of an output carry the sequence."""
+        """True if labels or weights of an output carry the sequence."""
         if id(tensor) in self._splits:
             return self._splits[id(tensor)][1]
         like = tree.flatten(prediction)[0]

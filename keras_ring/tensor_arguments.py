@@ -1,4 +1,4 @@
-"""What an argument that is a tensor may be, and how it is refused.
+"""Checks of arguments that are tensors, and the errors that refuse them.
 
 Dtypes decide here and values never: they are known before anything runs, on
 every backend, and nothing waits for a device.

@@ -71,7 +71,7 @@ class Side:
 
     @property
     def full(self) -> bool:
-        """Whether no tile is padded, as far as is known."""
+        """True if no tile is padded, as far as is known."""
         if self.limit is None:
             return True
         return isinstance(self.part, int) and self.part % self.tile == 0
@@ -102,7 +102,7 @@ class Side:
         return ops.reshape(tiles, (*before, self.length, *after))
 
     def place(self, index: Any) -> Any:
-        """Where in its part a tile begins."""
+        """First index of a tile in its part."""
         if len(self.starts) == 1:
             return index * self.tile
         return index % self.tiles_of_part * self.tile
@@ -162,7 +162,7 @@ def relations(mask: Mask, queries: Side, keys: Side) -> tuple[Any, Any]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Block:
-    """What a kernel must know of one visit beside the tensors.
+    """Description of one visit, beside its tensors, for a kernel.
 
     Attributes:
         query_starts: global position of the first query of each part of the
@@ -176,7 +176,7 @@ class Block:
     scoring: Scoring
 
     def relation(self, query_length: Any, key_length: Any) -> tuple[Any, Any]:
-        """Whether some and whether every pair of the chunks is allowed."""
+        """Two answers: if some, and if every, pair of the chunks is allowed."""
         mask = self.scoring.mask
         if mask is None:
             return True, True
@@ -196,7 +196,7 @@ class Block:
 def _halves_are_better(
     primitives: Primitives, query_length: Any, key_length: Any, mask: Any
 ) -> bool:
-    """Whether tiles of half the size leave out enough of a short chunk."""
+    """True if tiles of half the size leave out enough of a short chunk."""
     return (
         mask is not None
         and mask.grows()
@@ -318,13 +318,13 @@ class Tiling:
         return side.join(ops.reshape(tiles, shape), 2)
 
     def needed(self, turned: bool = False) -> "Needed":
-        """Which tiles of keys each tile of queries has pairs with; if `turned`
-        which tiles of queries each tile of keys has pairs with."""
+        """The tiles of keys that each tile of queries has pairs with; if
+        `turned` which tiles of queries each tile of keys has pairs with."""
         counts = self.queries.count, self.keys.count
         return _needed(self.some, counts, turned)
 
     def whole(self, query_index: Any, key_index: Any) -> Any:
-        """Whether every pair of a tile is allowed."""
+        """True if every pair of a tile is allowed."""
         return self._pick(self.every, query_index, key_index)
 
     def scored(
@@ -455,7 +455,7 @@ class Tiling:
         )
 
     def _as_rows(self, tile: Tensor) -> Tensor:
-        """What broadcasts to (B, H, q, s) -> (N or 1, r, s)."""
+        """Reshape what broadcasts to (B, H, q, s) -> (N or 1, r, s)."""
         shape = ops.shape(tile)
         if isinstance(shape[0], int) and shape[:2] == (1, 1):
             batch, key_heads = 1, 1
@@ -513,7 +513,7 @@ def _tiles(tensor: Tensor, side: Side) -> Tensor:
 
 
 class Needed(NamedTuple):
-    """Which tiles of the other side each tile of a side has pairs with.
+    """The tiles of the other side that each tile of a side has pairs with.
 
     Attributes:
         counts: int32 (tiles,): of how many; or one int for all.
@@ -525,8 +525,8 @@ class Needed(NamedTuple):
     order: Any = None
 
     def of(self, index: Any) -> tuple[Any, Callable]:
-        """How many a tile has pairs with, and a function from their number to
-        their index."""
+        """Number of tiles that a tile has pairs with, and a function from their
+        number to their index."""
         counts, order = self
         if order is None:
             return counts, lambda number: number
@@ -571,7 +571,7 @@ def _entry(row: np.ndarray, number: Any) -> Any:
 
 
 def _reduced(relation: Any, plain: Any, traced: Any) -> Any:
-    """What holds for some, or for all, of many tiles."""
+    """Reduce an answer of many tiles to one for some, or for all, of them."""
     if isinstance(relation, bool):
         return relation
     if isinstance(relation, (np.bool_, np.ndarray)):

@@ -1,4 +1,4 @@
-"""What happens before Keras trains a model under a strategy.
+"""Preparation of models that Keras trains under a strategy.
 
 `install()` wraps the public methods of `keras.Model` that run steps. A
 model that was built under a strategy is checked and then handed to Keras'
@@ -124,7 +124,7 @@ def _remembering(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _at_home(method: Callable[..., Any]) -> Callable[..., Any]:
-    """What `compile` makes belongs to the scope of the model."""
+    """Make what `compile` makes belong to the scope of the model."""
 
     @functools.wraps(method)
     def compile_model(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -231,7 +231,7 @@ def ready(world: World, model: Any, batch: Any) -> None:
 
 
 def built(model: Any) -> bool:
-    """Whether a model has all of its variables."""
+    """True if a model has all of its variables."""
     if getattr(model, "outputs", None):
         return True  # It has a graph.
     layers = [model, *sublayers(model, recursive=True)]

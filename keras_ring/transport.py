@@ -1,4 +1,4 @@
-"""What a transport must do, and its laws.
+"""Transport interface, and its laws.
 
 A transport moves tensors between the members of one ring: the devices that
 hold the chunks of one sequence. The blockwise loop talks to nothing else.

@@ -98,8 +98,8 @@ def own_methods(model: Any) -> Iterator[None]:
 
 
 def computes_itself(model: Any, name: str) -> bool:
-    """Whether a method of a model is not Keras' own, and not said to be
-    right on a shard."""
+    """True if a method of a model is not Keras' own, and not said to be right
+    on a shard."""
     method = getattr(model, name)
     function = getattr(method, "__func__", method)
     return (
@@ -111,7 +111,7 @@ def computes_itself(model: Any, name: str) -> bool:
 
 
 def is_given_whole(model: Any, name: str) -> bool:
-    """Whether a method of a model is given the whole batch now."""
+    """True if a method of a model is given the whole batch now."""
     return getattr(model.__dict__.get(name), _OWN, False)
 
 
@@ -229,7 +229,7 @@ def _tell_once(step: Step, owner: Any, what: str, whole: Any) -> None:
 
 
 def _bytes(tensors: Sequence[Any]) -> str:
-    """How much memory tensors take; of sizes that a program leaves open,
+    """Bytes of memory that tensors take; of sizes that a program leaves open,
     how much for each of these."""
     fixed, scaled = 0, 0
     for tensor in tensors:

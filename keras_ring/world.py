@@ -1,4 +1,4 @@
-"""What a runtime must do: carry a strategy through one framework.
+"""World interface: a strategy as one framework carries it.
 
 A `World` is a `DistributedStrategy` made real: the devices it got, the ring
 that this device belongs to, and the way in which Keras' trainer feeds it.
@@ -52,13 +52,12 @@ class World(abc.ABC):
 
     @functools.cached_property
     def lengths(self) -> weakref.WeakKeyDictionary[Any, Lengths]:
-        """What is known of the lengths of each model; see `training`."""
+        """Knowledge of the lengths of each model; see `training`."""
         return weakref.WeakKeyDictionary()
 
     @functools.cached_property
     def fixed_lengths(self) -> weakref.WeakKeyDictionary[Any, Any]:
-        """What the guard has found out of the fixed ones, which does not
-        change."""
+        """Findings of the guard about the fixed ones, which do not change."""
         return weakref.WeakKeyDictionary()
 
     @functools.cached_property
@@ -78,7 +77,7 @@ class World(abc.ABC):
 
     @abc.abstractmethod
     def inside(self) -> bool:
-        """Whether the code that runs now sees one shard of the sequence."""
+        """True if the code that runs now sees one shard of the sequence."""
 
     @abc.abstractmethod
     def ring(self) -> Transport:
@@ -97,7 +96,7 @@ class World(abc.ABC):
 
     @abc.abstractmethod
     def data_index(self) -> int:
-        """Which part of the batch the code that runs now sees: a number
+        """Index of the part of the batch that the running code sees: a number
         below `data_size` where it sees a part, else 0."""
 
     @abc.abstractmethod
@@ -118,7 +117,7 @@ class World(abc.ABC):
 
     @abc.abstractmethod
     def true_length(self, length: Any) -> Any:
-        """How long a sequence is without padding.
+        """Length of a sequence without padding.
 
         Args:
             length: that a layer sees; `per_shard` may pad it further.
@@ -157,7 +156,7 @@ class World(abc.ABC):
         )
 
     def as_in_a_step(self) -> contextlib.AbstractContextManager[None]:
-        """What kernels are asked in here they answer as in its steps."""
+        """Context in which kernels answer as in its steps."""
         return contextlib.nullcontext()
 
     @abc.abstractmethod

@@ -323,6 +323,19 @@ def test_every_module_says_what_it_is(path):
     assert ast.get_docstring(parse(path)) or not path.read_text().strip()
 
 
+# They begin questions: "True if ...", "Number of ..." say what a thing is.
+QUESTIONS = ("What", "Which", "Whether", "How", "Where", "When", "Who")
+
+
+@pytest.mark.parametrize("path", FILES, ids=identify)
+def test_docstrings_begin_with_a_plain_sentence(path):
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for node in ast.walk(parse(path)):
+        if isinstance(node, kinds) and ast.get_docstring(node):
+            first = ast.get_docstring(node).split()[0]
+            assert first not in QUESTIONS, getattr(node, "name", "the module")
+
+
 def test_unpublished_attributes_of_keras_are_read_in_one_place():
     for name in ("_flatten_layers", "_inbound_nodes"):
         found = [p.name for p in FILES if name in p.read_text("utf-8")]

@@ -157,7 +157,7 @@ def check(
 
 
 def _against(fixed: fixed_lengths.Found, found: list[Finding]) -> list[Finding]:
-    """What keeps fixed lengths from being split."""
+    """Reasons that keep fixed lengths from being split."""
     inferred = [
         Finding(part, None, Rule((), why, instead=""))
         for part, why in fixed.problems
@@ -169,7 +169,7 @@ def _against(fixed: fixed_lengths.Found, found: list[Finding]) -> list[Finding]:
 
 
 def _takes_images(model: Any) -> bool:
-    """Whether a model without a graph is given more axes than a sequence of
+    """True if a model without a graph is given more axes than a sequence of
     features has. Where its layers mix them, axis 1 is no sequence yet."""
     if getattr(model, "outputs", None):
         return False
@@ -196,7 +196,7 @@ class _Walk:
         self._seen: set[int] = set()
 
     def model(self, model: Any) -> Iterator[Finding]:
-        """What a model's layers and operations do to the sequence."""
+        """Find what a model's layers and operations do to the sequence."""
         for part in getattr(model, "operations", None) or model.layers:
             nodes = calls(part)
             if not isinstance(part, keras.layers.Layer):
@@ -234,7 +234,7 @@ class _Walk:
                 yield Finding(part, None, rule)
 
     def _gathered(self, part: Any, nodes: Any) -> Iterator[Finding]:
-        """What is whole already must not be gathered once more."""
+        """Refuse to gather once more what is whole already."""
         for node in nodes:
             for tensor in node.input_tensors:
                 shape = self._lengths.shape(tensor)
@@ -244,8 +244,7 @@ class _Walk:
     def tried(
         self, layer: Any, call: Call, parts: list[Finding]
     ) -> Iterator[Finding]:
-        """What is known of a layer or model, from a trial where nothing else
-        says it.
+        """Verdict on a layer or model, from a trial where nothing else says it.
 
         Args:
             layer: the layer.
@@ -325,12 +324,12 @@ class _Walk:
 
 
 def _package(layer: Any, name: str) -> bool:
-    """Whether a layer's class or one that it is made from is in a package."""
+    """True if a layer's class or one that it is made from is in a package."""
     return any(c.__module__.split(".")[0] == name for c in type(layer).__mro__)
 
 
 def _is_known(layer: Any) -> bool:
-    """Whether the tables say all there is to say about a layer."""
+    """True if the tables say all there is to say about a layer."""
     if isinstance(layer, keras.layers.Lambda):
         return False
     return type(layer).__module__.split(".")[0] in _KNOWN_PACKAGES

@@ -1,4 +1,4 @@
-"""Which fixed lengths of a model are sequences that can be split.
+"""Fixed lengths of a model, and which of them can be split.
 
 A model is inferred once more with another length in place of each fixed one.
 A tensor whose axis 1 follows is as long as the sequence. What a layer with a
@@ -28,7 +28,7 @@ _OWN = "sequence_parallel_safe"
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What the fixed lengths of a model are.
+    """Fixed lengths of a model.
 
     Attributes:
         opened: the symbolic tensors that are as long as a sequence of fixed
@@ -46,7 +46,7 @@ class Found:
 
 
 def find(model: Any) -> Found:
-    """What the fixed lengths of a model are.
+    """Fixed lengths of a model.
 
     Args:
         model: a built Keras model. Of one without a graph the models with
@@ -119,7 +119,7 @@ class _Trial:
         return found
 
     def unsplit(self) -> Iterator[tuple[Any, str]]:
-        """What has a ring and is given a length that is not split."""
+        """Layers with a ring that are given a length that is not split."""
         for part, node in self._with_ring:
             placed = _names(part) & _PLACED
             if not placed:

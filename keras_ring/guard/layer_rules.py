@@ -1,4 +1,4 @@
-"""Which layers compute something else on a shard of the sequence.
+"""Rules for layers that compute something else on a shard of the sequence.
 
 Each rule names classes (and with them their subclasses), says what they do
 with the sequence, and when: many mix positions under some settings only.
@@ -24,7 +24,7 @@ def _always(layer: Any, shape: Shape) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What some layers do with the sequence.
+    """Rule of what some layers do with the sequence.
 
     Attributes:
         classes: names of classes; subclasses are meant as well.
@@ -209,7 +209,7 @@ LIKE_ATTENTION = Rule(
 
 
 def looks_like_attention(layer: Any) -> bool:
-    """Whether a class that is no table's has the name of attention, or the
+    """True if a class that is no table's has the name of attention, or the
     method in which Keras' attention layers compute it."""
     return hasattr(layer, "_compute_attention") or any(
         "attention" in c.__name__.lower() for c in type(layer).__mro__

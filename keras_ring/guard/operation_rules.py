@@ -1,4 +1,4 @@
-"""Which `keras.ops` calls in a functional model mix the sequence.
+"""Rules for `keras.ops` in a functional model that mix the sequence.
 
 Most operations say by an `axis` what they work along; a few have their own
 form. What neither mixes nor moves axis 1 works position by position.
@@ -33,7 +33,7 @@ _LAST_AXIS = {"FFT", "IRFFT", "MultiHot", "RFFT", "Sparsemax", "TopK"}
 
 
 def problem(operation: Any, node: Any, sees_sequence: Sees) -> str | None:
-    """What an operation does to the sequence, None if nothing.
+    """Problem of an operation with a shard, None if there is none.
 
     Args:
         operation: a `keras.Operation` that is no layer.
@@ -59,7 +59,7 @@ def problem(operation: Any, node: Any, sees_sequence: Sees) -> str | None:
 
 
 def wrong_when_whole(operation: Any, shape: Any) -> bool:
-    """Whether a compiler that splits the sequence gets it wrong."""
+    """True if a compiler that splits the sequence gets it wrong."""
     del shape
     if type(operation).__name__ != "MaxPool":
         return False

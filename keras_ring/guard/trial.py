@@ -37,7 +37,7 @@ _VERDICTS = "_keras_ring_verdicts"
 
 
 class Verdict(enum.Enum):
-    """What a trial has found."""
+    """Result of a trial."""
 
     BY_POSITION = "treats every position by itself"
     OUTSIDE_TRAINING = "does so outside of training, where alone it can tell"
@@ -48,7 +48,7 @@ class Verdict(enum.Enum):
 def of(
     layer: Any, arguments: Any, is_sequence: Callable[[Any], bool]
 ) -> Verdict:
-    """What a layer does to a sequence. It is tried once.
+    """Verdict on what a layer does to a sequence. It is tried once.
 
     Args:
         layer: a built layer.
@@ -105,7 +105,7 @@ class _Trial:
         self._weights = _made_up_weights(layer, draw)
 
     def verdict(self, training: bool) -> Verdict:
-        """What the layer does in training or outside of it."""
+        """Verdict on the layer in training or outside of it."""
         (whole,) = self._calls(1, training)
         (again,) = self._calls(1, training, seeds=1)
         if not all(np.isfinite(result).all() for result in whole):

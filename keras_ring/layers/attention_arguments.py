@@ -1,4 +1,5 @@
-"""What an attention layer accepts: its constructor's values and its shapes."""
+"""Arguments that an attention layer accepts: its constructor's values and its
+shapes."""
 
 import math
 from collections.abc import Sequence
@@ -282,7 +283,7 @@ def check_tensors(
 
 
 def _differ(first: int | None, second: int | None) -> bool:
-    """Whether two sizes are known and not the same."""
+    """True if two sizes are known and not the same."""
     return (
         isinstance(first, int) and isinstance(second, int) and first != second
     )

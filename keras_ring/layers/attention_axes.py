@@ -18,7 +18,7 @@ Tensor = Any
 
 @dataclasses.dataclass(frozen=True)
 class AttentionAxes:
-    """Which axes of an input of one rank are attended over.
+    """Axes of an input of one rank that are attended over.
 
     Attributes:
         rank: rank of the inputs, batch and features included.
@@ -58,7 +58,7 @@ class AttentionAxes:
 
     @property
     def plain(self) -> bool:
-        """Whether tensors are `(batch, length, ...)` as they are."""
+        """True if tensors are `(batch, length, ...)` as they are."""
         return self.rank == 3
 
     def lengths(self, shape: Sequence[Any]) -> tuple[Any, ...]:
@@ -135,8 +135,8 @@ class AttentionAxes:
         key_lengths: tuple[Any, ...],
         name: str = "attention_mask",
     ) -> Tensor:
-        """What is said of each score, such as a mask or a bias, as `(folded
-        batch, heads or 1, queries, keys)`.
+        """Fold what is said of each score, such as a mask or a bias, as
+        `(folded batch, heads or 1, queries, keys)`.
 
         Args:
             pairs: `(leading..., query axes..., key axes...)`, where the
@@ -188,7 +188,7 @@ class AttentionAxes:
 
 
 def _broadcasts(shape: tuple[Any, ...], target: tuple[Any, ...]) -> bool:
-    """Whether known sizes are 1 or those of the target, axis by axis."""
+    """True if known sizes are 1 or those of the target, axis by axis."""
     return len(shape) == len(target) and all(
         not isinstance(size, int)
         or not isinstance(wanted, int)

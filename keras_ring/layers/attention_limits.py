@@ -1,4 +1,4 @@
-"""What an attention layer does not do, refused with the way out."""
+"""Limits of an attention layer, refused with the way out."""
 
 from typing import Any
 

@@ -171,7 +171,7 @@ class BlockwiseFeedForward(dense_options.DenseOptions, keras.layers.Layer):
         }
 
     def _quantized(self) -> bool:
-        """Whether a projection has weights that only it can read."""
+        """True if a projection has weights that only it can read."""
         projections = (self.up, self.gate, self.down)
         return any(
             layer is not None and layer.quantization_mode is not None

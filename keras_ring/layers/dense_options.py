@@ -1,4 +1,4 @@
-"""What users may say about the kernels and biases of a layer."""
+"""Options of users for the kernels and biases of a layer."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What attention gives for queries that may attend to nothing.
+"""Results of attention for queries that may attend to nothing.
 
 There is no softmax over no scores. The kernels give zeros. Keras' layers put
 a large negative number in the place of every masked score: where all of them
@@ -37,7 +37,7 @@ def check(empty_rows: Any, sinks: Any) -> None:
 
 
 def may_be(masks: AttentionMasks) -> bool:
-    """Whether some query of a call may attend to nothing: not under a causal
+    """True if some query of a call may attend to nothing: not under a causal
     mask alone, under which each sees the first key."""
     hiding = masks.queries, masks.pairs, masks.segments, masks.sliding_window
     return bool(masks.keys) or any(mask is not None for mask in hiding)

@@ -135,8 +135,8 @@ class Gathered(keras.layers.Wrapper):
     def splits(
         self, arguments: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[bool]:
-        """Which results have the sequence on axis 1, for tensors or symbolic
-        tensors."""
+        """Find the results that have the sequence on axis 1, for tensors or
+        symbolic tensors."""
         return list(
             self._known_splits(
                 (arguments, kwargs), lambda: self._split(arguments, kwargs)

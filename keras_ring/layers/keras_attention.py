@@ -1,4 +1,4 @@
-"""What a stock attention layer is made of, to make one of ours from it."""
+"""Parts of a stock attention layer, to make one of ours from them."""
 
 from typing import Any
 

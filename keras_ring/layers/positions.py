@@ -1,4 +1,4 @@
-"""What the layers that take positions check of them."""
+"""Checks of positions, for the layers that take them."""
 
 import numbers
 from typing import Any

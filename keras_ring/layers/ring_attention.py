@@ -501,7 +501,7 @@ class RingAttention(Projections, keras.layers.Layer):
     def _mean_where_empty(
         self, axes: AttentionAxes, masks: AttentionMasks
     ) -> bool:
-        """Whether a stock layer would not write out the scores of a call in
+        """True if a stock layer would not write out the scores of a call in
         which some query may attend to nothing."""
         return (
             self._empty_rows == "stock"
@@ -553,7 +553,7 @@ class RingAttention(Projections, keras.layers.Layer):
         key: Tensor,
         name: str,
     ) -> Tensor | None:
-        """What is said of each score, folded: `(batch, heads or 1,
+        """Bias or mask of each score, folded: `(batch, heads or 1,
         query_length, all_keys)`."""
         if pairs is None:
             return None

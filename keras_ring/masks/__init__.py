@@ -1,4 +1,4 @@
-"""Which query may attend to which key, as functions of global positions.
+"""Masks: which query may attend to which key, as functions of global positions.
 
 A mask is a frozen object. It tells of a block of queries and keys whether
 none, some or all pairs are allowed before anything is computed, so that

@@ -1,4 +1,4 @@
-"""What every mask answers, the tensors that it carries, and `&` and `|`."""
+"""Base of all masks: their questions, their tensors, `&` and `|`."""
 
 import abc
 import dataclasses
@@ -74,8 +74,8 @@ class Mask(abc.ABC):
         return self
 
     def structure(self) -> Any:
-        """What is left of the mask without its tensors: equal and hashable
-        for masks that differ in their tensors only."""
+        """The mask without its tensors: equal and hashable for masks that
+        differ in their tensors only."""
         return self
 
     def check(self, query: Shape, key: Shape, all_keys: int | None) -> None:
@@ -121,13 +121,13 @@ class Mask(abc.ABC):
         return True, False
 
     def reach(self) -> tuple[float, float]:
-        """How many positions back and ahead of itself a query may see at
-        most; `math.inf` where the mask sets no limit."""
+        """Number of positions back and ahead that a query may see at most;
+        `math.inf` where the mask sets no limit."""
         return math.inf, math.inf
 
     def grows(self) -> bool:
-        """Whether later queries see more keys than earlier ones, so that
-        the members of a ring have different amounts of work."""
+        """True if later queries see more keys than earlier ones, so that the
+        members of a ring have different amounts of work."""
         return False
 
     @abc.abstractmethod
@@ -295,7 +295,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def fits(shape: Any, wanted: Any) -> bool:
-    """Whether a shape is the wanted one, where both are known."""
+    """True if a shape is the wanted one, where both are known."""
     return len(shape) == len(wanted) and all(
         have == want or not isinstance(have, int) or want is None
         for have, want in zip(shape, wanted, strict=True)

@@ -100,8 +100,7 @@ class NativeKernel(FoldingKernel):
         """`Kernel.fold_backward` of what fits."""
 
     def here(self) -> bool:
-        """Whether it is preferred in this process, apart from device and
-        dtype."""
+        """True if it is preferred in this process, apart from device and dtype."""
         return True
 
     def available(
@@ -113,8 +112,8 @@ class NativeKernel(FoldingKernel):
         return (dtype is None or self.here()) and self.loads()
 
     def loads(self) -> bool:
-        """Whether there is a library. What fails is told of; that a
-        machine has no compiler is not."""
+        """True if there is a library. What fails is told of; that a machine has
+        no compiler is not."""
         try:
             self.load()
         except UnavailableError as error:
@@ -173,7 +172,7 @@ class NativeKernel(FoldingKernel):
     def _fits(
         self, query: Tensor, key: Tensor, value: Tensor, block: Block
     ) -> bool:
-        """Whether a visit has float32 scores that are scaled products, and
+        """True if a visit has float32 scores that are scaled products, and
         sizes and a mask that the library takes."""
         scoring, tensors = block.scoring, (query, key, value)
         return (
@@ -184,7 +183,7 @@ class NativeKernel(FoldingKernel):
         )
 
     def _takes(self, tensor: Tensor) -> bool:
-        """Whether it is of float32, and of sizes that are not 0 or not yet
+        """True if it is of float32, and of sizes that are not 0 or not yet
         known."""
         return _name(tensor.dtype) == "float32" and all(
             size or (size is None and axis < self.open_axes)

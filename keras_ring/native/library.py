@@ -240,7 +240,7 @@ def _compile(
 def _run(
     command: list[str], deadline: float, environment: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """What a compiler ends with and says.
+    """Run a compiler; its exit status and what it says.
 
     Raises:
         CompilerError: if it cannot be started, or does not end.
@@ -312,13 +312,13 @@ def _words(name: str) -> list[str]:
 
 
 def _version(compiler: list[str], deadline: float) -> str:
-    """What a compiler says of itself: what it makes needs its libraries."""
+    """A compiler's version: what it makes needs its libraries."""
     return _run([*compiler, "--version"], deadline, os.environ).stdout
 
 
 def _folder() -> Path:
-    """Where libraries are kept: what is in it is loaded, so that nobody else
-    may put anything there."""
+    """Folder in which libraries are kept: what is in it is loaded, so that
+    nobody else may put anything there."""
     own = os.environ.get("KERAS_RING_CACHE")
     try:
         if own:
@@ -348,7 +348,7 @@ def _make(folder: Path) -> None:
 
 @functools.cache
 def _machine() -> str:
-    """What `-march=native` depends on."""
+    """Description of all that `-march=native` depends on."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

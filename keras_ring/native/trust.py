@@ -1,4 +1,4 @@
-"""Whether a folder is one that nobody else can put a file into.
+"""Check that nobody else can put a file into a folder.
 
 What is loaded from it runs as the user. So the folder, everything above it
 and every link on the way must belong to the user or to root, and nobody else
@@ -55,7 +55,7 @@ def distrust(path: Path, user: int) -> str:
 
 
 def _problem(path: Path, found: os.stat_result, user: int, above: bool) -> str:
-    """What is wrong with one step.
+    """Problem of one step of a path, if there is one.
 
     Args:
         path: the step; all before it is as it should be.

@@ -1,4 +1,4 @@
-"""What `ring_attention` refuses, before anything runs."""
+"""Checks of `ring_attention`'s arguments, before anything runs."""
 
 import math
 from typing import Any

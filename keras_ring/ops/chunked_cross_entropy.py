@@ -12,7 +12,7 @@ Tensor = Any
 
 
 class CrossEntropy(NamedTuple):
-    """What the logits of every token came to, in the accumulation dtype.
+    """Results of the logits of every token, in the accumulation dtype.
 
     Attributes:
         loss: `(batch, length)`; 0 for an ignored token, NaN for a label that

@@ -12,7 +12,7 @@ Tensor = Any
 
 
 class Dense(NamedTuple):
-    """What `dense_attention` gives.
+    """Results of `dense_attention`.
 
     Attributes:
         out: `(batch, query_length, heads, value_dim)`, dtype of the query. A

@@ -182,8 +182,8 @@ def ring_attention(
 
 
 def _made_up(query: Tensor, value: Tensor) -> AttentionResult:
-    """What a trial takes for attention: of the values at its own position,
-    or of nothing where there are others."""
+    """Stand-in for attention in a trial: of the values at its own position, or
+    of nothing where there are others."""
     shape = tuple(sizes(query)[:3])
     out = ops.zeros((*shape, value.shape[3]), dtype=query.dtype)
     if query.shape[1] == value.shape[1]:

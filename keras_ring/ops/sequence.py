@@ -141,15 +141,14 @@ def shard_ring() -> Transport | None:
 
 
 def true_length(length: Any) -> Any:
-    """How long the whole sequence is without padding, for the length that
-    this code sees; None where there is no padding, see
-    `World.true_length`."""
+    """Length of the whole sequence without padding, for the length that this
+    code sees; None where there is no padding, see `World.true_length`."""
     world = strategy.current()
     return None if world is None else world.true_length(length)
 
 
 def whole_length(length: Any) -> Any:
-    """How long the whole sequence is, for the length that this code sees."""
+    """Length of the whole sequence, for the length that this code sees."""
     ring = shard_ring()
     if ring is None:
         return length
@@ -177,8 +176,8 @@ def ring_sum(tensor: Tensor) -> Tensor:
 
 
 def _unsplit(tensor: Tensor) -> Tensor:
-    """Where code sees the whole sequence, keep the compiler from splitting
-    it; the batch stays split."""
+    """Keep the compiler from splitting it where code sees the whole sequence;
+    the batch stays split."""
     world = strategy.current()
     sizes = tuple(tensor.shape)
     # Sizes that are no integers: Keras is only inferring shapes.

@@ -39,7 +39,7 @@ class FusedKernel(Kernel):
     def fits(
         self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
     ) -> bool:
-        """Whether the operation can compute a visit, of sizes that are known
+        """True if the operation can compute a visit, of sizes that are known
         and of a score that is a scaled product."""
 
     @abc.abstractmethod
@@ -126,7 +126,7 @@ class FusedKernel(Kernel):
     def _computes(
         self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
     ) -> bool:
-        """Whether calls may be able to compute a visit."""
+        """True if calls may be able to compute a visit."""
         return (
             by_place(query, key, value, block)
             and block.scoring.scale > 0
@@ -134,7 +134,7 @@ class FusedKernel(Kernel):
         )
 
     def _kinds(self, block: Block, queries: int, keys: int) -> Any:
-        """What a part of a visit is: nothing, whole, a causal square or
+        """Kind of a part of a visit: nothing, whole, a causal square or
         anything else, as the number of a branch, which may be traced."""
         some, every = block.relation(queries, keys)
         square: Any = False
@@ -241,7 +241,7 @@ class FusedKernel(Kernel):
 def by_place(
     query: jax.Array, key: jax.Array, value: jax.Array, block: Block
 ) -> bool:
-    """Whether a visit, of sizes that are known, has scores that are scaled
+    """True if a visit, of sizes that are known, has scores that are scaled
     products and are masked by their places: what a mask carries would have to
     be cut along with the tensors."""
     mask = block.scoring.mask
@@ -254,7 +254,7 @@ def by_place(
 
 
 def _beside_causal(mask: Mask | None) -> list[Mask] | None:
-    """What else has to allow a pair, under a mask that is causal too; None
+    """The other conditions on a pair, under a mask that is causal too; None
     under one that is not."""
     left, others = [] if mask is None else [mask], []
     while left:

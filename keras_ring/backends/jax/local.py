@@ -67,7 +67,7 @@ def platform() -> str:
 
 
 def several_cpus() -> bool:
-    """Whether this process has CPUs that stand for several devices."""
+    """True if this process has CPUs that stand for several devices."""
     try:
         return len(jax.devices("cpu")) > 1
     except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
@@ -75,7 +75,7 @@ def several_cpus() -> bool:
 
 
 def devices() -> int:
-    """How many devices of this process what is traced here will run on."""
+    """Number of this process' devices on which what is traced here will run."""
     mesh = _mesh()
     return 1 if mesh is None else max(1, len(mesh.local_devices))
 

@@ -1,4 +1,4 @@
-"""How JAX carries a strategy: one mesh, global arrays, one program.
+"""Runtime of JAX: one mesh, global arrays, one program.
 
 A layer sees the global sequence; the compiler keeps `1 / sequence_size` of
 it on each device because data and constraints say so. Only the ring itself
@@ -231,7 +231,7 @@ class World(world.World):
     def partition_spec(
         self, shape: tuple[int, ...], split: bool
     ) -> PartitionSpec:
-        """How one array of a batch lies on the mesh."""
+        """Partition of one array of a batch over the mesh."""
         axes: list[str | None] = []
         if shape:
             axes.append("batch" if shape[0] % self.data_size == 0 else None)
@@ -272,7 +272,7 @@ class World(world.World):
         return jnp.pad(tensor, [(0, 0), (0, missing), *rest])
 
     def _run_spec(self, shape: Sequence[int]) -> PartitionSpec:
-        """How a tensor of `run` lies on the mesh: an axis that the mesh
+        """Partition of a tensor of `run` over the mesh: an axis that the mesh
         cannot split is whole on every device."""
         names, sizes = ("batch", "seq"), (self.data_size, self.sequence_size)
         return PartitionSpec(
@@ -377,9 +377,8 @@ def vjp(
 
 
 def exporting(tensor: Any) -> bool:
-    """Whether operations are being recorded for a program that cannot have
-    them all: for sizes that are left open, of which tiles and loops know
-    nothing."""
+    """True if operations are being recorded for a program that cannot have them
+    all: for sizes that are left open, of which tiles and loops know nothing."""
     return not all(isinstance(size, int) for size in tensor.shape)
 
 

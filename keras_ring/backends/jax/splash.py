@@ -186,7 +186,7 @@ class SplashKernel(FusedKernel):
 
 
 class _Operations(NamedTuple):
-    """What is used of the module."""
+    """The parts of the module that are used."""
 
     make: Any
     sizes: Any

@@ -23,7 +23,7 @@ def place() -> jax.Array | None:
 
 @contextlib.contextmanager
 def at(place: jax.Array | None) -> Iterator[None]:
-    """What is traced in here runs at this place in the ring.
+    """Context in which what is traced runs at this place in the ring.
 
     The compiler's own number of a device is not used: where it splits other
     axes of the mesh by itself, it refuses some programs that ask for it.

@@ -148,7 +148,7 @@ class TritonKernel(Kernel):
     def _fits(
         self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
     ) -> bool:
-        """Whether Triton can compute a visit."""
+        """True if Triton can compute a visit."""
         scoring = block.scoring
         sizes = (*query.shape, *key.shape, *value.shape)
         return (
@@ -232,13 +232,13 @@ def _is_there() -> bool:
 
 
 def _parts(starts: tuple[Any, ...], length: int) -> list[tuple[int, int, Any]]:
-    """Where each part of a chunk begins, its length, its global position."""
+    """First index of each part of a chunk, its length, its global position."""
     part = length // len(starts)
     return [(i * part, part, start) for i, start in enumerate(starts)]
 
 
 def _wide_ids(mask: Mask | None) -> bool:
-    """Whether what a mask carries may not survive as int32."""
+    """True if what a mask carries may not survive as int32."""
     own, seen = ((), ()) if mask is None else mask.carried()[:2]
     return any(
         tensor.dtype not in (bool, "int8", "uint8", "int16", "int32")

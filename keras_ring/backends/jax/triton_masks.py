@@ -65,7 +65,7 @@ def pairs(mask: Mask, queries: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def known(mask: Mask | None) -> bool:
-    """Whether `pairs` can compute a mask."""
+    """True if `pairs` can compute a mask."""
     if isinstance(mask, (And, Or)):
         return known(mask.first) and known(mask.second)
     if mask is None:

@@ -98,7 +98,7 @@ class Program:
         carried: Sequence[jax.Array],
         starts: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What the visit adds to the gradients.
+        """Compute what the visit adds to the gradients.
 
         Args:
             query: (B, H, Q, D).

@@ -1,4 +1,4 @@
-"""How gradients become updates on the replicas of a ring.
+"""Gradients and updates of optimizers on the replicas of a ring.
 
 The objective is the mean of the replicas' losses, whoever computes them: so
 before an optimizer sees the gradients they are averaged over all replicas. An

@@ -1,5 +1,4 @@
-"""Where keras_ring takes part in Keras' losses, metrics and optimizers on
-TensorFlow.
+"""Hooks of keras_ring in Keras' losses, metrics and optimizers on TensorFlow.
 
 What is wrapped only calls what it wraps where no step runs. All private
 names of these on TensorFlow are in this file.

@@ -194,7 +194,7 @@ def _dressed(structure: Any, tensors: list[tf.Tensor]) -> Any:
 
 
 class _OfOneDevice(Kernel):
-    """Where the places of a visit are known while its program is traced, the
+    """Kernel for visits whose places are known while a program is traced: the
     few tiles of a side that is short need no loop, and what positions alone
     mask is a constant. Which tiles are visited may still depend on tensors."""
 
@@ -210,12 +210,12 @@ class _OfOneDevice(Kernel):
 
 
 class _WrittenOut(Kernel):
-    """Where no tensor decides which of few tiles are visited: no loop at all,
+    """Kernel for few tiles, of which no tensor decides a visit: no loop at all,
     and tiles are slices of their tensors, so that no list of them is laid out
     anew."""
 
     def takes(self, query: tf.Tensor, key: tf.Tensor, scoring: Scoring) -> bool:
-        """Whether a visit has few tiles, and a number for each."""
+        """True if a visit has few tiles, and a number for each."""
         most = _OfOneDevice.unrolled * tiling.TILE
         return all(
             length and length <= most

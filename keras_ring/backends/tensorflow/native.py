@@ -27,7 +27,8 @@ SOURCE = Path(__file__).with_name("native.cpp")
 
 
 class TensorFlowNativeKernel(NativeKernel):
-    """What a visit is added to is overwritten where nobody else holds it."""
+    """C++ kernel; it overwrites what a visit is added to if nobody else holds
+    it."""
 
     # In a program the last batch of an epoch opens the first axis, and lengths
     # that vary the third, with the place where padding begins.
@@ -143,7 +144,7 @@ _ASSUMED: ContextVar[Any] = ContextVar("keras_ring_replicas", default=None)
 
 @contextlib.contextmanager
 def replicas_of(world: Any) -> Iterator[None]:
-    """What runs in here is asked as if it ran on a replica."""
+    """Context whose code is asked as if it ran on a replica."""
     token = _ASSUMED.set(world)
     try:
         yield
@@ -167,7 +168,7 @@ def _neighbours() -> int:
 
 
 def _for_xla() -> bool:
-    """Whether what is traced is compiled by XLA, which knows no custom
+    """True if what is traced is compiled by XLA, which knows no custom
     operations."""
     graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
     while graph is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def announced(iterator: Any) -> bool:
-    """Whether a data pipeline says that lengths vary."""
+    """True if a data pipeline says that lengths vary."""
     shapes = [
         getattr(leaf, "shape", None)
         for leaf in tf.nest.flatten(getattr(iterator, "element_spec", None))
@@ -31,7 +31,7 @@ def announced(iterator: Any) -> bool:
 
 
 class OpenSizes:
-    """What the batches of one program have shown of their sizes.
+    """The sizes that the batches of one program have shown.
 
     Args:
         world: the mesh.

@@ -1,4 +1,4 @@
-"""How TensorFlow carries a strategy: replicas of a mirrored strategy.
+"""Runtime of TensorFlow: replicas of a mirrored strategy.
 
 Every device is a replica of one `tf.distribute` strategy, in one process or
 in several (`TF_CONFIG`). Variables are mirrored, and each replica is fed its
@@ -35,7 +35,7 @@ OFTEN = 3
 
 
 class _RingReplicas:
-    """What the two mirrored strategies get on top."""
+    """Additions to both of the mirrored strategies."""
 
     ring_world: "World"
 
@@ -249,7 +249,7 @@ class World(world.World):
 
     @functools.cached_property
     def _runs(self) -> collections.Counter[Any]:
-        """How often other functions were, by their code."""
+        """Number of runs of other functions, by their code."""
         return collections.Counter()
 
     def program(
@@ -430,8 +430,8 @@ def vjp(
 
 
 def exporting(tensor: Any) -> bool:
-    """Whether operations are being recorded for a program that cannot have
-    them all; here loops and gradients travel."""
+    """True if operations are being recorded for a program that cannot have them
+    all; here loops and gradients travel."""
     del tensor
     return False
 

@@ -37,7 +37,7 @@ def scope_of(strategy: tf.distribute.Strategy) -> Iterator[None]:
 
 
 def _entered() -> list[tuple[tf.distribute.Strategy, Any]]:
-    """What this thread is in of `scope_of`, with the scope itself."""
+    """The scopes of `scope_of` that this thread is in, with the scope itself."""
     if not hasattr(_THREAD, "entered"):
         _THREAD.entered = []
     entered: list[tuple[tf.distribute.Strategy, Any]] = _THREAD.entered
@@ -75,7 +75,7 @@ def _reset_default_graph(original: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def is_of(strategy: tf.distribute.Strategy, variable: Any) -> bool:
-    """Whether a variable was made in the scope of a strategy."""
+    """True if a variable was made in the scope of a strategy."""
     return getattr(variable.value, "distribute_strategy", None) is strategy
 
 

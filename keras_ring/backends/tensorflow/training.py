@@ -297,7 +297,7 @@ def _step_on_replica(
 
 
 class Step(step.Step):
-    """What one step knows on one replica."""
+    """A step as it is known on one replica."""
 
     world: "World"
 
@@ -367,7 +367,7 @@ def axes_on_replica(
 
 
 def result_on_replica(world: "World", outputs: Any) -> Any:
-    """What a replica gives for `join`: its outputs, and for each of them the
+    """Results of a replica for `join`: its outputs, and for each of them the
     true sizes of the first two axes of the whole, -1 where nothing is padded.
     """
     axes = padding.axes()

@@ -105,7 +105,7 @@ class _Copies:
 
 
 def _of_replica(tensor: Any, replica: int) -> Any:
-    """What a replica has in the place of a tensor of the first one."""
+    """A replica's own tensor in the place of one of the first replica."""
     variable = getattr(tensor, "_distributed_container", lambda: None)()
     if variable is None:
         return tensor

@@ -1,4 +1,4 @@
-"""What all processes must agree on: weights, data, random numbers.
+"""Agreement of all processes on weights, data, random numbers.
 
 Rank 0 sets the weights and the state of the random number generators.
 That the data are the same is checked, since nobody can set it: each process

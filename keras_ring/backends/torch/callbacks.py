@@ -1,4 +1,4 @@
-"""Which callbacks run on which process.
+"""Callbacks by process: which of them run where.
 
 All processes see the same logs, so callbacks that steer (EarlyStopping, the
 learning rate) run everywhere and decide alike. Those that write files or to

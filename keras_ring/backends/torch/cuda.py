@@ -30,8 +30,8 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _Cuda(Operation):
-    """What the `Operation`s for GPUs have in common; they differ in `name`,
-    that of the operation, and in what it is called with."""
+    """Base of the `Operation`s for GPUs; they differ in `name`, that of the
+    operation, and in what it is called with."""
 
     device = "cuda"
     multiple = 8
@@ -206,8 +206,8 @@ def padded(lse: torch.Tensor) -> torch.Tensor:
 def _aligned(
     mask: torch.Tensor | None, query: torch.Tensor
 ) -> torch.Tensor | None:
-    """What is added to (B, H, R, C) scores, every row of it on a multiple of
-    16 bytes."""
+    """Terms to be added to (B, H, R, C) scores, every row of it on a multiple
+    of 16 bytes."""
     if mask is None:
         return None
     columns = mask.shape[3]

@@ -1,4 +1,4 @@
-"""What an error on one process means for the others.
+"""Errors on one process, and what they mean for the others.
 
 Every process counts its calls of fit, evaluate, predict, the *_on_batch
 methods and `strategy.run`. One that raises leaves a record in the store of
@@ -51,7 +51,7 @@ TAG = 1 << 20
 
 
 class Record(NamedTuple):
-    """How a process ended its part.
+    """Record of how a process ended its part.
 
     Attributes:
         order: the number of the record; lower ones were written before.
@@ -114,8 +114,8 @@ class Failures(Waits):
             self._depth -= 1
 
     def explain(self, timeout: float, error: RuntimeError) -> str:
-        """What a failed transfer means: the first of the others' failures,
-        if there is one."""
+        """Explain a failed transfer: the first of the others' failures, if
+        there is one."""
         if self._lost is None:
             # Who dies of an error has written it before.
             records = _within(1.0, self._records) or {}
@@ -310,7 +310,7 @@ class Failures(Waits):
 def _same_waits(
     before: dict[int, list[int]] | None, after: dict[int, list[int]] | None
 ) -> bool:
-    """Whether all processes that wait are where they were."""
+    """True if all processes that wait are where they were."""
     if before is None or after is None or before.keys() != after.keys():
         return False
     return all(before[rank][0] == after[rank][0] for rank in before)
@@ -319,7 +319,7 @@ def _same_waits(
 def _still_wait(
     before: dict[int, list[int]] | None, after: dict[int, list[int]] | None
 ) -> bool:
-    """Whether all of them have told so since: what one told last stays."""
+    """True if all of them have told so since: what one told last stays."""
     if before is None or after is None:
         return False
     return all(after[rank][1] > before[rank][1] + 1 for rank in before)
@@ -334,8 +334,8 @@ def _line(error: BaseException) -> str:
 
 
 def _within(limit: float, function: Callable[[], Any]) -> Any:
-    """What a function gives, or None if it fails or takes too long: the
-    process that it asks may hang."""
+    """Result of a function, or None if it fails or takes too long: the process
+    that it asks may hang."""
     results = []
 
     def run() -> None:

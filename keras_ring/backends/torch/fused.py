@@ -23,7 +23,7 @@ from keras_ring.tiling import Block
 
 
 class Call(NamedTuple):
-    """What an operation is told of a rectangle beside its tensors.
+    """Arguments of an operation on a rectangle, beside its tensors.
 
     Attributes:
         causal: whether row `i` sees the columns 0 to `i` only.
@@ -65,11 +65,11 @@ class Operation(abc.ABC):
 
     @abc.abstractmethod
     def there(self) -> bool:
-        """Whether this release has its private names."""
+        """True if this release has its private names."""
 
     @abc.abstractmethod
     def dtype(self, dtype: torch.dtype) -> torch.dtype | None:
-        """What it computes tensors of a dtype in; None if it does not."""
+        """Dtype in which it computes tensors of a dtype; None if it does not."""
 
     @abc.abstractmethod
     def forward(
@@ -132,7 +132,7 @@ class FusedKernel(FoldingKernel):
     def available(
         self, device: str | None = None, dtype: str | None = None
     ) -> bool:
-        """Whether the operations are there, for tensors of this kind."""
+        """True if the operations are there, for tensors of this kind."""
         if device not in (None, self.plain.device) or not all(
             operation.there() for operation in (self.plain, self.masked)
         ):
@@ -140,8 +140,8 @@ class FusedKernel(FoldingKernel):
         return dtype is None or self._dtype(getattr(torch, dtype)) is not None
 
     def rounds(self, dtype: str) -> bool:
-        """Whether results have the precision of a dtype, and not that in
-        which the package accumulates it."""
+        """True if results have the precision of a dtype, and not that in which
+        the package accumulates it."""
         own = getattr(torch, dtype)
         return self._dtype(own) != accumulation_dtype(own)
 
@@ -251,11 +251,11 @@ class FusedKernel(FoldingKernel):
         return total.add_(share)
 
     def _terms(self, dtype: torch.dtype) -> int:
-        """How many numbers of the operations' precision `delta` takes."""
+        """Number of values of the operations' precision that `delta` takes."""
         return 1 if self._dtype(dtype) == accumulation_dtype(dtype) else 3
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype | None:
-        """What both operations compute a dtype in, if they do."""
+        """Dtype in which both operations compute a dtype, if they do."""
         found = {
             operation.dtype(dtype) for operation in (self.plain, self.masked)
         }
@@ -274,7 +274,7 @@ class FusedKernel(FoldingKernel):
         block: Block,
         width: int,
     ) -> bool:
-        """Whether fused calls can compute a visit."""
+        """True if fused calls can compute a visit."""
         scoring = block.scoring
         return (
             query.device.type == self.plain.device
@@ -355,7 +355,7 @@ class FusedKernel(FoldingKernel):
         lse: torch.Tensor,
         block: Block,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What a piece adds to the gradients of its rows and columns.
+        """Gradients that a piece adds to those of its rows and columns.
 
         Args:
             piece: of the visit.
@@ -515,7 +515,7 @@ def _repeated(
 
 
 def added(mask: torch.Tensor | None, dtype: torch.dtype) -> Any:
-    """What is added to scores to say which pairs count; None for nothing."""
+    """Terms to be added to scores to say which pairs count, or None."""
     if mask is None:
         return None
     zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)

@@ -1,4 +1,4 @@
-"""Where keras_ring takes part in Keras' trainer on PyTorch.
+"""Hooks of keras_ring in Keras' trainer on PyTorch.
 
 Every step of Keras passes through a step function, `optimizer.apply` and
 `get_metrics_result`; these, the inference of shapes before the first, the
@@ -184,7 +184,7 @@ def _symbolic_build(
         batch = data_batch
 
         def parts() -> Iterator[Any]:
-            """What Keras takes its first batch from, if it needs one."""
+            """The data that Keras takes its first batch from, if it needs one."""
             nonlocal batch
             if batch is None:
                 _, _, data = next(iter(iterator))
@@ -217,8 +217,7 @@ def _metrics_result(
 def _apply(
     original: Callable[..., Any], current: Current
 ) -> Callable[..., Any]:
-    """Where code sees a shard, average the gradients over all processes
-    first."""
+    """Average the gradients, where code sees a shard, over all processes first."""
 
     def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
         from keras_ring.backends.torch import training

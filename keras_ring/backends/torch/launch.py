@@ -39,19 +39,19 @@ class Groups(NamedTuple):
 
     @property
     def valid(self) -> bool:
-        """Whether these groups have not been replaced."""
+        """True if these groups have not been replaced."""
         return self.failures is None or self.failures.resets == self.resets
 
 
 def process_count() -> int:
-    """How many processes this program was started as."""
+    """Number of processes that this program was started as."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Which of them this one is."""
+    """Rank of this process."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ.get("RANK", "0"))
@@ -89,7 +89,7 @@ def mesh_shape(strategy: "DistributedStrategy") -> tuple[int, int]:
 
 
 def device_names(strategy: "DistributedStrategy") -> tuple[str, ...]:
-    """What each process of the mesh calls its device.
+    """Names of the device of each process of the mesh.
 
     Raises:
         ValueError: if this process' device is unknown, or not of the kind
@@ -193,7 +193,7 @@ def _end() -> None:
 
 @functools.cache
 def _memory(group: dist.ProcessGroup) -> SharedMemory | None:
-    """What the members of a ring see in common, for as long as the group."""
+    """Shared memory of the members of a ring, for as long as the group."""
     return shared_memory.connect(group)
 
 

@@ -32,8 +32,8 @@ KINDS = torch.Tensor, torch.nn.Parameter
 
 
 class Visit(NamedTuple):
-    """What counts in a visit; a mask is boolean, (batch or 1, heads or 1,
-    queries or 1, keys), its keys without gaps."""
+    """The pairs that count in a visit; a mask is boolean, (batch or 1, heads or
+    1, queries or 1, keys), its keys without gaps."""
 
     query_starts: Sequence[Any]
     key_starts: Sequence[Any]

@@ -22,7 +22,7 @@ from keras_ring.tiling import Block
 
 
 class Grain(NamedTuple):
-    """How finely a visit is cut.
+    """Sizes into which a visit is cut.
 
     Attributes:
         small: rectangles up to this side are not halved any more.
@@ -76,8 +76,8 @@ class Piece:
         return self.keys.stop - self.keys.start
 
     def covers(self, queries: int, keys: int) -> bool:
-        """Whether every query and every key of the chunks is in exactly one
-        of the `count` rectangles."""
+        """True if every query and every key of the chunks is in exactly one of
+        the `count` rectangles."""
         start = self.queries.start, self.keys.start
         side_by_side = self.count == 1 or (
             self.step == self.rows == self.columns

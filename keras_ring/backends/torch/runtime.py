@@ -1,4 +1,4 @@
-"""How PyTorch carries a strategy: one process per device.
+"""Runtime of PyTorch: one process per device.
 
 Every process runs the same program on the same global batches, keeps its
 own rows and its own chunk of every sequence, and a layer sees only those.
@@ -323,7 +323,7 @@ def vjp(
 
 
 def exporting(tensor: Any) -> bool:
-    """Whether operations are being recorded for a program that runs without
+    """True if operations are being recorded for a program that runs without
     Python, such as an ONNX file."""
     del tensor
     # PyTorch 2.6 does not tell of its newer exporter.

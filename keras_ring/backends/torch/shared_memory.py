@@ -55,12 +55,12 @@ class Slot:
 
     @property
     def free(self) -> bool:
-        """Whether all that was written has been copied."""
+        """True if all that was written has been copied."""
         return int(self.copied) == self.written
 
 
 class Note(NamedTuple):
-    """What the receiver is told of a message.
+    """A sender's note to the receiver about a message.
 
     Attributes:
         slot: its number; below 0 where the message had to be sent, counting

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Step(step.Step):
-    """What one step knows while Keras runs it."""
+    """A step while Keras runs it."""
 
     world: "World"
 
@@ -175,7 +175,7 @@ class Step(step.Step):
 
 
 def _computed_by_keras(model: Any) -> bool:
-    """Whether the steps of a model, and their logs, are Keras' own."""
+    """True if the steps of a model, and their logs, are Keras' own."""
     return all(
         getattr(type(model), name) is getattr(keras.Model, name)
         for name in ("train_step", "test_step", "compute_metrics")
@@ -257,13 +257,13 @@ def predict_step(
 
 
 def mixed(model: Any) -> bool:
-    """Whether some layer computes in another dtype than its variables."""
+    """True if some layer computes in another dtype than its variables."""
     layers = [model, *sublayers(model, recursive=True)]
     return any(x.compute_dtype != x.variable_dtype for x in layers)
 
 
 def own_part(world: "World", model: Any, batch: Any) -> Any:
-    """What of a global batch this process has in a step."""
+    """This process' part of a global batch in a step."""
     return Step.of_batch(world, model, batch).local
 
 

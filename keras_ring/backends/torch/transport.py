@@ -210,7 +210,7 @@ class RingTransport(Transport):
 
 
 class Waits:
-    """How often this process has begun or ended to wait for the others.
+    """Count of the waits for others that this process has begun or ended.
 
     Attributes:
         count: odd while it waits.
@@ -219,7 +219,7 @@ class Waits:
     count = 0
 
     def explain(self, timeout: float, error: RuntimeError) -> str:
-        """What a failed transfer means to the user."""
+        """Explain a failed transfer to the user."""
         return (
             "A transfer between the processes failed: another process has "
             f"ended, or did not answer within timeout={timeout:g} seconds. "
@@ -254,7 +254,7 @@ class Reporting:
 
 
 class Layout:
-    """Where tensors lie in one message.
+    """Places of tensors in one message.
 
     Args:
         tensors: of the shapes and dtypes of those that are sent.
