@@ -100,7 +100,7 @@ class NativeKernel(FoldingKernel):
         """`Kernel.fold_backward` of what fits."""
 
     def here(self) -> bool:
-        """True if it is preferred in this process, apart from device and dtype."""
+        """True if this process prefers it, apart from device and dtype."""
         return True
 
     def available(

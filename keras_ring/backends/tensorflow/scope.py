@@ -37,7 +37,7 @@ def scope_of(strategy: tf.distribute.Strategy) -> Iterator[None]:
 
 
 def _entered() -> list[tuple[tf.distribute.Strategy, Any]]:
-    """The scopes of `scope_of` that this thread is in, with the scope itself."""
+    """Scopes of `scope_of` that this thread is in, with the scope itself."""
     if not hasattr(_THREAD, "entered"):
         _THREAD.entered = []
     entered: list[tuple[tf.distribute.Strategy, Any]] = _THREAD.entered

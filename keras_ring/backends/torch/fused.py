@@ -69,7 +69,7 @@ class Operation(abc.ABC):
 
     @abc.abstractmethod
     def dtype(self, dtype: torch.dtype) -> torch.dtype | None:
-        """Dtype in which it computes tensors of a dtype; None if it does not."""
+        """Dtype in which it computes a dtype; None if it does not."""
 
     @abc.abstractmethod
     def forward(

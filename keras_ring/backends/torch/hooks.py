@@ -184,7 +184,7 @@ def _symbolic_build(
         batch = data_batch
 
         def parts() -> Iterator[Any]:
-            """The data that Keras takes its first batch from, if it needs one."""
+            """Data that Keras takes its first batch from, if needed."""
             nonlocal batch
             if batch is None:
                 _, _, data = next(iter(iterator))
@@ -217,7 +217,7 @@ def _metrics_result(
 def _apply(
     original: Callable[..., Any], current: Current
 ) -> Callable[..., Any]:
-    """Average the gradients, where code sees a shard, over all processes first."""
+    """First average the gradients over all processes, on a shard."""
 
     def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
         from keras_ring.backends.torch import training
