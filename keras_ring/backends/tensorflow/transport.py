@@ -290,21 +290,12 @@ def after(structure: Any, finished: Sequence[Any]) -> Any:
     """The same tensors, available once others have been computed."""
     if tf.executing_eagerly():
         return structure
-    leaves = tf.nest.flatten(structure)
-    kept = [leaf for leaf in leaves if isinstance(leaf, tf.Tensor)]
-    if not kept:
-        return structure
-    # One operation, which waits for what it is given as it is.
-    given = {id(tensor) for tensor in kept}
-    others = [
-        t for t in finished if isinstance(t, tf.Tensor) and id(t) not in given
-    ]
-    with tf.control_dependencies(others):
-        passed = iter(tf.identity_n(kept))
-    return tf.nest.pack_sequence_as(
-        structure,
-        [next(passed) if isinstance(t, tf.Tensor) else t for t in leaves],
-    )
+    tensors = [t for t in finished if isinstance(t, tf.Tensor)]
+    with tf.control_dependencies(tensors):
+        return tf.nest.map_structure(
+            lambda t: tf.identity(t) if isinstance(t, tf.Tensor) else t,
+            structure,
+        )
 
 
 def _pack(tensor: tf.Tensor) -> tf.Tensor:
