@@ -3,12 +3,13 @@
 try:
     import keras as _keras  # noqa: F401
 except ModuleNotFoundError as error:
-    if error.name not in ("jax", "tensorflow", "torch"):
+    _backend = (error.name or "").partition(".")[0]
+    if _backend not in ("jax", "tensorflow", "torch"):
         raise
     raise ModuleNotFoundError(
         "Keras needs the backend that it runs on to be installed. Received: "
-        f"backend={error.name!r}, which is not. Install it, with the extra of "
-        f"this package (`pip install 'keras-ring[{error.name}]'`), or choose "
+        f"backend={_backend!r}, which is not. Install it, with the extra of "
+        f"this package (`pip install 'keras-ring[{_backend}]'`), or choose "
         "another: set the environment variable KERAS_BACKEND to 'jax', "
         "'tensorflow' or 'torch' before Keras is imported.",
         name=error.name,

@@ -44,7 +44,8 @@ MODELS = {
     "cross": (None, "heads", {}, {}),
 }
 # The others differ in what a query sees, which gradients do not ask.
-TRAINED = ("sum", "grouped", "dropout", "cross")
+TRAINED = ["sum", "grouped", "dropout", "cross"]
+BOTH = ["sum", "cross"]
 
 
 def branch(h, kind, ours):
@@ -119,10 +120,9 @@ def trained(model, ids):
     return [w for w in model.get_weights() if w.dtype.kind == "f"]
 
 
-def run(size, kinds):
+def run(size, kinds, learning):
     """For each kind how far predictions of ours are from those of stock
     layers on one device; and how far trained weights are from ours there."""
-    learning = [kind for kind in kinds if kind in TRAINED]
     ids = tokens()
     real = (ids != 0)[..., None]
     strategy = kr.DistributedStrategy(sequence_parallel=size)
@@ -145,14 +145,17 @@ NOT_COMPILED = [] if keras.backend.backend() == "torch" else [pytest.mark.extra]
 
 
 @pytest.mark.parametrize(
-    ("size", "kinds"),
+    ("size", "kinds", "learning"),
     [
-        (2, list(MODELS)),
-        pytest.param(4, ["sum", "cross"], marks=NOT_COMPILED),
+        (2, list(MODELS), TRAINED),
+        pytest.param(2, list(MODELS), list(MODELS), marks=pytest.mark.extra),
+        pytest.param(4, BOTH, BOTH, marks=NOT_COMPILED),
     ],
 )
-def test_real_positions_are_those_of_stock_layers(on_devices, size, kinds):
-    errors = on_devices(size, run, size, kinds)
+def test_real_positions_are_those_of_stock_layers(
+    on_devices, size, kinds, learning
+):
+    errors = on_devices(size, run, size, kinds, learning)
     wrong = {n: float(e) for n, e in errors.items() if not e <= TOLERANCE}
     assert not wrong, wrong
 
