@@ -158,7 +158,8 @@ class DistributedStrategy:
                 f"data_parallel={data} x sequence_parallel={sequence} x "
                 f"model_parallel={self.model_parallel} = {needed} devices. "
                 f"Received: {available} device{'s' * (available != 1)} on the "
-                f"backend {backend!r}. {_HOW_TO_GET_DEVICES[backend]}"
+                f"backend {backend!r}. Lower the sizes"
+                f"{_HOW_TO_GET_DEVICES.get(backend, '')}."
             )
         return data, sequence
 
@@ -280,16 +281,16 @@ def _checked_result(value: Any) -> Any:
 
 _HOW_TO_GET_DEVICES = {
     "jax": (
-        "Lower the sizes, or simulate N devices on a CPU with XLA_FLAGS="
-        "--xla_force_host_platform_device_count=N, set before JAX starts."
+        ", or simulate N devices on a CPU with XLA_FLAGS="
+        "--xla_force_host_platform_device_count=N, set before JAX starts"
     ),
     "tensorflow": (
-        "Lower the sizes, or simulate devices on a CPU: call "
-        "tf.config.set_logical_device_configuration before TensorFlow starts."
+        ", or simulate devices on a CPU: call "
+        "tf.config.set_logical_device_configuration before TensorFlow starts"
     ),
     "torch": (
-        "Lower the sizes, or start one process for each device with "
-        "`torchrun --nproc-per-node N`."
+        ", or start one process for each device with "
+        "`torchrun --nproc-per-node N`"
     ),
 }
 

@@ -16,7 +16,7 @@ if BACKEND == "jax":
     from tests import xla_flags
 
     os.environ["XLA_FLAGS"] = " ".join(
-        [xla_flags.known(), os.environ.get("XLA_FLAGS", "")]
+        [os.environ.get("XLA_FLAGS", ""), *xla_flags.flags()]
     )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -64,8 +64,8 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{name}: {text}")
     config.stash[LEFT_OUT] = {}
     worlds.simulate_devices()
-    # What has been imported stays, and tracing makes millions of objects:
-    # without this a tenth of the time goes to looking for garbage.
+    # What has been imported stays, and tracing makes millions of objects that
+    # are gone through in each search for garbage.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
 

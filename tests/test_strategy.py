@@ -29,6 +29,20 @@ def test_arguments_are_refused(name):
         keras_ring.DistributedStrategy(**arguments)
 
 
+def test_too_few_devices_are_those_of_a_backend():
+    """With that backend's own way to more of them."""
+    backend = keras.backend.backend()
+    more = {
+        "jax": "xla_force_host_platform_device_count=N",
+        "tensorflow": "set_logical_device_configuration",
+        "torch": "torchrun --nproc-per-node N",
+    }[backend]
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=64)
+    found = rf"Received: 1 device on the backend '{backend}'\..*{more}"
+    with pytest.raises(ValueError, match=found):
+        strategy.mesh_shape(1)
+
+
 def test_model_parallel_is_not_supported_yet():
     with pytest.raises(NotImplementedError, match="model_parallel=2"):
         keras_ring.DistributedStrategy(model_parallel=2)

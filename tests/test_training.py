@@ -313,9 +313,7 @@ def test_bad_input_is_refused_and_the_model_goes_on(on_devices):
 
 def check_too_many_devices():
     strategy = keras_ring.DistributedStrategy(sequence_parallel=64)
-    backend = keras.backend.backend()
-    there = "2 processes" if backend == "torch" else f"backend '{backend}'"
-    with pytest.raises(ValueError, match=f"64 devices.*{there}"):
+    with pytest.raises(ValueError, match="64 devices"):
         strategy.world  # noqa: B018
 
 
