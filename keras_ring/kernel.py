@@ -92,6 +92,18 @@ class Kernel(abc.ABC):
         """Run and return one of two nullary functions, never both. A
         Python bool decides at once."""
 
+    def fits(
+        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    ) -> bool:
+        """True if it computes a visit itself, and does not leave it to
+        another kernel."""
+        return True
+
+    def once(self) -> "Kernel":
+        """The same kernel for a few visits that are not repeated, where
+        there is a shorter way than a program."""
+        return self
+
     def missing(self) -> str:
         """Why it is not there, where more is known of that."""
         return ""

@@ -122,8 +122,11 @@ def _differences(
         "causal": Causal() & Padding(valid),
     }
     limit = TOLERANCE[dtype if kernel.rounds(dtype) else accumulate]
+    reference = reference.once()
     for name, mask in masks.items():
         block = Block((0,), (0,), Scoring(scale=DEPTH**-0.5, mask=mask))
+        if not kernel.fits(query, key, value, block):
+            continue
         parts = [
             k.block_forward(query, key, value, block)
             for k in (kernel, reference)

@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_left_to_the_reference(change):
     dtype, width = change.pop("dtype", "float32"), change.pop("width", 16)
     array = jax.ShapeDtypeStruct((1, 2, 8, width), dtype)
     block = Block((0,), (0,), dataclasses.replace(Scoring(1.0), **change))
-    fits = kernel()._fits
+    fits = kernel().fits
     assert not fits(array, array, array, block)
     plain = jax.ShapeDtypeStruct((1, 2, 8, 16), "float32")
     assert fits(plain, plain, plain, Block((0,), (0,), Scoring(1.0)))

@@ -50,6 +50,15 @@ class Wrong(Other):
         )
 
 
+class Leaving(Wrong):
+    """Wrong only where it leaves the visit to another kernel."""
+
+    name = "leaving"
+
+    def fits(self, query, key, value, block):
+        return block.scoring.mask is None
+
+
 class Coarse(Other):
     """Its gradients are a little too large."""
 
@@ -81,6 +90,14 @@ def test_the_first_kernel_that_agrees_is_used(automatic, monkeypatch):
     visits = other.visits
     keras_ring.ops.ring_attention(*tensors(), mask=masks.Causal())
     assert other.visits > visits
+
+
+def test_visits_that_a_kernel_leaves_to_others_need_no_proof(
+    automatic, monkeypatch
+):
+    leaving = offer(monkeypatch, Leaving())
+    assert kernels.choose("float32") is leaving
+    assert leaving.visits == 1
 
 
 @pytest.mark.parametrize(

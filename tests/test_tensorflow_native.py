@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import keras_ring
 from keras_ring import backends, config, kernels, masks
+from keras_ring.backends.tensorflow import kernel as tensorflow_kernel
 from keras_ring.backends.tensorflow import native
 from keras_ring.backends.tensorflow.native import TensorFlowNativeKernel
 from keras_ring.masks.by_position import Before
@@ -489,3 +490,11 @@ def test_lengths_that_are_open(keys, queries):
     assert [t.shape[2] for t in nothing] == [0] * 5
     assert types >= OPERATIONS
     assert "While" not in types
+
+
+def test_its_proof_needs_no_program(automatic, monkeypatch):
+    """Tracing took five times as long as the proof itself."""
+    programs = {}
+    monkeypatch.setattr(tensorflow_kernel, "_PROGRAMS", programs)
+    assert kernels.agrees(*tensorflow_kernel.KERNELS, "float32", None)
+    assert not programs

@@ -141,7 +141,7 @@ class NativeKernel(FoldingKernel):
         value: Tensor,
         block: Block,
     ) -> Partial:
-        if not self._fits(query, key, value, block):
+        if not self.fits(query, key, value, block):
             return self.otherwise.fold(partial, query, key, value, block)
         pairs = self._band(block)
         return self.forward(partial, query, key, value, block, pairs)
@@ -158,7 +158,7 @@ class NativeKernel(FoldingKernel):
         grad_out: Tensor,
         block: Block,
     ) -> BlockGradients:
-        if not self._fits(query, key, value, block):
+        if not self.fits(query, key, value, block):
             return self.otherwise.fold_backward(
                 *(grad_query, query, key, value, out, lse, delta, grad_out),
                 block,
@@ -169,7 +169,7 @@ class NativeKernel(FoldingKernel):
             *(grad_query, query, key, value, lse, delta, grad_out, block, pairs)
         )
 
-    def _fits(
+    def fits(
         self, query: Tensor, key: Tensor, value: Tensor, block: Block
     ) -> bool:
         """True if a visit has float32 scores that are scaled products, and

@@ -36,14 +36,14 @@ class JaxNativeKernel(NativeKernel):
     def here(self) -> bool:
         return local.several_cpus()
 
-    def _fits(
+    def fits(
         self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
     ) -> bool:
         return (
             # By name it may be asked for on other devices.
             local.platform() == "cpu"
             and not any(_varying(tensor) for tensor in (query, key, value))
-            and super()._fits(query, key, value, block)
+            and super().fits(query, key, value, block)
         )
 
     def forward(

@@ -63,7 +63,7 @@ class TritonKernel(Kernel):
     def block_forward(
         self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
     ) -> Partial:
-        if not self._fits(query, key, value, block):
+        if not self.fits(query, key, value, block):
             return self.otherwise.block_forward(query, key, value, block)
         width = value.shape[3]
         rows = []
@@ -102,7 +102,7 @@ class TritonKernel(Kernel):
         grad_out: jax.Array,
         block: Block,
     ) -> BlockGradients:
-        if not self._fits(query, key, value, block):
+        if not self.fits(query, key, value, block):
             return self.otherwise.block_backward(
                 query, key, value, out, lse, delta, grad_out, block
             )
@@ -145,7 +145,7 @@ class TritonKernel(Kernel):
             return True
         return local.platform() == "gpu" and _is_there()
 
-    def _fits(
+    def fits(
         self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
     ) -> bool:
         """True if Triton can compute a visit."""

@@ -62,6 +62,9 @@ class Kernel(BlockwiseKernel):
         bias, slopes = (rest.pop(0) if there else None for there in has)
         return BlockGradients(query, key, value, bias, slopes)
 
+    def once(self) -> BlockwiseKernel:
+        return _OPERATION_BY_OPERATION
+
     def loop(self, count: Any, body: Callable, carry: Any) -> Any:
         if isinstance(count, int) and count == 1:
             return body(0, carry)
@@ -242,7 +245,15 @@ class _WrittenOut(Kernel):
         return tf.stack(store, axis)
 
 
+class _OperationByOperation(Kernel):
+    """Kernel for a visit outside of any program: tracing one takes longer."""
+
+    block_forward = BlockwiseKernel.block_forward
+    block_backward = BlockwiseKernel.block_backward
+
+
 KERNEL = Kernel()
+_OPERATION_BY_OPERATION = _OperationByOperation()
 _OF_ONE_DEVICE = _OfOneDevice()
 _WRITTEN_OUT = _WrittenOut()
 # By preference; the last is the reference.

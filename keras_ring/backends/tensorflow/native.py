@@ -86,10 +86,10 @@ class TensorFlowNativeKernel(NativeKernel):
         )
         return BlockGradients(*found)
 
-    def _fits(
+    def fits(
         self, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, block: Block
     ) -> bool:
-        return not _for_xla() and super()._fits(query, key, value, block)
+        return not _for_xla() and super().fits(query, key, value, block)
 
 
 def _load() -> Any:

@@ -19,7 +19,13 @@ import tensorflow as tf
 from keras import tree
 
 from keras_ring import padding, scopes, shards, step, world
-from keras_ring.backends.tensorflow import hooks, native, scope, training
+from keras_ring.backends.tensorflow import (
+    hooks,
+    native,
+    programs,
+    scope,
+    training,
+)
 from keras_ring.backends.tensorflow.transport import (
     InstanceKeys,
     RingTransport,
@@ -273,7 +279,7 @@ class World(world.World):
                     ],
                 )
 
-        compiled = training.compiled(
+        compiled = programs.compiled(
             self, lambda *parts: self.tf_strategy.run(on_replica, parts)
         )
 
@@ -309,7 +315,7 @@ class World(world.World):
 
     @functools.cached_property
     def _tell(self) -> Callable[..., Any]:
-        return training.compiled(
+        return programs.compiled(
             self, lambda value: self.tf_strategy.run(self.gathered, (value,))
         )
 

@@ -22,6 +22,7 @@ from keras_ring import batches, counting, padding, random_bits, step
 from keras_ring import training as wrappers
 from keras_ring.backends.tensorflow import scope
 from keras_ring.backends.tensorflow.open_sizes import OpenSizes, announced
+from keras_ring.backends.tensorflow.programs import compiled
 from keras_ring.keras_internals import compiled_variables
 from keras_ring.padding import PaddedAxis
 
@@ -33,16 +34,6 @@ _MARK = "keras_ring_step"
 # For the batch and the sequence axis: pairs of the size of a shard and the
 # true size of the whole, int32 `(sizes, 2)`; None where nothing is padded.
 Sizes = tuple[tf.Tensor | None, tf.Tensor | None]
-
-# What a collective raises when its other side is gone.
-_TRANSFER_ERRORS = (
-    tf.errors.AbortedError,
-    tf.errors.CancelledError,
-    tf.errors.DeadlineExceededError,
-    tf.errors.InternalError,
-    tf.errors.UnavailableError,
-    tf.errors.UnknownError,
-)
 
 
 def prepare(world: "World", model: Any) -> None:
@@ -233,43 +224,6 @@ def _prediction(world: "World", model: Any) -> Callable[..., Any]:
         return tree.map_structure(lambda *parts: tf.concat(parts, 0), *steps)
 
     return function
-
-
-def compiled(
-    world: "World", program: Callable[..., Any], eager: bool = False
-) -> Callable[..., Any]:
-    """A program over all replicas as a `tf.function`, unless eager."""
-    if eager:
-        if not world.placed:
-            raise NotImplementedError(
-                "A ring across processes runs in compiled functions only, "
-                "because every transfer waits for its other side. Received: "
-                "run_eagerly=True. Compile the model without it."
-            )
-        return program
-    # Placed copies take any size; a broadcast is best off with known ones.
-    program = tf.function(
-        program, autograph=False, reduce_retracing=world.placed
-    )
-
-    def guarded(*arguments: Any) -> Any:
-        try:
-            return program(*arguments)
-        except _TRANSFER_ERRORS as error:
-            if world.placed:
-                raise
-            raise RuntimeError(
-                "A transfer between the members of the ring failed or did "
-                "not finish in time: another worker has died, hangs or has "
-                "raised an error of its own, which its log shows. Received: "
-                f"timeout={world.strategy.timeout}, {world.workers} workers, "
-                f"{type(error).__name__}: {error.message[:300]} Transfers stay "
-                "broken after this. Restart all workers, from a checkpoint, "
-                "and raise the strategy's `timeout` if a step takes longer."
-            ) from error
-
-    guarded.traced = program  # type: ignore[attr-defined]
-    return guarded
 
 
 def _cut(world: "World", model: Any, batch: Any) -> tuple[Any, Sizes, Any]:

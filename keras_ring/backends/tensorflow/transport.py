@@ -171,10 +171,23 @@ class RingTransport(Transport):
         first: int = 0,
     ) -> Any:
         for hop in range(first, first + count):
-            carry = body(hop, after(carry, tf.nest.flatten(carry)))
+            carry = body(hop, self._finished(carry))
         # A transfer needs no result of the hop before; without the order all
         # chunks of the sequence would arrive at once and wait in memory.
-        return after(carry, tf.nest.flatten(carry))
+        return self._finished(carry)
+
+    def _finished(self, carry: Any) -> Any:
+        """The same tensors, available once all of them have been computed."""
+        leaves = tf.nest.flatten(carry)
+        if (
+            not self._placed
+            or tf.executing_eagerly()
+            or not all(isinstance(leaf, tf.Tensor) for leaf in leaves)
+        ):
+            return after(carry, leaves)
+        # One operation for all: they are most of a step that is traced. Four
+        # replicas that broadcast wait for one another for ever with it.
+        return tf.nest.pack_sequence_as(carry, tf.identity_n(leaves))
 
     def _everyones(self, tensor: tf.Tensor) -> list[tf.Tensor]:
         arrived = {self.index(): tensor}

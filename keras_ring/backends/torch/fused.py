@@ -165,7 +165,7 @@ class FusedKernel(FoldingKernel):
         block: Block,
     ) -> Partial:
         width = max(query.shape[3], value.shape[3])
-        if not self._fits(query, key, value, block, width):
+        if not self.fits(query, key, value, block):
             return self.otherwise.fold(partial, query, key, value, block)
         accumulate = accumulation_dtype(query.dtype)
         values = value.shape[3]
@@ -205,7 +205,7 @@ class FusedKernel(FoldingKernel):
         # in which the values are 0, and their product is delta.
         more = 0 if delta is None else self._terms(query.dtype)
         width = max(key_width, value_width + more)
-        if not self._fits(query, key, value, block, width):
+        if not self.fits(query, key, value, block, width):
             if delta is None:
                 delta = super().row_delta(out, grad_out, torch.zeros_like(lse))
             return self.otherwise.fold_backward(
@@ -266,16 +266,18 @@ class FusedKernel(FoldingKernel):
         multiple = max(self.plain.multiple, self.masked.multiple)
         return -(-width // multiple) * multiple
 
-    def _fits(
+    def fits(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         block: Block,
-        width: int,
+        width: int | None = None,
     ) -> bool:
-        """True if fused calls can compute a visit."""
+        """True if fused calls can compute a visit, of all tensors in the width
+        of the widest or in another."""
         scoring = block.scoring
+        width = width or max(query.shape[3], value.shape[3])
         return (
             query.device.type == self.plain.device
             and self._dtype(query.dtype) is not None

@@ -51,7 +51,7 @@ class TorchNativeKernel(NativeKernel):
     def load(self) -> None:
         loaded()
 
-    def _fits(
+    def fits(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -63,7 +63,7 @@ class TorchNativeKernel(NativeKernel):
         return (
             not torch.jit.is_tracing()
             and not torch.compiler.is_compiling()
-            and super()._fits(query, key, value, block)
+            and super().fits(query, key, value, block)
         )
 
     def _takes(self, tensor: torch.Tensor) -> bool:
