@@ -7,6 +7,7 @@ Keras 3 release; what cannot be done without one names the release in its
 error. Private names that only one backend needs are in that backend's folder.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -107,13 +108,13 @@ def without_values(tensor: Any) -> bool:
 
 def mask_of(tensor: Any) -> Any:
     """The mask that Keras has attached to a tensor, or None."""
-    return _backend("get_keras_mask")(tensor)
+    return _common("masking", "get_keras_mask")(tensor)
 
 
 def attach_mask(tensor: Any, mask: Any) -> None:
     """Attach a mask to a tensor, as layers and losses of Keras do."""
     # Not by the attribute itself: some tensors take none.
-    _backend("set_keras_mask")(tensor, mask)
+    _common("masking", "set_keras_mask")(tensor, mask)
 
 
 def with_companions(tensor: Any, function: Callable[[Any, str], Any]) -> Any:
@@ -149,15 +150,27 @@ def scales_losses(optimizer: Any) -> bool:
 def full_values(variables: Any) -> list[Any]:
     """The values of variables in their own dtype, also where Keras would
     cast them to that of a mixed-precision layer."""
-    with _backend("AutocastScope")(None):
+    with _common("variables", "AutocastScope")(None):
         return [variable.value for variable in variables]
 
 
-def _backend(name: str) -> Any:
-    try:
-        from keras.src import backend
+def defining(cls: type, name: str) -> type:
+    """The class of which a class has a method, since releases of Keras name
+    the classes of a trainer differently.
 
-        return getattr(backend, name)
+    Raises:
+        AttributeError: if it has no such method.
+    """
+    for owner in cls.__mro__:
+        if name in vars(owner):
+            return owner
+    raise AttributeError(f"{cls.__name__} has no {name!r}")
+
+
+def _common(module: str, name: str) -> Any:
+    try:
+        where = f"keras.src.backend.common.{module}"
+        return getattr(importlib.import_module(where), name)
     except (ImportError, AttributeError) as error:
         raise NotImplementedError(
             "This release of Keras has no name that keras_ring needs. "

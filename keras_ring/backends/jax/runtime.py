@@ -22,6 +22,7 @@ from keras_ring.backends.jax import compilation_cache
 from keras_ring.backends.jax.transport import RingTransport, at, place
 from keras_ring.keras_internals import (
     compiled_variables,
+    defining,
     in_symbolic_scope,
     without_values,
 )
@@ -239,15 +240,30 @@ class World(world.World):
             axes.append("seq")
         return PartitionSpec(*axes)
 
-    def place_batch(self, batch: Any) -> Any:
+    def place_batch(self, batch: Any, stacked: bool = False) -> Any:
         """Put a global batch of host arrays onto the mesh. Every process
-        gives the same batch and places its own parts of it."""
-        splits = batches.split_batch(self, self.model, batch)
+        gives the same batch and places its own parts of it.
+
+        Args:
+            batch: nested arrays or None.
+            stacked: each array has a leading axis of several batches, which
+                stays whole.
+        """
+        first = batch
+        if stacked:
+            first = tree.map_structure(
+                lambda leaf: None if leaf is None else leaf[0], batch
+            )
+        splits = batches.split_batch(self, self.model, first)
 
         def place(leaf: Any, split: bool | None) -> Any:
             if leaf is None:
                 return None
-            spec = self.partition_spec(tuple(leaf.shape), bool(split))
+            spec = self.partition_spec(
+                tuple(leaf.shape[int(stacked) :]), bool(split)
+            )
+            if stacked:
+                spec = PartitionSpec(None, *spec)
             sharding = NamedSharding(self.mesh, spec)
             if jax.process_count() == 1:
                 return jax.device_put(leaf, sharding)
@@ -393,10 +409,9 @@ def install() -> None:
     try:
         from keras.src.backend.jax import trainer
 
-        distribute, detach = (
-            trainer._distribute_data,
-            trainer.JAXTrainer._get_jax_state,
-        )
+        distribute = trainer._distribute_data
+        owner = defining(keras.Model, "_get_jax_state")
+        detach = owner._get_jax_state  # type: ignore[attr-defined]
     except (ImportError, AttributeError) as error:
         raise NotImplementedError(
             "This version of Keras feeds its JAX trainer in a way that "
@@ -407,11 +422,15 @@ def install() -> None:
         return
 
     @functools.wraps(distribute)
-    def distribute_data(data: Any, layouts: Any = None) -> Any:
+    def distribute_data(
+        data: Any, layouts: Any = None, is_super_batch: bool = False
+    ) -> Any:
         active = current()
         if active is None or active.model is None:
-            return distribute(data, layouts)
-        return active.place_batch(data)
+            # Releases before 3.16 know nothing of several batches in one.
+            more = {"is_super_batch": True} if is_super_batch else {}
+            return distribute(data, layouts, **more)
+        return active.place_batch(data, stacked=is_super_batch)
 
     @functools.wraps(detach)
     def get_jax_state(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -429,4 +448,4 @@ def install() -> None:
 
     setattr(distribute_data, _MARK, True)
     trainer._distribute_data = distribute_data
-    trainer.JAXTrainer._get_jax_state = get_jax_state
+    owner._get_jax_state = get_jax_state  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from keras import tree
 
 from keras_ring import counting, step
 from keras_ring.backends.tensorflow import gradients, updates
-from keras_ring.keras_internals import sublayers
+from keras_ring.keras_internals import defining, sublayers
 
 
 def install() -> None:
@@ -25,21 +25,23 @@ def install() -> None:
     """
     try:
         from keras.src.backend.tensorflow.optimizer import TFOptimizer
-        from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
         from keras.src.losses import loss as loss_module
         from keras.src.optimizers.base_optimizer import BaseOptimizer
         from keras.src.optimizers.loss_scale_optimizer import (
             LossScaleOptimizer,
         )
         from keras.src.trainers import compile_utils
-        from keras.src.trainers.trainer import Trainer
 
         reduced = functools.partial(
             counting.reduced_loss, loss_module.apply_mask
         )
         counting.wrap_once(
             [
-                (Trainer, "compute_loss", counting.model_loss),
+                (
+                    defining(keras.Model, "compute_loss"),
+                    "compute_loss",
+                    counting.model_loss,
+                ),
                 (
                     compile_utils.CompileLoss,
                     "call",
@@ -88,7 +90,7 @@ def install() -> None:
                 (keras.layers.Layer, "_get_own_losses", _own_losses),
                 (keras.layers.Layer, "_clear_losses", _clear_losses),
                 (
-                    TensorFlowTrainer,
+                    defining(keras.Model, "_maybe_symbolic_build"),
                     "_maybe_symbolic_build",
                     _maybe_symbolic_build,
                 ),

@@ -17,7 +17,7 @@ import torch
 
 from keras_ring import counting
 from keras_ring.backends.torch import saving
-from keras_ring.keras_internals import scales_losses
+from keras_ring.keras_internals import defining, scales_losses
 
 if TYPE_CHECKING:
     from keras_ring.backends.torch.runtime import World
@@ -36,22 +36,24 @@ def install(current: Current) -> None:
         NotImplementedError: if Keras has moved one of the names.
     """
     try:
-        from keras.src.backend.torch.trainer import TorchTrainer
         from keras.src.losses import loss as loss_module
         from keras.src.optimizers.base_optimizer import BaseOptimizer
         from keras.src.optimizers.loss_scale_optimizer import (
             LossScaleOptimizer,
         )
         from keras.src.trainers import compile_utils
-        from keras.src.trainers.trainer import Trainer
 
         targets: list[tuple[Any, str, Callable[..., Any]]] = [
             *(
-                (TorchTrainer, f"make_{kind}_function", _steps(kind))
-                for kind in ("train", "test", "predict")
+                (defining(keras.Model, name), name, wrap)
+                for name, wrap in (
+                    ("make_train_function", _steps("train")),
+                    ("make_test_function", _steps("test")),
+                    ("make_predict_function", _steps("predict")),
+                    ("_symbolic_build", _symbolic_build),
+                    ("get_metrics_result", _metrics_result),
+                )
             ),
-            (Trainer, "_symbolic_build", _symbolic_build),
-            (Trainer, "get_metrics_result", _metrics_result),
             (BaseOptimizer, "apply", _apply),
             (LossScaleOptimizer, "apply", _apply),
             (BaseOptimizer, "scale_loss", _scale_loss),
@@ -61,7 +63,11 @@ def install(current: Current) -> None:
             (keras.Model, "save_weights", _save),
         ]
         shared: list[counting.Target] = [
-            (Trainer, "compute_loss", counting.model_loss),
+            (
+                defining(keras.Model, "compute_loss"),
+                "compute_loss",
+                counting.model_loss,
+            ),
             (
                 compile_utils.CompileLoss,
                 "call",
