@@ -63,11 +63,22 @@ def pytest_configure(config):
     for name, text in MARKS.items():
         config.addinivalue_line("markers", f"{name}: {text}")
     config.stash[LEFT_OUT] = {}
+    if _only_hands_out_tests(config):
+        return
     worlds.simulate_devices()
     # What has been imported stays, and tracing makes millions of objects that
     # are gone through in each search for garbage.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+def _only_hands_out_tests(config):
+    """True in the process of pytest-xdist that runs no test itself: it needs
+    no framework, which takes seconds to import."""
+    return bool(
+        getattr(config.option, "dist", "no") != "no"
+        and not hasattr(config, "workerinput")
+    )
 
 
 @pytest.hookimpl(tryfirst=True)

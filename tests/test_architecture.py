@@ -296,6 +296,32 @@ def test_shared_code_uses_the_seam_only(path):
             )
 
 
+def test_nobody_but_masks_asks_for_the_class_of_one():
+    """So that a new mask is one class."""
+    tree = parse(PACKAGE / "masks" / "__init__.py")
+    classes = {
+        alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    } - {"Mask"}
+    assert "Causal" in classes
+    asked: set[ast.AST] = set()
+    for path in FILES:
+        if PACKAGE / "masks" in path.parents:
+            continue
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.MatchClass):
+                asked.add(node.cls)
+            elif isinstance(node, ast.Call) and (
+                getattr(node.func, "id", "") in ("isinstance", "issubclass")
+            ):
+                asked.update(ast.walk(node.args[1]))
+    named = {getattr(n, "id", getattr(n, "attr", "")) for n in asked}
+    assert "Mask" in named  # It does find what is asked for.
+    assert not named & (classes | {"Before"})
+
+
 @pytest.mark.parametrize("path", FILES, ids=identify)
 def test_functions_say_their_types(path):
     """At the top of a module and in classes; inner functions may do without."""

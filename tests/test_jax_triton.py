@@ -12,7 +12,7 @@ import pytest
 
 import keras_ring
 from keras_ring import backends, config, kernels, masks
-from keras_ring.backends.jax import local, triton, triton_masks, triton_programs
+from keras_ring.backends.jax import local, triton, triton_programs
 from keras_ring.masks.by_position import Before
 from keras_ring.scoring import Scoring
 from keras_ring.tiling import Block
@@ -113,7 +113,7 @@ def test_pairs_are_those_of_the_mask(mask):
     queries, keys = jnp.arange(60, 140), jnp.arange(20, 150)
     np.testing.assert_array_equal(
         np.broadcast_to(
-            triton_masks.pairs(mask, queries[:, None], keys[None]), (80, 130)
+            mask.tile(queries[:, None], keys[None], jax.lax.div), (80, 130)
         ),
         np.broadcast_to(mask.allowed(queries, keys)[0, 0], (80, 130)),
     )

@@ -1,13 +1,17 @@
 """Merging partial results, and what masks tell of blocks."""
 
 import itertools
+import math
+import operator
 
 import numpy as np
 import pytest
 from keras import ops
 
+import keras_ring
 from keras_ring import masks, numerics
 from keras_ring.numerics import Partial
+from tests import reference
 
 
 def partial_of(scores, values):
@@ -100,6 +104,61 @@ def test_relation_agrees_with_the_pairs(name):
                 assert some == pairs.any()
             if not isinstance(mask, masks.Or):
                 assert every == pairs.all()
+
+
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_band_and_tile_agree_with_the_pairs(name):
+    """What kernels ask where they compare positions themselves."""
+    mask = POSITIONAL[name]
+    queries, keys = np.arange(5, 17)[:, None], np.arange(3, 20)[None]
+    pairs = ops.convert_to_numpy(
+        mask.allowed(
+            ops.convert_to_tensor(queries[:, 0], "int32"),
+            ops.convert_to_tensor(keys[0], "int32"),
+        )
+    )[0, 0]
+    assert mask.has_tile()
+    tile = mask.tile(queries, keys, operator.floordiv)
+    np.testing.assert_array_equal(np.broadcast_to(tile, pairs.shape), pairs)
+    band = mask.band()
+    if band is not None:
+        inside = (band.least <= queries - keys) & (queries - keys <= band.most)
+        inside &= (keys < band.stop) & (queries < band.rows)
+        np.testing.assert_array_equal(inside, pairs)
+
+
+class Even(masks.Causal):
+    """Keys of even positions, which some of the inherited answers deny."""
+
+    def allowed(self, query_positions, key_positions):
+        return (key_positions % 2 == 0)[None, None, None, :]
+
+
+class EvenToo(Even):
+    """Keys of even positions, and a window that it says itself."""
+
+    def reach(self):
+        return 3, 3
+
+
+def test_other_pairs_inherit_no_answers_about_them():
+    """Those of the base would hide keys, or show them, without a word."""
+    for mask in (Even(), EvenToo()):
+        span = masks.Span(0, 3)
+        assert mask.relation(span, masks.Span(4, 7)) == (True, False)
+        assert mask.band() is None
+        assert not mask.has_tile()
+        assert not mask.grows()
+    assert Even().reach() == (math.inf, math.inf)
+    assert EvenToo().reach() == (3, 3)
+    query = np.random.default_rng(0).normal(size=(1, 40, 2, 8))
+    out = keras_ring.ops.ring_attention(
+        *[ops.convert_to_tensor(query, "float32")] * 3, mask=Even()
+    )
+    want = reference.attention(
+        *[query] * 4, allowed=np.arange(40)[None, None, None] % 2 == 0
+    ).out
+    np.testing.assert_allclose(ops.convert_to_numpy(out), want, 1e-5, 1e-5)
 
 
 def carrying(draw):

@@ -12,6 +12,7 @@ from keras_ring import backends, config, kernels, masks
 from keras_ring.backends.tensorflow import kernel as tensorflow_kernel
 from keras_ring.backends.tensorflow import native
 from keras_ring.backends.tensorflow.native import TensorFlowNativeKernel
+from keras_ring.masks.band import Band
 from keras_ring.masks.by_position import Before
 from keras_ring.native import library
 from keras_ring.native.library import UnavailableError
@@ -400,7 +401,7 @@ def test_threads_are_shared_by_the_replicas(monkeypatch):
         found = native._inputs(
             *drawn((1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1)),
             block(None),
-            native.Band(),
+            Band(),
         )
         return found["threads"]
 

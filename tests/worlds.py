@@ -7,19 +7,17 @@ once, each runs the function, and the first failure is raised here.
 
 import os
 
-import keras
-
-from tests.processes import Pool
-
+# No framework is imported here: pytest-xdist's first process runs no test.
+BACKEND = os.environ["KERAS_BACKEND"]
 # Devices that a test may ask for.
-DEVICES = {"jax": 8, "tensorflow": 4, "torch": 4}[keras.backend.backend()]
+DEVICES = {"jax": 8, "tensorflow": 4, "torch": 4}[BACKEND]
 
 
 def has_gpu() -> bool:
     """Whether tests run on a GPU: on JAX they do where they are told to."""
-    if keras.backend.backend() == "jax":
+    if BACKEND == "jax":
         return "cuda" in os.environ.get("JAX_PLATFORMS", "")
-    if keras.backend.backend() == "torch":
+    if BACKEND == "torch":
         import torch
 
         return torch.cuda.is_available()
@@ -28,7 +26,7 @@ def has_gpu() -> bool:
 
 def simulate_devices() -> None:
     """Split this machine's CPU into the devices of the tests."""
-    if keras.backend.backend() == "tensorflow":
+    if BACKEND == "tensorflow":
         import tensorflow as tf
 
         tf.config.set_logical_device_configuration(
@@ -41,7 +39,7 @@ def rewrite_programs(rewritten: bool) -> None:
     """Whether TensorFlow rewrites programs before their first run, as it
     does by default. With small programs that run a few times it is a fifth
     of the time."""
-    if keras.backend.backend() == "tensorflow":
+    if BACKEND == "tensorflow":
         import tensorflow as tf
 
         tf.config.optimizer.set_experimental_options(
@@ -59,8 +57,10 @@ class Worlds:
         """Run `function(*arguments)` in a world of `count` devices."""
         if count > DEVICES:
             raise ValueError(f"no {count} devices, only {DEVICES}")
-        if keras.backend.backend() != "torch":
+        if BACKEND != "torch":
             return function(*arguments)
+        from tests.processes import Pool
+
         pool = self._pools.get(count)
         if pool is None or not pool.alive:
             pool = self._pools[count] = Pool(count)

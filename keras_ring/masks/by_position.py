@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 from keras import ops
 
 from keras_ring import arguments, tensor_arguments
+from keras_ring.masks.band import FAR, Band
 from keras_ring.masks.mask import Carried, Mask, Shape, Span, either, fits
 
 Tensor = Any
@@ -34,6 +36,12 @@ class Causal(Mask):
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
         return queries.last >= keys.first, queries.first >= keys.last
+
+    def band(self) -> Band:
+        return Band(least=0)
+
+    def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
+        return queries >= keys
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         return (query_positions[:, None] >= key_positions[None, :])[None, None]
@@ -72,6 +80,14 @@ class SlidingWindow(Mask):
         some = (below < self.size) & (above < self.size)
         below, above = queries.last - keys.first, keys.last - queries.first
         return some, (below < self.size) & (above < self.size)
+
+    def band(self) -> Band:
+        size = min(self.size, FAR)
+        return Band(1 - size, size - 1)
+
+    def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
+        distance = queries - keys
+        return (distance < self.size) & (distance > -self.size)
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         distance = query_positions[:, None] - key_positions[None, :]
@@ -113,6 +129,9 @@ class BlockCausal(Mask):
             queries.last // self.size >= keys.first // self.size,
             queries.first // self.size >= keys.last // self.size,
         )
+
+    def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
+        return div(queries, self.size) >= div(keys, self.size)
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         query_blocks = query_positions // self.size
@@ -186,6 +205,9 @@ class PrefixLM(Mask):
             either(every, _below(keys.last, shortest)),
         )
 
+    def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
+        return (queries >= keys) | (keys < self.length)
+
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         if isinstance(self.length, int):
             in_prefix = (key_positions < self.length)[None, None, None, :]
@@ -228,6 +250,15 @@ class Before(Mask):
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
         span = queries if self.queries else keys
         return _below(span.first, self.limit), _below(span.last, self.limit)
+
+    def band(self) -> Band:
+        limit = self.limit
+        if isinstance(limit, int):
+            limit = min(limit, FAR)
+        return Band(rows=limit) if self.queries else Band(stop=limit)
+
+    def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
+        return (queries if self.queries else keys) < self.limit
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         if self.queries:

@@ -1,6 +1,7 @@
 """Masks that the data decide: tensors that lie and travel with the sequence."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from keras import ops
@@ -45,6 +46,9 @@ class Padding(Mask):
             ops.any(valid, axis=(1, 2))[None, :],
             ops.all(valid, axis=(1, 2))[None, :],
         )
+
+    def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
+        return (self.valid != 0)[None, :]
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         return ops.cast(self.valid, "bool")[:, None, None, :]
@@ -114,6 +118,9 @@ class Segments(Mask):
             ops.any(meet, axis=2),
             ops.all(ops.logical_and(same, single), axis=2),
         )
+
+    def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
+        return self.query_ids[:, None] == self.key_ids[None, :]
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         return ops.equal(self.query_ids[:, :, None], self.key_ids[:, None, :])[

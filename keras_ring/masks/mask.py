@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_ring.arguments import shown
+from keras_ring.masks.band import Band
 
 Tensor = Any
 Shape = tuple[int | None, ...]
@@ -61,8 +62,30 @@ class Span(NamedTuple):
     last: Any
 
 
+# Answers of a mask about its pairs, which follow from what `allowed` computes.
+_ANSWERS = {
+    *("relation", "reach", "grows", "band", "parts", "needed"),
+    *("has_tile", "tile"),
+}
+
+
 class Mask(abc.ABC):
-    """Base of all masks: the questions that attention asks."""
+    """Base of all masks: the questions that attention asks.
+
+    A mask has to say `allowed`, and its tensors if it has any (`carried`,
+    `replace`, `structure`). Each further answer makes some kernel faster, and
+    without it that kernel computes every pair or leaves the mask to another.
+
+    A subclass with an `allowed` of its own inherits none of the answers that
+    follow from the pairs: they would be those of the other mask.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = next(c for c in cls.__mro__[1:] if "allowed" in vars(c))
+        if "allowed" in vars(cls) and before is not Mask:
+            for name in _ANSWERS - vars(cls).keys():
+                setattr(cls, name, vars(Mask)[name])
 
     def carried(self) -> Carried:
         """The tensors of the mask."""
@@ -129,6 +152,43 @@ class Mask(abc.ABC):
         """True if later queries see more keys than earlier ones, so that the
         members of a ring have different amounts of work."""
         return False
+
+    def band(self) -> Band | None:
+        """The pairs, if they are those between two diagonals; None if they
+        are not. Kernels skip the others and compare no positions."""
+        return None
+
+    def parts(self) -> tuple["Mask", ...]:
+        """Masks that together allow what this one does: all must allow it."""
+        return (self,)
+
+    def has_tile(self) -> bool:
+        """True if `tile` can be asked."""
+        return type(self).tile is not Mask.tile and not self.carried().shared
+
+    def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
+        """`allowed` in operations that every compiler of kernels has:
+        comparisons, `&`, `|`, `+`, `-` and `div`. The tensors of the mask are
+        those of one sample and one tile: `(queries,)` and `(keys,)`.
+
+        Args:
+            queries: int32 `(queries, 1)`, global positions.
+            keys: int32 `(1, keys)`.
+            div: quotient of integers that are not negative.
+
+        Returns:
+            Boolean, broadcastable to `(queries, keys)`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `tile`.")
+
+    def needed(self, relation: Callable[["Mask"], tuple[Any, Any]]) -> "Mask":
+        """The mask without parts that decide nothing in a tile.
+
+        Args:
+            relation: what `relation` answers for a mask in that tile.
+        """
+        del relation
+        return self
 
     @abc.abstractmethod
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
@@ -197,6 +257,26 @@ class _Pair(Mask):
             self.first.grows() or self.second.grows()
         )
 
+    def has_tile(self) -> bool:
+        return self.first.has_tile() and self.second.has_tile()
+
+    def _tiles(self, queries: Any, keys: Any, div: Callable) -> list[Any]:
+        """`tile` of each of the two, over its own tensors."""
+        return [m.tile(queries, keys, div) for m in (self.first, self.second)]
+
+    def _without(
+        self,
+        idle: Callable[[Any, Any], bool],
+        relation: Callable[[Mask], tuple[Any, Any]],
+    ) -> Mask:
+        """The mask without the operands whose `relation` is idle."""
+        operands = [
+            operand.needed(relation)
+            for operand in (self.first, self.second)
+            if not idle(*relation(operand))
+        ]
+        return operands[0] if len(operands) == 1 else type(self)(*operands)
+
     def _relations(
         self, combine: Callable[[Any, Any], Any], queries: Span, keys: Span
     ) -> tuple[Any, Any]:
@@ -223,6 +303,22 @@ class And(_Pair):
         first, second = self.first.reach(), self.second.reach()
         return min(first[0], second[0]), min(first[1], second[1])
 
+    def band(self) -> Band | None:
+        first, second = self.first.band(), self.second.band()
+        if first is None or second is None:
+            return None
+        return first.both(second)
+
+    def parts(self) -> tuple[Mask, ...]:
+        return self.first.parts() + self.second.parts()
+
+    def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
+        first, second = self._tiles(queries, keys, div)
+        return first & second
+
+    def needed(self, relation: Callable[[Mask], tuple[Any, Any]]) -> Mask:
+        return self._without(lambda some, every: bool(every), relation)
+
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         return ops.logical_and(
             self.first.allowed(query_positions, key_positions),
@@ -246,6 +342,13 @@ class Or(_Pair):
     def reach(self) -> tuple[float, float]:
         first, second = self.first.reach(), self.second.reach()
         return max(first[0], second[0]), max(first[1], second[1])
+
+    def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
+        first, second = self._tiles(queries, keys, div)
+        return first | second
+
+    def needed(self, relation: Callable[[Mask], tuple[Any, Any]]) -> Mask:
+        return self._without(lambda some, every: not bool(some), relation)
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         return ops.logical_or(

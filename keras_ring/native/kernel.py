@@ -3,43 +3,18 @@
 import abc
 import functools
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
-from keras import ops
 
 from keras_ring.kernel import BlockGradients, FoldingKernel
-from keras_ring.masks import Causal, Mask, SlidingWindow
-from keras_ring.masks.by_position import Before
-from keras_ring.masks.mask import And
+from keras_ring.masks import Mask
+from keras_ring.masks.band import Band
 from keras_ring.native.library import UnavailableError, tell
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
 
 Tensor = Any
-
-# Further apart than any two positions.
-FAR = 2**40
-
-
-class Band(NamedTuple):
-    """The pairs that count: those with
-    `least <= query position - key position <= most`, a key before the
-    position `stop` and a query before the position `rows`."""
-
-    least: int = -FAR
-    most: int = FAR
-    stop: Any = FAR
-    rows: Any = FAR
-
-    def both(self, other: "Band") -> "Band":
-        """The pairs that count in both."""
-        return Band(
-            max(self.least, other.least),
-            min(self.most, other.most),
-            _lower(self.stop, other.stop),
-            _lower(self.rows, other.rows),
-        )
 
 
 class NativeKernel(FoldingKernel):
@@ -190,7 +165,7 @@ class NativeKernel(FoldingKernel):
             for axis, size in enumerate(tensor.shape)
         )
 
-    def _band(self, block: Block) -> "Band | None":
+    def _band(self, block: Block) -> Band | None:
         return band(block.scoring.mask, self.open_limits)
 
 
@@ -200,15 +175,6 @@ def _name(dtype: Any) -> str:
     return found
 
 
-def _lower(first: Any, second: Any) -> Any:
-    """The lower of two limits."""
-    if isinstance(first, int) and isinstance(second, int):
-        return min(first, second)
-    # A number as large as FAR fits into no tensor of limits.
-    tensors = [n for n in (first, second) if not isinstance(n, int) or n < FAR]
-    return tensors[0] if len(tensors) == 1 else ops.minimum(*tensors)
-
-
 def band(mask: Mask | None, open_limits: bool = False) -> Band | None:
     """The pairs of a mask; None if they are no band.
 
@@ -216,25 +182,8 @@ def band(mask: Mask | None, open_limits: bool = False) -> Band | None:
         mask: any.
         open_limits: whether the band may have limits that are tensors.
     """
-    match mask:
-        case None:
-            return Band()
-        case Causal():
-            return Band(least=0)
-        case SlidingWindow(size=size):
-            size = min(size, FAR)
-            return Band(1 - size, size - 1)
-        case Before(limit=limit, queries=queries):
-            if isinstance(limit, int):
-                limit = min(limit, FAR)
-            elif not open_limits:
-                return None
-            return Band(rows=limit) if queries else Band(stop=limit)
-        case And(first=first, second=second):
-            sides = band(first, open_limits), band(second, open_limits)
-            if sides[0] is not None and sides[1] is not None:
-                return sides[0].both(sides[1])
-    return None
+    found = Band() if mask is None else mask.band()
+    return found if found and (open_limits or found.known) else None
 
 
 def threads() -> int:

@@ -19,7 +19,7 @@ from jax import lax
 
 from keras_ring import numerics
 from keras_ring.kernel import BlockGradients, Kernel
-from keras_ring.masks import And, Causal, Mask
+from keras_ring.masks import Mask
 from keras_ring.masks.mask import both
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
@@ -256,15 +256,16 @@ def by_place(
 def _beside_causal(mask: Mask | None) -> list[Mask] | None:
     """The other conditions on a pair, under a mask that is causal too; None
     under one that is not."""
-    left, others = [] if mask is None else [mask], []
-    while left:
-        match left.pop():
-            case And(first=first, second=second):
-                left += [first, second]
-            case other:
-                others.append(other)
-    found = [other for other in others if not isinstance(other, Causal)]
-    return found if len(found) < len(others) else None
+    if mask is None:
+        return None
+    parts = mask.parts()
+    bands = [part.band() for part in parts]
+    found = [
+        part
+        for part, band in zip(parts, bands, strict=True)
+        if band is None or not band.purely_causal
+    ]
+    return found if len(found) < len(parts) else None
 
 
 def add(sums: dict[int, Any], place: int, share: Any) -> None:

@@ -18,8 +18,9 @@ import numpy as np
 from keras_ring import strategy
 from keras_ring.backends.jax import local
 from keras_ring.kernel import BlockGradients
+from keras_ring.masks.band import Band
 from keras_ring.native import kernel, library
-from keras_ring.native.kernel import Band, NativeKernel
+from keras_ring.native.kernel import NativeKernel
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
 

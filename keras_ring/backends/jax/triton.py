@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from keras_ring import numerics
-from keras_ring.backends.jax import local, triton_masks
+from keras_ring.backends.jax import local
 from keras_ring.backends.jax.fused import add, joined
 from keras_ring.kernel import BlockGradients, Kernel
 from keras_ring.masks import Mask
@@ -157,7 +157,7 @@ class TritonKernel(Kernel):
             and all(isinstance(size, int) and size for size in sizes)
             and max(query.shape[3], value.shape[3]) <= WIDEST
             and scoring.only_products
-            and triton_masks.known(scoring.mask)
+            and (scoring.mask is None or scoring.mask.has_tile())
             and not _wide_ids(scoring.mask)
         )
 

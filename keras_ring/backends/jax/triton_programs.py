@@ -13,6 +13,7 @@ are padded before.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from keras_ring.backends.jax.triton_masks import pairs, reach, within
 from keras_ring.masks import Carried, Mask
 
 Ref = Any
@@ -167,8 +167,8 @@ class Program:
 
     def columns(self, starts: Ref, row: Any) -> tuple[Any, Any]:
         """The tiles of keys that some query of a tile of rows may see."""
-        back, ahead = reach(self.mask)
-        return within(
+        back, ahead = _reach(self.mask)
+        return _within(
             starts[0] - starts[1] + row * self.tiles[0],
             *(self.tiles[0], back, ahead),
             *(self.tiles[1], self.lengths[1]),
@@ -176,8 +176,8 @@ class Program:
 
     def rows(self, starts: Ref, column: Any) -> tuple[Any, Any]:
         """The tiles of queries that may see some key of a tile."""
-        back, ahead = reach(self.mask)
-        return within(
+        back, ahead = _reach(self.mask)
+        return _within(
             starts[1] - starts[0] + column * self.tiles[1],
             *(self.tiles[1], ahead, back),
             *(self.tiles[0], self.lengths[0]),
@@ -214,10 +214,10 @@ class Program:
             mask = self.mask.replace(
                 Carried(tuple(tensors[: len(own)]), tuple(tensors[len(own) :]))
             )
-            allowed = pairs(
-                mask,
+            allowed = mask.tile(
                 (starts[0] + places[0])[:, None],
                 (starts[1] + places[1])[None, :],
+                lax.div,
             )
         if self.lengths[1] % self.tiles[1]:
             real = (places[1] < self.lengths[1])[None, :]
@@ -357,3 +357,30 @@ def _group(tensor: jax.Array, group: int) -> Any:
 
 def _float32(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _within(
+    first: Any, size: int, back: float, ahead: float, tile: int, length: int
+) -> tuple[Any, Any]:
+    """Tiles of one side that a tile of the other may reach.
+
+    Args:
+        first: where the other tile begins, counted from this side's start.
+        size: of the other tile.
+        back: how far before itself a position of it may reach.
+        ahead: how far after itself.
+        tile: size of the tiles of this side.
+        length: of this side.
+    """
+    low: Any = jnp.int32(0)
+    high: Any = jnp.int32(-(-length // tile))
+    if back != math.inf:
+        low = lax.div(jnp.maximum(first - int(back), 0), jnp.int32(tile))
+    if ahead != math.inf:
+        end = jnp.maximum(first + size + int(ahead), 0)
+        high = jnp.minimum(high, lax.div(end + (tile - 1), jnp.int32(tile)))
+    return low, high
+
+
+def _reach(mask: Mask | None) -> tuple[float, float]:
+    return (math.inf, math.inf) if mask is None else mask.reach()

@@ -14,8 +14,9 @@ import torch
 from keras_ring import strategy
 from keras_ring.backends.torch.pieces import Piece, pieces
 from keras_ring.kernel import BlockGradients
+from keras_ring.masks.band import Band
 from keras_ring.native import library
-from keras_ring.native.kernel import Band, NativeKernel
+from keras_ring.native.kernel import NativeKernel
 from keras_ring.numerics import Partial
 from keras_ring.tiling import Block
 

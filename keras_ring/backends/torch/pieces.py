@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import keras
 import torch
 
-from keras_ring.masks import Carried, Causal, Mask, Span
-from keras_ring.masks.mask import And, Or
+from keras_ring.masks import Carried, Mask, Span
 from keras_ring.tiling import Block
 
 
@@ -203,9 +202,11 @@ def _simplest(piece: Piece, grain: Grain) -> list[Piece]:
         return []
     if every:
         return [dataclasses.replace(piece, mask=None)]
-    mask = _needed(mask, *piece.spans())
+    mask = mask.needed(lambda part: _relation(part, *piece.spans()))
     piece = dataclasses.replace(piece, mask=mask)
-    if isinstance(mask, Causal) and piece.query_start == piece.key_start:
+    band = mask.band()
+    causal = band is not None and band.purely_causal
+    if causal and piece.query_start == piece.key_start:
         return [dataclasses.replace(piece, mask=None, causal=True)]
     if max(piece.rows, piece.columns) <= grain.small:
         return [piece]
@@ -248,20 +249,6 @@ def _evenly(same: list[Piece]) -> Iterator[Piece]:
             same[0], count=count, step=step if count > 1 else 0
         )
         same = same[count:]
-
-
-def _needed(mask: Mask, queries: Span, keys: Span) -> Mask:
-    """The mask without the operands that decide nothing in a rectangle."""
-    if not isinstance(mask, (And, Or)):
-        return mask
-    operands = []
-    for operand in (mask.first, mask.second):
-        some, every = _relation(operand, queries, keys)
-        # Of `and` those that allow all, of `or` those that allow nothing.
-        idle = bool(every) if isinstance(mask, And) else not bool(some)
-        if not idle:
-            operands.append(_needed(operand, queries, keys))
-    return operands[0] if len(operands) == 1 else type(mask)(*operands)
 
 
 def _relation(mask: Mask, queries: Span, keys: Span) -> tuple[Any, Any]:
