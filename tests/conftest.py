@@ -43,6 +43,10 @@ MARKS = {
         "runs all with one value, few with the others; all with --all"
     ),
     "extra": "runs with --all",
+    "dealt(tests=False)": (
+        "its parameters, or the tests of a class, are dealt out among the "
+        "backends; all with --all"
+    ),
 }
 
 
@@ -92,7 +96,8 @@ def pytest_collection_modifyitems(config, items):
     named = any("::" in argument for argument in config.args)
     if not config.option.all and not named:
         left["are run with --all"] = thinning.left_out(
-            [described(item) for item in items]
+            [described(item) for item in items],
+            ("jax", "tensorflow", "torch").index(BACKEND),
         )
     for item in items:
         # Their processes live as long as the worker that started them, and
@@ -113,7 +118,7 @@ def described(item):
     marks = {
         mark.name: mark.kwargs
         for mark in item.iter_markers()
-        if mark.name in ("pairwise", "mostly", "extra")
+        if mark.name in ("pairwise", "mostly", "extra", "dealt")
     }
     values = item.callspec.params if hasattr(item, "callspec") else {}
     test = (item.parent.nodeid, getattr(item, "originalname", item.name))

@@ -191,7 +191,7 @@ def check_against_oracle(size, case, data=None, seed=None):
         )
 
 
-@pytest.mark.mostly(size=3, every=4)
+@pytest.mark.mostly(size=3, every=8)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_oracle(on_devices, name, size):

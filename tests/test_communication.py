@@ -16,6 +16,7 @@ from keras_ring.masks import SlidingWindow as Window
 from keras_ring.scoring import Scoring
 from keras_ring.transport import Transport
 from tests import worlds
+from tests.thinning import extra_on
 
 SIZES = [size for size in (2, 3, 4, 8) if size <= worlds.DEVICES]
 BATCH, HEADS, KEY_HEADS, DIM = 2, 4, 2, 8
@@ -171,10 +172,8 @@ def check_portions(size, balanced):
     np.testing.assert_allclose(cut["gradients"], whole["gradients"], atol=1e-5)
 
 
-# The other transports have no portions.
-WHERE_IT_IS_CUT = (
-    [] if keras.backend.backend() == "torch" else [pytest.mark.extra]
-)
+# They have no portions.
+WHERE_IT_IS_CUT = extra_on("jax", "tensorflow")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ CASES = 15
 SIZES = [size for size in (1, 2, 3, 4, 8) if size <= worlds.DEVICES]
 
 
+@pytest.mark.dealt
 @pytest.mark.parametrize("number", PROGRAMS)
 def test_random_cases_equal_the_oracle(on_devices, number):
     program = differential.draw_program(SEED, number)

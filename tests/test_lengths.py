@@ -8,6 +8,7 @@ import pytest
 
 import keras_ring
 from tests.language_model import batch, initial_weights, language_model
+from tests.thinning import extra_on
 
 # Losses are sums of some hundred float32 terms in another order.
 LOSSES = {"rtol": 1e-5, "atol": 1e-7}
@@ -120,20 +121,18 @@ def check_language_model(mesh, sizes):
 
 
 # Programs of open lengths: tests/test_tensorflow_programs.py has a small one.
-SLOW_ON_TENSORFLOW = (
-    [pytest.mark.extra] if keras.backend.backend() == "tensorflow" else []
-)
+COVERED = extra_on("tensorflow")
 
 
 @pytest.mark.parametrize(
     ("mesh", "sizes"),
     [
         pytest.param((1, 2), [(2, 7)], marks=pytest.mark.extra),
-        ((1, 3), [(2, 7)]),
+        pytest.param((1, 3), [(2, 7)], marks=COVERED),
         pytest.param((1, 4), [(2, 7)], marks=pytest.mark.extra),
         pytest.param((1, 4), [(2, 2)], marks=pytest.mark.extra),
         ((1, 3), [(2, 1)]),
-        pytest.param((1, 3), [(2, 12), (2, 7)], marks=SLOW_ON_TENSORFLOW),
+        pytest.param((1, 3), [(2, 12), (2, 7)], marks=COVERED),
         ((2, 2), [(4, 7), (3, 7), (1, 7)]),
     ],
     ids=lambda value: str(value).replace(" ", ""),

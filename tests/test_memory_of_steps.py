@@ -48,7 +48,6 @@ def growth():
         tokens = keras.Input((None,), dtype="int32")
         h = layers.Embedding(VOCABULARY, WIDTH)(tokens)
         h = kr.layers.RingTransformerBlock(2, WIDTH, remat="block")(h)
-        h = h + kr.layers.RingAttention(2, 4)(h, h)
         names = ("fused", "own")
         heads = [
             layers.Dense(VOCABULARY, name=name, dtype="float32")(h)

@@ -185,10 +185,16 @@ def test_limits_that_are_tensors():
 
 
 @NEEDED
-@pytest.mark.mostly(processor="native", every=2)
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-@pytest.mark.parametrize("processor", ["native", "baseline"])
-def test_random_visits_under_sanitizers(sanitizer, processor, tmp_path):
+@pytest.mark.parametrize(
+    ("processor", "sanitizer"),
+    [
+        ("native", "thread"),
+        ("baseline", "address,undefined"),
+        pytest.param("native", "address,undefined", marks=pytest.mark.extra),
+        pytest.param("baseline", "thread", marks=pytest.mark.extra),
+    ],
+)
+def test_random_visits_under_sanitizers(processor, sanitizer, tmp_path):
     """Nothing is read or written that is not there, and threads do not meet;
     with the vectors of this processor and with the shortest."""
     options = [

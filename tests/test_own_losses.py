@@ -15,6 +15,7 @@ import pytest
 from keras import layers, ops
 
 import keras_ring
+from tests.thinning import extra_on
 
 CLASSES = 7
 WIDTH = 6
@@ -227,7 +228,7 @@ def check(mesh, rows, length, evaluate, names):
 
 
 # On JAX losses see whole tensors: a few of them, split both ways, will do.
-WHOLE = [pytest.mark.extra] if keras.backend.backend() == "jax" else []
+WHOLE = extra_on("jax")
 FEW = ("masked", "shifted", "between", "safe", "stock", "along_length")
 
 

@@ -9,6 +9,7 @@ import pytest
 from keras import layers, ops
 
 import keras_ring
+from tests.thinning import extra_on
 
 BACKEND = keras.backend.backend()
 WIDTH, CLASSES = 4, 3
@@ -449,7 +450,9 @@ def check_classifier(mesh):
             )  # fmt: skip
 
 
-@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    "mesh", [(2, 1), pytest.param((1, 2), marks=extra_on("tensorflow"))]
+)
 def test_devices_without_a_row(on_devices, mesh):
     on_devices(2, check_classifier, mesh)
 

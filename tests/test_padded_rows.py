@@ -13,6 +13,7 @@ from keras import ops
 
 import keras_ring as kr
 from tests.attention_layers import TOLERANCE, normal
+from tests.thinning import extra_on
 
 L = keras.layers
 BATCH, LENGTH, WIDTH = 3, 11, 8  # No ring divides the length.
@@ -43,9 +44,9 @@ MODELS = {
     "gate": (lambda h, o: h + o, "heads", {"use_gate": True}, {}),
     "cross": (None, "heads", {}, {}),
 }
-# The others differ in what a query sees, which gradients do not ask.
-TRAINED = ["sum", "grouped", "dropout", "cross"]
 BOTH = ["sum", "cross"]
+# What they add is in code that the backends share.
+OTHERS = [["add", "window"], ["grouped", "gate"], ["causal", "dropout"]]
 
 
 def branch(h, kind, ours):
@@ -120,17 +121,17 @@ def trained(model, ids):
     return [w for w in model.get_weights() if w.dtype.kind == "f"]
 
 
-def run(size, kinds, learning):
+def run(size, kinds):
     """For each kind how far predictions of ours are from those of stock
     layers on one device; and how far trained weights are from ours there."""
     ids = tokens()
     real = (ids != 0)[..., None]
     strategy = kr.DistributedStrategy(sequence_parallel=size)
     wanted = build(kinds, ours=False).predict(ids, verbose=0)
-    alone = trained(build(learning, ours=True), ids)
+    alone = trained(build(kinds, ours=True), ids)
     with strategy.scope():
         found = build(kinds, ours=True).predict(ids, verbose=0)
-        after = trained(build(learning, ours=True), ids)
+        after = trained(build(kinds, ours=True), ids)
     errors = {}
     for kind, want, have in zip(kinds, wanted, found, strict=True):
         want = want * real
@@ -140,24 +141,23 @@ def run(size, kinds, learning):
     return errors
 
 
-# Compiling takes its time there.
-NOT_COMPILED = [] if keras.backend.backend() == "torch" else [pytest.mark.extra]
+def check(on_devices, size, kinds):
+    errors = on_devices(size, run, size, kinds)
+    wrong = {n: float(e) for n, e in errors.items() if not e <= TOLERANCE}
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize(
-    ("size", "kinds", "learning"),
-    [
-        (2, list(MODELS), TRAINED),
-        pytest.param(2, list(MODELS), list(MODELS), marks=pytest.mark.extra),
-        pytest.param(4, BOTH, BOTH, marks=NOT_COMPILED),
-    ],
+    "size", [2, pytest.param(4, marks=extra_on("jax", "tensorflow"))]
 )
-def test_real_positions_are_those_of_stock_layers(
-    on_devices, size, kinds, learning
-):
-    errors = on_devices(size, run, size, kinds, learning)
-    wrong = {n: float(e) for n, e in errors.items() if not e <= TOLERANCE}
-    assert not wrong, wrong
+def test_real_positions_are_those_of_stock_layers(on_devices, size):
+    check(on_devices, size, BOTH)
+
+
+@pytest.mark.dealt
+@pytest.mark.parametrize("kinds", OTHERS, ids="-".join)
+def test_so_are_those_of_other_attention(on_devices, kinds):
+    check(on_devices, 2, kinds)
 
 
 def test_the_options_are_kept_and_checked():

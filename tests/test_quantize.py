@@ -49,6 +49,7 @@ def run(model):
     return model.predict(features(), verbose=0)
 
 
+@pytest.mark.dealt
 @pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
 def test_it_is_that_of_the_stock_layers(mode):
     keras.utils.set_random_seed(0)

@@ -51,5 +51,18 @@ def test_only_what_is_marked_is_thinned():
     assert left({}) == set()
     assert left({"pairwise": {}}) == every - set(thinning.pairwise(ROWS))
     assert left({"extra": {}}) == every
+    dealt = [
+        [
+            i
+            for i in range(len(ROWS))
+            if i
+            not in thinning.left_out(
+                [("test", {"dealt": {}}, row) for row in ROWS], backend
+            )
+        ]
+        for backend in range(3)
+    ]
+    assert sorted(itertools.chain(*dealt)) == sorted(every)
+    assert {len(own) for own in dealt} == {len(ROWS) // 3}
     few = {"every": 4, "size": 3}
     assert left({"mostly": few}) == every - set(thinning.mostly(ROWS, **few))

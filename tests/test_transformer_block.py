@@ -10,6 +10,7 @@ from keras_ring.layers import RingAttention, RingTransformerBlock
 from tests import worlds
 from tests.attention_layers import call, normal
 from tests.gradients import vjp
+from tests.thinning import extra_on
 
 BATCH, LENGTH, WIDTH, HEADS, HIDDEN = 2, 12, 8, 2, 20
 RINGS = [size for size in (2, 4) if size <= worlds.DEVICES]
@@ -263,7 +264,11 @@ def check_combined(mesh, remat):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "remat"), [((1, 2), "block"), ((2, 2), "feed_forward")]
+    ("mesh", "remat"),
+    [
+        pytest.param((1, 2), "block", marks=extra_on("tensorflow")),
+        ((2, 2), "feed_forward"),
+    ],
 )
 def test_all_options_and_an_odd_length(on_devices, mesh, remat):
     on_devices(mesh[0] * mesh[1], check_combined, mesh, remat)

@@ -1,6 +1,6 @@
 """Which combinations of parameters run by default; `--all` runs every one.
 
-Three marks beside `pytest.mark.parametrize` say how a test may be thinned:
+Marks beside `pytest.mark.parametrize` say how a test may be thinned:
 
 - `pytest.mark.pairwise`: every two values of two parameters that meet in
   some combination meet in one that runs.
@@ -10,6 +10,9 @@ Three marks beside `pytest.mark.parametrize` say how a test may be thinned:
   given.
 - `pytest.mark.extra`, of one combination (`pytest.param(..., marks=...)`): it
   runs with `--all` alone.
+- `pytest.mark.dealt`: what is left is dealt out among the backends, one to each
+  in turn, for code that all of them share; `dealt(tests=True)` does so with
+  the tests of a class.
 
 What runs is decided by the order in which parameters are written down, so it
 is the same each time and on each worker. A test that is named by its id
@@ -17,15 +20,29 @@ is the same each time and on each worker. A test that is named by its id
 """
 
 import itertools
+import os
+
+import pytest
+
+# How many backends share what is dealt out.
+BACKENDS = 3
 
 
-def left_out(tests):
+def extra_on(*backends):
+    """The mark `extra` on some backends: where one combination takes long and
+    another shows the same. None elsewhere."""
+    here = os.environ["KERAS_BACKEND"] in backends
+    return [pytest.mark.extra] if here else []
+
+
+def left_out(tests, backend=0):
     """Places of what is thinned out.
 
     Args:
         tests: list of `(test, marks, values)`: what the combinations of one
             test share (hashable), a dictionary of its marks' keyword
             arguments by name, and the values of its parameters by name.
+        backend: number of the backend that runs, of `BACKENDS`.
 
     Returns:
         Set of places in `tests`.
@@ -45,6 +62,13 @@ def left_out(tests):
         else:
             continue
         left.update(set(places) - {places[i] for i in kept})
+    dealt: dict = {}
+    for place, (test, marks, _) in enumerate(tests):
+        if place not in left and "dealt" in marks:
+            together = marks["dealt"].get("tests", False)
+            dealt.setdefault(test[0] if together else test, []).append(place)
+    for places in dealt.values():
+        left.update(set(places) - set(places[backend::BACKENDS]))
     return left
 
 
