@@ -141,9 +141,19 @@ class EvenToo(Even):
         return 3, 3
 
 
+class Beside:
+    """The pairs of `Even` from beside the masks."""
+
+    allowed = Even.allowed
+
+
+class EvenFromBeside(Beside, masks.Causal):
+    """Keys of even positions."""
+
+
 def test_other_pairs_inherit_no_answers_about_them():
     """Those of the base would hide keys, or show them, without a word."""
-    for mask in (Even(), EvenToo()):
+    for mask in (Even(), EvenToo(), EvenFromBeside()):
         span = masks.Span(0, 3)
         assert mask.relation(span, masks.Span(4, 7)) == (True, False)
         assert mask.band() is None

@@ -63,10 +63,10 @@ class Span(NamedTuple):
 
 
 # Answers of a mask about its pairs, which follow from what `allowed` computes.
-_ANSWERS = {
+_ANSWERS = (
     *("relation", "reach", "grows", "band", "parts", "needed"),
     *("has_tile", "tile"),
-}
+)
 
 
 class Mask(abc.ABC):
@@ -82,9 +82,16 @@ class Mask(abc.ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        before = next(c for c in cls.__mro__[1:] if "allowed" in vars(c))
-        if "allowed" in vars(cls) and before is not Mask:
-            for name in _ANSWERS - vars(cls).keys():
+        order = cls.__mro__
+        said_by: dict[str, Any] = {
+            name: next(c for c in order if name in vars(c))
+            for name in ("allowed", *_ANSWERS)
+        }
+        pairs = order.index(said_by.pop("allowed"))
+        for name, owner in said_by.items():
+            # A class without pairs of its own answers for its subclasses.
+            of_others = owner.allowed is not Mask.allowed
+            if of_others and order.index(owner) > pairs:
                 setattr(cls, name, vars(Mask)[name])
 
     def carried(self) -> Carried:
