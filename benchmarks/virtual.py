@@ -15,7 +15,8 @@ from benchmarks import contestants
 from benchmarks.child import accelerators
 from keras_ring import backends, kernels, masks, placement
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import TILE, Block, Side, relations
+from keras_ring.tiling import TILE
+from keras_ring.visit import Block, Side, relations
 
 PLACEMENTS = ("contiguous", "balanced")
 

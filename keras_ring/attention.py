@@ -23,8 +23,8 @@ from keras_ring.numerics import Partial
 from keras_ring.placement import Portion
 from keras_ring.scoring import Scoring
 from keras_ring.shapes import sizes
-from keras_ring.tiling import Block
 from keras_ring.transport import Transport
+from keras_ring.visit import Block
 
 Tensor = Any
 

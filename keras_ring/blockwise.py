@@ -22,7 +22,8 @@ from keras_ring import numerics
 from keras_ring.kernel import BlockGradients, Kernel
 from keras_ring.numerics import Partial
 from keras_ring.primitives import Primitives
-from keras_ring.tiling import Block, Tiling
+from keras_ring.tiling import Tiling
+from keras_ring.visit import Block
 
 Tensor = Any
 

@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_ring import numerics
 from keras_ring.numerics import Partial
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 
 Tensor = Any
 

@@ -22,7 +22,7 @@ from keras_ring import backends, config, numerics
 from keras_ring.masks import Causal, Mask, Padding
 from keras_ring.numerics import Partial
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 
 Kernel = Any
 Tensor = Any

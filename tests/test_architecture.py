@@ -25,7 +25,7 @@ FRAMEWORKS = ("jax", "tensorflow", "torch")
 LEAVES = {
     *("arguments", "backends", "errors", "keras_internals", "lengths"),
     *("numerics", "padding", "placement", "primitives", "random_bits"),
-    *("scopes", "scratch", "shapes", "transport", "version"),
+    *("schedule", "scopes", "scratch", "shapes", "transport", "version"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
@@ -33,17 +33,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "masks": {"arguments", "tensor_arguments"},
     "scoring": {"masks"},
     "balance": {"masks", "placement", "transport"},
-    "tiling": {"masks", "numerics", "primitives", "random_bits", "scoring"},
-    "kernel": {"numerics", "tiling"},
-    "native": {"kernel", "masks", "numerics", "scratch", "tiling"},
-    "blockwise": {"kernel", "numerics", "primitives", "tiling"},
+    "visit": {"masks", "scoring"},
+    "tiling": {
+        *("masks", "numerics", "primitives", "random_bits", "schedule"),
+        *("scoring", "visit"),
+    },
+    "kernel": {"numerics", "visit"},
+    "native": {"kernel", "masks", "numerics", "scratch", "visit"},
+    "blockwise": {"kernel", "numerics", "primitives", "tiling", "visit"},
     "attention": {
-        *("kernel", "numerics", "placement", "scoring", "tiling"),
+        *("kernel", "numerics", "placement", "scoring", "visit"),
         *("shapes", "transport"),
     },
     "config": {"backends"},
     "kernels": {
-        *("backends", "config", "masks", "numerics", "scoring", "tiling"),
+        *("backends", "config", "masks", "numerics", "scoring", "visit"),
     },
     "world": {"lengths", "transport"},
     "strategy": {
@@ -104,7 +108,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("numerics", "padding", "step"),
         *("primitives", "random_bits", "scopes", "scoring", "scratch"),
         *("tiling", "placement", "shards", "strategy", "training"),
-        *("transport", "world"),
+        *("transport", "visit", "world"),
     },
 }
 # The facade names everything.

@@ -12,7 +12,8 @@ from keras import ops
 import keras_ring
 from keras_ring import backends, masks
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block, Tiling
+from keras_ring.tiling import Tiling
+from keras_ring.visit import Block
 from tests import reference, worlds
 from tests.gradients import vjp
 

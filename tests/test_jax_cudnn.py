@@ -15,7 +15,7 @@ from keras_ring.kernel import BlockGradients, Kernel
 from keras_ring.masks.by_position import Before
 from keras_ring.numerics import Partial
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 from tests.visits import CASES, Case, Refusing, Visit
 
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}

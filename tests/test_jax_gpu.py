@@ -17,7 +17,7 @@ import keras_ring
 from keras_ring import backends, kernels, masks
 from keras_ring.backends.jax import cudnn
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 from tests.kernel_choice import tensors
 from tests.test_jax_cudnn import TOLERANCE, traced
 from tests.visits import CASES, Refusing, Visit

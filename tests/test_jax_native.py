@@ -19,7 +19,7 @@ from keras_ring.backends.jax.native import (
 )
 from keras_ring.native import library
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 from tests import reference
 from tests.kernel_choice import tensors
 from tests.native_library import needed

@@ -8,7 +8,7 @@ import keras_ring
 from keras_ring import backends, config, kernels, masks
 from keras_ring.backends.jax import local, splash
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 from tests.gradients import vjp
 from tests.visits import Case, Refusing, Visit
 

@@ -15,7 +15,7 @@ from keras_ring import backends, config, kernels, masks
 from keras_ring.backends.jax import local, triton, triton_programs
 from keras_ring.masks.by_position import Before
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 from tests.gradients import vjp
 from tests.visits import Case, Refusing, Visit
 

@@ -17,7 +17,7 @@ from keras_ring.masks.by_position import Before
 from keras_ring.native import library
 from keras_ring.native.library import UnavailableError
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 from tests import reference
 from tests.native_library import needed
 from tests.visits import CASES, TOLERANCE, Refusing, Visit

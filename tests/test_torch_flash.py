@@ -11,7 +11,7 @@ import keras_ring
 from keras_ring import backends, config, kernels, masks, numerics
 from keras_ring.kernel import Kernel
 from keras_ring.scoring import Dropout, Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 from tests.kernel_choice import tensors
 from tests.visits import CASES, TOLERANCE, Calls, Case, Refusing, Visit
 

@@ -12,7 +12,7 @@ from keras_ring.backends.torch import cuda, fused
 from keras_ring.backends.torch.flash import CpuFlash
 from keras_ring.backends.torch.pieces import COARSE, pieces
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 from tests.fused_kernels import OPERATIONS, TOLERANCE, kernel_of
 from tests.visits import CASES, Refusing, Visit
 

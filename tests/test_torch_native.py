@@ -16,7 +16,7 @@ from keras_ring.backends.torch import native
 from keras_ring.backends.torch.native import TorchNativeKernel
 from keras_ring.native import library
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 from tests import reference
 from tests.kernel_choice import tensors
 from tests.native_library import needed
@@ -318,7 +318,7 @@ import os, signal, torch
 from keras_ring.backends.torch import native
 from keras_ring.backends.torch.native import TorchNativeKernel
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 native.loaded().keras_ring_use_threads(None)
 torch.set_num_threads(2)
 tensor, block = torch.ones((1, 4, 300, 8)), Block((0,), (0,), Scoring(scale=1))

@@ -12,7 +12,7 @@ from keras_ring.backends.torch.flash import CpuFlash
 from keras_ring.backends.torch.fused import FusedKernel
 from keras_ring.backends.torch.pieces import COARSE, FINE, pieces
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 from tests.visits import Case, Refusing, Visit
 
 FAR = 10_000

@@ -9,7 +9,7 @@ from keras_ring import masks, numerics
 from keras_ring.kernel import Kernel
 from keras_ring.masks.by_position import Before
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 from tests import reference
 
 # Largest error, absolute and relative. Sums of some hundred products of

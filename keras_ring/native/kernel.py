@@ -12,7 +12,7 @@ from keras_ring.masks import Mask
 from keras_ring.masks.band import Band
 from keras_ring.native.library import UnavailableError, tell
 from keras_ring.numerics import Partial
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 
 Tensor = Any
 

@@ -17,7 +17,7 @@ from keras_ring.backends.jax import local
 from keras_ring.backends.jax.fused import by_place
 from keras_ring.kernel import BlockGradients, Kernel
 from keras_ring.numerics import Partial
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 
 
 class ByHeadKernel(Kernel):

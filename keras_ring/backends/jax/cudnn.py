@@ -19,7 +19,7 @@ from keras_ring.backends.jax import local
 from keras_ring.backends.jax.fused import FusedKernel
 from keras_ring.masks import Causal
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 
 try:
     from jax._src.cudnn import fused_attention_stablehlo as private

@@ -22,7 +22,7 @@ from keras_ring.kernel import BlockGradients, Kernel
 from keras_ring.masks import Mask
 from keras_ring.masks.mask import both
 from keras_ring.numerics import Partial
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 
 
 class FusedKernel(Kernel):

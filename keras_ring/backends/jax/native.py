@@ -22,7 +22,7 @@ from keras_ring.masks.band import Band
 from keras_ring.native import kernel, library
 from keras_ring.native.kernel import NativeKernel
 from keras_ring.numerics import Partial
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FORWARD, BACKWARD = "keras_ring_xla_forward", "keras_ring_xla_backward"

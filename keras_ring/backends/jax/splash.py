@@ -21,7 +21,7 @@ import jax
 from keras_ring.backends.jax import local
 from keras_ring.backends.jax.fused import FusedKernel
 from keras_ring.kernel import Kernel
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 
 # The one dtype that the matrix units of a TPU take as it is.
 DTYPE = "bfloat16"

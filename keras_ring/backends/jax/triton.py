@@ -21,7 +21,7 @@ from keras_ring.backends.jax.fused import add, joined
 from keras_ring.kernel import BlockGradients, Kernel
 from keras_ring.masks import Mask
 from keras_ring.numerics import Partial
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 
 DTYPES = ("float32", "float16", "bfloat16")
 # A dot product of Triton has at least this many rows, columns and terms.

@@ -14,7 +14,7 @@ from keras_ring.kernel import BlockGradients
 from keras_ring.masks import Carried
 from keras_ring.numerics import Partial
 from keras_ring.scoring import Scoring
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from keras_ring.native import kernel as native
 from keras_ring.native import library
 from keras_ring.native.kernel import NativeKernel
 from keras_ring.numerics import Partial
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 
 _as_it_is = tf.autograph.experimental.do_not_convert
 

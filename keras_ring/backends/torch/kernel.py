@@ -11,7 +11,7 @@ from keras_ring.backends.torch.fused import FusedKernel, accumulation_dtype
 from keras_ring.backends.torch.native import TorchNativeKernel
 from keras_ring.blockwise import BlockwiseKernel
 from keras_ring.numerics import Partial
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 
 
 class Kernel(BlockwiseKernel):

@@ -18,7 +18,7 @@ from keras_ring.masks.band import Band
 from keras_ring.native import library
 from keras_ring.native.kernel import NativeKernel
 from keras_ring.numerics import Partial
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 
 # What the library computes with, whatever PyTorch's defaults are.
 FLOAT = torch.float32

@@ -17,7 +17,7 @@ import keras
 import torch
 
 from keras_ring.masks import Carried, Mask, Span
-from keras_ring.tiling import Block
+from keras_ring.visit import Block
 
 
 class Grain(NamedTuple):
@@ -272,3 +272,70 @@ def _halves(length: int, small: int) -> list[slice]:
 
 def _within(outer: slice, inner: slice) -> slice:
     return slice(outer.start + inner.start, outer.start + inner.stop)
+
+
+def rows(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """(B, H, Q, ...) -> the rows of a piece (B, H, count, rows, ...), or (B,
+    H, rows, ...) if it is one rectangle. What is written there is in the
+    tensor."""
+    return _along(tensor, piece.queries, piece)
+
+
+def columns(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """(B, K, S, ...) -> the columns of a piece, likewise."""
+    return _along(tensor, piece.keys, piece)
+
+
+def _along(tensor: torch.Tensor, first: slice, piece: Piece) -> torch.Tensor:
+    if piece.count == 1:
+        return tensor[:, :, first]
+    length = first.stop - first.start
+    stop = first.stop + (piece.count - 1) * piece.step
+    found = tensor[:, :, first.start : stop].unfold(2, length, piece.step)
+    return found if tensor.ndim == 3 else found.transpose(3, 4)
+
+
+def samples(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """(B, H, count, n, ...) -> (B * count, H, n, ...)."""
+    if piece.count == 1:
+        return tensor
+    return tensor.transpose(1, 2).flatten(0, 1)
+
+
+def apart(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """(B * count, H, n, ...) -> (B, H, count, n, ...)."""
+    if piece.count == 1:
+        return tensor
+    return tensor.unflatten(0, (-1, piece.count)).transpose(1, 2)
+
+
+def joined(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """(B * count, H, n, ...) -> (B, H, count * n, ...), of a piece that
+    covers everything."""
+    if piece.count == 1:
+        return tensor
+    # In the order in which the operations lay their results: heads last.
+    tensor = tensor.transpose(1, 2).unflatten(0, (-1, piece.count))
+    return tensor.flatten(1, 2).transpose(1, 2)
+
+
+def squared(piece: Piece) -> list[Piece]:
+    """A causal rectangle as a square and what is whole below it."""
+    if not piece.causal or piece.rows == piece.columns:
+        return [piece]
+    side = min(piece.rows, piece.columns)
+    start = piece.keys.start
+    top = dataclasses.replace(
+        piece,
+        queries=slice(piece.queries.start, piece.queries.start + side),
+        keys=slice(start, start + side),
+    )
+    if piece.rows == side:
+        return [top]
+    below = dataclasses.replace(
+        piece,
+        queries=slice(top.queries.stop, piece.queries.stop),
+        query_start=piece.query_start + side,
+        causal=False,
+    )
+    return [top, below]
