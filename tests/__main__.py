@@ -16,7 +16,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import NamedTuple
 
-BACKENDS = ("jax", "tensorflow", "torch")
+from tests.thinning import BACKENDS
+
 WORKERS = 2
 # On PyTorch the tests that start processes share one worker.
 DISTRIBUTION = {"jax": "worksteal", "tensorflow": "worksteal"}

@@ -25,9 +25,7 @@ import pytest  # noqa: E402
 from tests import thinning, worlds  # noqa: E402
 
 collect_ignore_glob = [
-    f"test_{other}_*.py"
-    for other in ("jax", "tensorflow", "torch")
-    if other != BACKEND
+    f"test_{other}_*.py" for other in thinning.BACKENDS if other != BACKEND
 ]
 # The file that needs a GPU, unless there is one.
 NEEDS_GPU = {"jax": "test_jax_gpu.py", "torch": "test_torch_cuda.py"}
@@ -97,7 +95,7 @@ def pytest_collection_modifyitems(config, items):
     if not config.option.all and not named:
         left["are run with --all"] = thinning.left_out(
             [described(item) for item in items],
-            ("jax", "tensorflow", "torch").index(BACKEND),
+            BACKEND,
         )
     for item in items:
         # Their processes live as long as the worker that started them, and

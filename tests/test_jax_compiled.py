@@ -140,3 +140,24 @@ def test_a_ring_does_not_ask_for_the_number_of_its_device(kernel, length):
         keras_ring.config.set_kernel("auto")
     assert "collective_permute" in lowered.as_text()
     assert "partition_id" not in lowered.as_text()
+
+
+def test_several_batches_in_one_keep_their_axis():
+    """As Keras 3.16 hands them over: each is cut as it is by itself."""
+    strategy = keras_ring.DistributedStrategy(
+        data_parallel=2, sequence_parallel=2
+    )
+    with strategy.scope():
+        inputs = keras.Input((None, 3))
+        strategy.world.model = keras.Model(
+            inputs, keras.layers.Dense(1)(inputs)
+        )
+        # Three batches: their number is neither a batch nor a length.
+        arrays = np.random.default_rng(0).normal(size=(3, 4, 8, 3))
+        x = arrays.astype("float32")
+        together, none = strategy.world.place_batch((x, None), stacked=True)
+        alone, _ = strategy.world.place_batch((x[1], None))
+    assert none is None
+    np.testing.assert_array_equal(together, x)
+    assert tuple(together.sharding.spec) == (None, *alone.sharding.spec)
+    assert together.addressable_shards[0].data.shape == (3, 2, 4, 3)

@@ -1,6 +1,7 @@
 """The programs that visits become on TensorFlow."""
 
 import functools
+import gc
 
 import keras
 import numpy as np
@@ -9,6 +10,7 @@ import tensorflow as tf
 
 import keras_ring
 from keras_ring import config, masks
+from keras_ring.backends.tensorflow.programs import compiled
 from tests import reference
 
 LOOPS = {"While", "StatelessWhile", "If", "StatelessIf"}
@@ -259,3 +261,28 @@ def test_a_gradient_searches_no_other_replica_for_variables(monkeypatch):
         )
         most[layers] = max(found)
     assert most[1] == most[4]
+
+
+@pytest.mark.parametrize("threshold", [(700, 9, 8), (200_000, 9, 8), (0, 9, 8)])
+def test_garbage_is_searched_for_rarely_while_a_program_is_traced(threshold):
+    """And as before afterwards, also where tracing fails."""
+    seen = []
+
+    def function(fails):
+        seen.append(gc.get_threshold()[0])
+        if fails:
+            raise ArithmeticError
+        return tf.constant(1.0)
+
+    before = gc.get_threshold()
+    gc.set_threshold(*threshold)
+    try:
+        world = keras_ring.DistributedStrategy(sequence_parallel=2).world
+        compiled(world, lambda: function(False))()
+        with pytest.raises(ArithmeticError):
+            compiled(world, lambda: function(True))()
+        assert gc.get_threshold() == threshold
+    finally:
+        gc.set_threshold(*before)
+    fewer = max(threshold[0], 100_000) if threshold[0] else 0
+    assert seen == [fewer, fewer]

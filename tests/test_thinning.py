@@ -60,7 +60,7 @@ def test_only_what_is_marked_is_thinned():
                 [("test", {"dealt": {}}, row) for row in ROWS], backend
             )
         ]
-        for backend in range(3)
+        for backend in thinning.BACKENDS
     ]
     assert sorted(itertools.chain(*dealt)) == sorted(every)
     assert {len(own) for own in dealt} == {len(ROWS) // 3}

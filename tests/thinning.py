@@ -24,8 +24,8 @@ import os
 
 import pytest
 
-# How many backends share what is dealt out.
-BACKENDS = 3
+# They share what is dealt out, in this order.
+BACKENDS = ("jax", "tensorflow", "torch")
 
 
 def extra_on(*backends):
@@ -35,14 +35,14 @@ def extra_on(*backends):
     return [pytest.mark.extra] if here else []
 
 
-def left_out(tests, backend=0):
+def left_out(tests, backend="jax"):
     """Places of what is thinned out.
 
     Args:
         tests: list of `(test, marks, values)`: what the combinations of one
             test share (hashable), a dictionary of its marks' keyword
             arguments by name, and the values of its parameters by name.
-        backend: number of the backend that runs, of `BACKENDS`.
+        backend: the one that runs, of `BACKENDS`.
 
     Returns:
         Set of places in `tests`.
@@ -67,8 +67,9 @@ def left_out(tests, backend=0):
         if place not in left and "dealt" in marks:
             together = marks["dealt"].get("tests", False)
             dealt.setdefault(test[0] if together else test, []).append(place)
+    first, step = BACKENDS.index(backend), len(BACKENDS)
     for places in dealt.values():
-        left.update(set(places) - set(places[backend::BACKENDS]))
+        left.update(set(places) - set(places[first::step]))
     return left
 
 

@@ -29,11 +29,6 @@ class Band(NamedTuple):
         """True if no limit is a tensor."""
         return isinstance(self.stop, int) and isinstance(self.rows, int)
 
-    @property
-    def purely_causal(self) -> bool:
-        """True if keys that are later are hidden, and no others."""
-        return self.known and self == Band(least=0)
-
     def both(self, other: "Band") -> "Band":
         """The pairs of both."""
         return Band(

@@ -165,6 +165,11 @@ class Mask(abc.ABC):
         are not. Kernels skip the others and compare no positions."""
         return None
 
+    def purely_causal(self) -> bool:
+        """True if keys that are later are hidden, and no others."""
+        band = self.band()
+        return band is not None and band.known and band == Band(least=0)
+
     def parts(self) -> tuple["Mask", ...]:
         """Masks that together allow what this one does: all must allow it."""
         return (self,)

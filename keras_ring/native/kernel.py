@@ -183,7 +183,9 @@ def band(mask: Mask | None, open_limits: bool = False) -> Band | None:
         open_limits: whether the band may have limits that are tensors.
     """
     found = Band() if mask is None else mask.band()
-    return found if found and (open_limits or found.known) else None
+    if found is None or open_limits or found.known:
+        return found
+    return None
 
 
 def threads() -> int:

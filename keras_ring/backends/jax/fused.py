@@ -259,12 +259,7 @@ def _beside_causal(mask: Mask | None) -> list[Mask] | None:
     if mask is None:
         return None
     parts = mask.parts()
-    bands = [part.band() for part in parts]
-    found = [
-        part
-        for part, band in zip(parts, bands, strict=True)
-        if band is None or not band.purely_causal
-    ]
+    found = [part for part in parts if not part.purely_causal()]
     return found if len(found) < len(parts) else None
 
 

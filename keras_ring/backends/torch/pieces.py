@@ -204,9 +204,7 @@ def _simplest(piece: Piece, grain: Grain) -> list[Piece]:
         return [dataclasses.replace(piece, mask=None)]
     mask = mask.needed(lambda part: _relation(part, *piece.spans()))
     piece = dataclasses.replace(piece, mask=mask)
-    band = mask.band()
-    causal = band is not None and band.purely_causal
-    if causal and piece.query_start == piece.key_start:
+    if mask.purely_causal() and piece.query_start == piece.key_start:
         return [dataclasses.replace(piece, mask=None, causal=True)]
     if max(piece.rows, piece.columns) <= grain.small:
         return [piece]
