@@ -7,8 +7,18 @@ once, each runs the function, and the first failure is raised here.
 
 import os
 
-# No framework is imported here: pytest-xdist's first process runs no test.
-BACKEND = os.environ["KERAS_BACKEND"]
+
+def _backend() -> str:
+    """Keras' backend. Where the environment names it no framework is imported,
+    as pytest-xdist's first process runs no test."""
+    if "KERAS_BACKEND" not in os.environ:
+        import keras
+
+        return keras.backend.backend()
+    return os.environ["KERAS_BACKEND"]
+
+
+BACKEND = _backend()
 # Devices that a test may ask for.
 DEVICES = {"jax": 8, "tensorflow": 4, "torch": 4}[BACKEND]
 
