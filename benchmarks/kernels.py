@@ -31,7 +31,7 @@ def measure_here(dtype, given):
         for length in given.lengths:
             steps = {}
             for kernel in backends.load().kernel.KERNELS:
-                if not kernel.available(device, dtype):
+                if not kernel.preferred(device, dtype):
                     continue
                 if kernel.name == "blockwise" and length > given.blockwise_to:
                     continue

@@ -14,9 +14,10 @@ from keras import ops
 from benchmarks import contestants
 from benchmarks.child import accelerators
 from keras_ring import backends, kernels, masks, placement
+from keras_ring.kernel import Inputs, Rows
 from keras_ring.scoring import Scoring
 from keras_ring.tiling import TILE
-from keras_ring.visit import Block, Side, relations
+from keras_ring.visit import Side, Visit, relations
 
 PLACEMENTS = ("contiguous", "balanced")
 
@@ -35,8 +36,8 @@ def visits(kind, index, size, length, mask):
     found = []
     for hop in range(size):
         source = placement.source(index, hop, size)
-        block = _block(*_starts(kind, index, source, size, length), mask)
-        some, _ = block.relation(length // size, length // size)
+        visit = _visit(*_starts(kind, index, source, size, length), mask)
+        some, _ = visit.relation(length // size, length // size)
         found.append(source if some else None)
     return found
 
@@ -61,9 +62,9 @@ def _starts(kind, index, source, size, length):
     ]
 
 
-def _block(query_starts, key_starts, mask, scale=1.0):
+def _visit(query_starts, key_starts, mask, scale=1.0):
     scoring = Scoring(scale=scale, mask=mask)
-    return Block(tuple(query_starts), tuple(key_starts), scoring)
+    return Visit(tuple(query_starts), tuple(key_starts), scoring)
 
 
 class VirtualRing:
@@ -100,29 +101,28 @@ class VirtualRing:
         self.parts, self.grads = {}, {}
         kernel = ring_kernel(dtype)
 
-        def blocks(own, theirs):
-            return [_block(own, starts, mask, scale) for starts in theirs]
+        def visits_of(own, theirs):
+            return [_visit(own, starts, mask, scale) for starts in theirs]
 
         def forward(query, keys, values, own, theirs):
             part = None
-            for key, value, block in zip(
-                keys, values, blocks(own, theirs), strict=True
+            for key, value, visit in zip(
+                keys, values, visits_of(own, theirs), strict=True
             ):
-                part = kernel.fold(part, query, key, value, block)
+                part = kernel.forward(Inputs(query, key, value), visit, part)
             return tuple(part)
 
         def backward(query, keys, values, rows, sums, own, theirs):
             out, lse, grad_out = rows
             grad_out = ops.cast(grad_out, out.dtype)
             delta = kernel.row_delta(out, grad_out, ops.zeros_like(lse))
-            rows = out, lse, delta, grad_out
+            rows = Rows(out, lse, delta, grad_out)
             grad_query, found = None, []
-            for held, key, value, block in zip(
-                sums, keys, values, blocks(own, theirs), strict=True
+            for held, key, value, visit in zip(
+                sums, keys, values, visits_of(own, theirs), strict=True
             ):
-                share = kernel.fold_backward(
-                    grad_query, query, key, value, *rows, block
-                )
+                inputs = Inputs(query, key, value)
+                share = kernel.backward(inputs, rows, visit, grad_query)
                 grad_query = share.query
                 found.append(
                     tuple(

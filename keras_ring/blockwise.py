@@ -19,37 +19,39 @@ from typing import Any
 from keras import ops
 
 from keras_ring import numerics
-from keras_ring.kernel import BlockGradients, Kernel
+from keras_ring.kernel import (
+    Gradients,
+    Inputs,
+    Kernel,
+    Rows,
+    merged,
+    summed,
+)
 from keras_ring.numerics import Partial
 from keras_ring.primitives import Primitives
 from keras_ring.tiling import Tiling
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 
 Tensor = Any
 
 
-def block_forward(
-    primitives: Primitives,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block: Block,
+def forward_alone(
+    primitives: Primitives, inputs: Inputs, visit: Visit
 ) -> Partial:
-    """Attention of the queries over the visiting keys alone.
+    """Attention of the queries over the keys of one block alone.
 
     Args:
         primitives: the framework's control flow.
-        query: (B, H, Q, D).
-        key: (B, K, S, D).
-        value: (B, K, S, E).
-        block: where the chunks lie, and what makes the scores.
+        inputs: query (B, H, Q, D), key (B, K, S, D), value (B, K, S, E).
+        visit: where they lie, and what makes the scores.
 
     Returns:
         `Partial` with `out` (B, H, Q, E) and `lse` (B, H, Q).
     """
-    tiling = Tiling(primitives, query, key, block)
+    query, key, value = inputs
+    tiling = Tiling(primitives, query, key, visit)
     dtype = tiling.dtype
-    scaled = ops.cast(query, dtype) * block.scoring.scale
+    scaled = ops.cast(query, dtype) * visit.scoring.scale
     queries = tiling.store_queries(scaled)
     keys, values = tiling.store_keys(key), tiling.store_keys(value)
     needed = tiling.needed()
@@ -60,7 +62,7 @@ def block_forward(
         query_i = tiling.read_queries(queries, i)
         count, key_tile = needed.of(i)
 
-        def visit(number, state):
+        def meet(number, state):
             j = key_tile(number)
             top, total, acc = state
 
@@ -95,7 +97,7 @@ def block_forward(
 
         top, total, acc = primitives.loop(
             count,
-            visit,
+            meet,
             (
                 ops.full(rows, -float("inf"), dtype=dtype),
                 ops.zeros(rows, dtype=dtype),
@@ -119,37 +121,29 @@ def block_forward(
     return Partial(tiling.join_queries(outs), tiling.join_queries(lses))
 
 
-def block_backward(
-    primitives: Primitives,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    grad_out: Tensor,
-    block: Block,
-) -> BlockGradients:
-    """Gradients that one visit contributes.
+def backward_alone(
+    primitives: Primitives, inputs: Inputs, rows: Rows, visit: Visit
+) -> Gradients:
+    """Gradients that one block contributes.
 
-    `lse` and `delta` belong to attention over all keys of the sequence, so
-    `p = exp(score - lse)` are the final probabilities and the contributions
-    of the visits simply add up.
+    The log-sum-exp and `delta` of the rows belong to attention over all keys
+    of the sequence, so `p = exp(score - lse)` are the final probabilities and
+    the contributions of the blocks simply add up.
 
     Args:
         primitives: the framework's control flow.
-        query: (B, H, Q, D).
-        key: (B, K, S, D).
-        value: (B, K, S, E).
-        lse: (B, H, Q), accumulation dtype.
-        delta: (B, H, Q), see `numerics.row_delta`.
-        grad_out: (B, H, Q, E).
-        block: where the chunks lie, and what makes the scores.
+        inputs: query (B, H, Q, D), key (B, K, S, D), value (B, K, S, E).
+        rows: lse (B, H, Q), delta (B, H, Q), grad_out (B, H, Q, E); what
+            `out` says is in `delta` already.
+        visit: where the operands lie, and what makes the scores.
 
     Returns:
-        `BlockGradients` in the accumulation dtype.
+        `Gradients` in the accumulation dtype.
     """
-    tiling = Tiling(primitives, query, key, block)
-    dtype, scoring = tiling.dtype, block.scoring
+    query, key, value = inputs
+    lse = rows.lse
+    tiling = Tiling(primitives, query, key, visit)
+    dtype, scoring = tiling.dtype, visit.scoring
     read, write = primitives.read, primitives.write
     # A row that attends to nothing, and a row that only pads its tile, gets
     # p = exp(score - inf) = 0 everywhere.
@@ -158,8 +152,8 @@ def block_backward(
     scaled = ops.cast(query, dtype) * scoring.scale
     queries = tiling.store_queries(scaled)
     lses = tiling.store_queries(lse, fill=float("inf"))
-    deltas = tiling.store_queries(delta)
-    grads_out = tiling.store_queries(ops.cast(grad_out, dtype))
+    deltas = tiling.store_queries(rows.delta)
+    grads_out = tiling.store_queries(ops.cast(rows.grad_out, dtype))
     keys, values = tiling.store_keys(key), tiling.store_keys(value)
     needed = tiling.needed(turned=True)
     pairs = tiling.pairs
@@ -172,7 +166,7 @@ def block_backward(
         key_turned = ops.swapaxes(key_j, 1, 2)
         count, query_tile = needed.of(j)
 
-        def visit(number, state):
+        def meet(number, state):
             i = query_tile(number)
             grad_queries, grad_key, grad_value, extra = state
 
@@ -232,7 +226,7 @@ def block_backward(
         grad_queries, grad_keys, grad_values, extra = stores
         grad_queries, grad_key, grad_value, extra = primitives.loop(
             count,
-            visit,
+            meet,
             (
                 grad_queries,
                 zeros(tiling.keys.tile, key_dim),
@@ -272,7 +266,7 @@ def block_backward(
     bias = None
     if scoring.bias is not None:
         bias = tiling.join_bias(primitives.stacked(extra["bias"]))
-    return BlockGradients(
+    return Gradients(
         tiling.join_turned(grad_queries) * scoring.scale,
         tiling.join_keys(grad_keys),
         tiling.join_keys(grad_values),
@@ -285,32 +279,34 @@ class BlockwiseKernel(Primitives, Kernel):
     """The reference among a backend's kernels: takes everything, anywhere."""
 
     name = "blockwise"
+    description = "the reference in this package's own loops, for everything"
 
-    def available(
-        self, device: str | None = None, dtype: str | None = None
-    ) -> bool:
+    def available(self) -> bool:
         return True
 
-    def rounds(self, dtype: str) -> bool:
-        return False
+    def preferred(self, device: str | None, dtype: str) -> bool:
+        return True
 
-    def block_forward(
-        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+    def device(self, tensor: Tensor) -> str | None:
+        """Kind of device that a tensor lies on; None where nobody knows."""
+        return None
+
+    def forward(
+        self, inputs: Inputs, visit: Visit, carry: Partial | None
     ) -> Partial:
-        return block_forward(self, query, key, value, block)
+        return merged(carry, self.forward_alone(inputs, visit))
 
-    def block_backward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        grad_out: Tensor,
-        block: Block,
-    ) -> BlockGradients:
-        del out  # Already in delta.
-        return block_backward(
-            self, query, key, value, lse, delta, grad_out, block
-        )
+    def backward(
+        self, inputs: Inputs, rows: Rows, visit: Visit, carry: Tensor | None
+    ) -> Gradients:
+        return summed(carry, self.backward_alone(inputs, rows, visit))
+
+    def forward_alone(self, inputs: Inputs, visit: Visit) -> Partial:
+        """Call `forward_alone`; a backend may make a program of it."""
+        return forward_alone(self, inputs, visit)
+
+    def backward_alone(
+        self, inputs: Inputs, rows: Rows, visit: Visit
+    ) -> Gradients:
+        """Call `backward_alone`; a backend may make a program of it."""
+        return backward_alone(self, inputs, rows, visit)

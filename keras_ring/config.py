@@ -52,7 +52,7 @@ def set_kernel(name: str) -> None:
     if name != "auto" and not any(k.available() for k in asked):
         names = ["auto"] + [k.name for k in kernels if k.available()]
         known = ", ".join(repr(known) for known in names)
-        why = next((k.missing() for k in asked), "")
+        why = next((k.reason() for k in asked), "")
         raise ValueError(
             "`name` must be that of a kernel of the running backend "
             f"({backends.load().name}). Received: name={name!r}. Choose one "

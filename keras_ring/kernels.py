@@ -19,12 +19,12 @@ import numpy as np
 from keras import ops
 
 from keras_ring import backends, config, numerics
+from keras_ring.kernel import Inputs, Kernel, Rows
 from keras_ring.masks import Causal, Mask, Padding
 from keras_ring.numerics import Partial
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 
-Kernel = Any
 Tensor = Any
 
 # Largest difference, relative to the largest entry or to 1. Sums of some
@@ -52,14 +52,14 @@ def choose(dtype: str, device: str | None = None) -> Kernel:
         The one that `config.set_kernel` named; by default the first that is
         there and `agrees`.
     """
-    kernels = backends.load().kernel.KERNELS
+    kernels: tuple[Kernel, ...] = backends.load().kernel.KERNELS
     wanted = config.kernel()
     if wanted != "auto":
         return next(k for k in kernels if k.name == wanted)
     *others, reference = kernels
     dtype = keras.backend.standardize_dtype(dtype)
     for kernel in others:
-        if kernel.available(device, dtype) and agrees(
+        if kernel.preferred(device, dtype) and agrees(
             kernel, reference, dtype, device
         ):
             return kernel
@@ -111,7 +111,7 @@ def _differences(
         return ops.transpose(ops.convert_to_tensor(array, dtype), (0, 2, 1, 3))
 
     query, grad_out = tensor(QUERIES, HEADS), tensor(QUERIES, HEADS)
-    key, value = tensor(KEYS, KEY_HEADS), tensor(KEYS, KEY_HEADS)
+    inputs = Inputs(query, tensor(KEYS, KEY_HEADS), tensor(KEYS, KEY_HEADS))
     accumulate = numerics.accumulation_dtype(dtype)
     grad_lse = ops.cast(grad_out[..., 0], accumulate)
     # Keys that nobody sees at the start leave the first rows without any.
@@ -122,15 +122,12 @@ def _differences(
         "causal": Causal() & Padding(valid),
     }
     limit = TOLERANCE[dtype if kernel.rounds(dtype) else accumulate]
-    reference = reference.once()
+    reference = reference.eager()
     for name, mask in masks.items():
-        block = Block((0,), (0,), Scoring(scale=DEPTH**-0.5, mask=mask))
-        if not kernel.fits(query, key, value, block):
+        visit = Visit((0,), (0,), Scoring(scale=DEPTH**-0.5, mask=mask))
+        if not kernel.fits(inputs, visit):
             continue
-        parts = [
-            k.block_forward(query, key, value, block)
-            for k in (kernel, reference)
-        ]
+        parts = [k.forward(inputs, visit, None) for k in (kernel, reference)]
         # The log-sum-exp of a longer sequence, as a ring hands it over.
         whole = numerics.merge(
             parts[1],
@@ -139,12 +136,9 @@ def _differences(
         delta = numerics.row_delta(
             whole.out, ops.cast(grad_out, accumulate), grad_lse
         )
+        rows = Rows(whole.out, whole.lse, delta, grad_out)
         grads = [
-            k.block_backward(
-                *(query, key, value, whole.out, whole.lse, delta, grad_out),
-                block,
-            )
-            for k in (kernel, reference)
+            k.backward(inputs, rows, visit, None) for k in (kernel, reference)
         ]
         for what, have, want in (
             *zip(("out", "lse"), *parts, strict=True),

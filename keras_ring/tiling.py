@@ -18,7 +18,7 @@ from keras_ring.masks.by_tensor import columns
 from keras_ring.primitives import Primitives
 from keras_ring.schedule import Needed
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block, Side, in_tiles, relations
+from keras_ring.visit import Side, Visit, in_tiles, relations
 
 Tensor = Any
 
@@ -43,20 +43,20 @@ class Tiling:
     about the scores of a tile."""
 
     def __init__(
-        self, primitives: Primitives, query: Tensor, key: Tensor, block: Block
+        self, primitives: Primitives, query: Tensor, key: Tensor, visit: Visit
     ):
         self.batch, self.heads, query_length, _ = ops.shape(query)
         _, self.key_heads, key_length, _ = ops.shape(key)
         self.group = self.heads // self.key_heads
         limit = TILE if primitives.tile is None else min(TILE, primitives.tile)
-        mask = block.scoring.mask
+        mask = visit.scoring.mask
         if _halves_are_better(primitives, query_length, key_length, mask):
             limit = min(limit, TILE // 2)
-        self.queries = Side(block.query_starts, query_length, limit)
-        self.keys = Side(block.key_starts, key_length, limit)
+        self.queries = Side(visit.query_starts, query_length, limit)
+        self.keys = Side(visit.key_starts, key_length, limit)
         self.pairs = self.batch * self.key_heads
         self.rows = self.group * self.queries.tile
-        self.scoring = block.scoring
+        self.scoring = visit.scoring
         self.primitives = primitives
         self.dtype = numerics.accumulation_dtype(query.dtype)
         self.some, self.every = self._relations()

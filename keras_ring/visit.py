@@ -1,7 +1,7 @@
 """One visit: where its chunks lie, and what a mask says of them.
 
-A visit is the attention of the queries of a member over the chunk of keys
-that it has at the time. Kernels are given it as a `Block`.
+A visit is the attention of a member's queries over the K/V block that it has
+at the time: one ring step. Kernels are given its description as a `Visit`.
 """
 
 import dataclasses
@@ -152,8 +152,8 @@ def relations(mask: Mask, queries: Side, keys: Side) -> tuple[Any, Any]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Block:
-    """Description of one visit, beside its tensors, for a kernel.
+class Visit:
+    """Description of one ring step: where its tensors lie, and its scores.
 
     Attributes:
         query_starts: global position of the first query of each part of the

@@ -16,7 +16,7 @@ DTYPES = {
 TOLERANCE = {"float32": 5e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 
-def kernel_of(name, otherwise):
+def kernel_of(name, fallback):
     return fused.FusedKernel(
-        name, otherwise, OPERATIONS[name](), cuda.Efficient()
+        name, fallback, OPERATIONS[name](), cuda.Efficient()
     )

@@ -32,22 +32,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tensor_arguments": {"arguments"},
     "masks": {"arguments", "tensor_arguments"},
     "scoring": {"masks"},
-    "balance": {"masks", "placement", "transport"},
     "visit": {"masks", "scoring"},
     "tiling": {
         *("masks", "numerics", "primitives", "random_bits", "schedule"),
         *("scoring", "visit"),
     },
-    "kernel": {"numerics", "visit"},
+    "kernel": {"numerics", "scoring", "shapes", "visit"},
     "native": {"kernel", "masks", "numerics", "scratch", "visit"},
     "blockwise": {"kernel", "numerics", "primitives", "tiling", "visit"},
-    "attention": {
-        *("kernel", "numerics", "placement", "scoring", "visit"),
-        *("shapes", "transport"),
+    "sharing": {
+        *("backends", "kernel", "masks", "numerics", "placement"),
+        *("scoring", "shapes", "transport", "visit"),
     },
     "config": {"backends"},
     "kernels": {
-        *("backends", "config", "masks", "numerics", "scoring", "visit"),
+        *("backends", "config", "kernel", "masks", "numerics", "scoring"),
+        "visit",
     },
     "world": {"lengths", "transport"},
     "strategy": {
@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shards": {"backends", "numerics", "padding", "transport"},
     "rematerialised": {"backends"},
     "ops": {
-        *("arguments", "attention", "backends", "balance", "chunked"),
+        *("arguments", "backends", "chunked", "kernel", "sharing"),
         *("kernels", "masks", "numerics", "padding", "placement"),
         *("random_bits", "scoring", "shapes", "shards", "strategy"),
         *("tensor_arguments", "transport", "trials", "world"),

@@ -13,7 +13,7 @@ import keras_ring
 from keras_ring import backends, masks
 from keras_ring.scoring import Scoring
 from keras_ring.tiling import Tiling
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 from tests import reference, worlds
 from tests.gradients import vjp
 
@@ -457,8 +457,8 @@ def test_short_causal_chunks_are_cut_in_halves_of_a_tile(monkeypatch):
 
     def tile(length, mask):
         tensor = ops.ones((1, 1, length, 2))
-        block = Block((0,), (0,), Scoring(scale=1.0, mask=mask))
-        return Tiling(kernel, tensor, tensor, block).queries.tile
+        visit = Visit((0,), (0,), Scoring(scale=1.0, mask=mask))
+        return Tiling(kernel, tensor, tensor, visit).queries.tile
 
     assert tile(512, masks.Causal()) == 256
     assert tile(512, masks.SlidingWindow(9)) == tile(512, None) == 512

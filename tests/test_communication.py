@@ -8,12 +8,14 @@ import pytest
 from keras import ops
 
 import keras_ring
-from keras_ring import backends, balance, placement, strategy
-from keras_ring.attention import Ring
-from keras_ring.kernel import Kernel
+from keras_ring import backends, placement, strategy
+from keras_ring.kernel import Inputs, Kernel
 from keras_ring.masks import BlockCausal, Causal, Padding, PrefixLM
 from keras_ring.masks import SlidingWindow as Window
+from keras_ring.numerics import Partial
 from keras_ring.scoring import Scoring
+from keras_ring.sharing import balance
+from keras_ring.sharing.ring import Ring
 from keras_ring.transport import Transport
 from tests import worlds
 from tests.thinning import extra_on
@@ -84,16 +86,24 @@ class Counting(Transport):
 class Looking(Kernel):
     """Another kernel, and the most queries of a visit."""
 
+    name = description = "looking"
+
     def __init__(self, kernel):
         self.kernel, self.most = kernel, 0
 
-    def block_forward(self, query, *others):
-        self.most = max(self.most, query.shape[2])
-        return self.kernel.block_forward(query, *others)
+    def available(self):
+        return True
 
-    def block_backward(self, query, *others):
-        self.most = max(self.most, query.shape[2])
-        return self.kernel.block_backward(query, *others)
+    def preferred(self, device, dtype):
+        return True
+
+    def forward(self, inputs, *others):
+        self.most = max(self.most, inputs.query.shape[2])
+        return self.kernel.forward(inputs, *others)
+
+    def backward(self, inputs, *others):
+        self.most = max(self.most, inputs.query.shape[2])
+        return self.kernel.backward(inputs, *others)
 
     def branch(self, *arguments):
         return self.kernel.branch(*arguments)
@@ -105,18 +115,19 @@ def measured(size, dtype, mask, portion=None, balanced=False):
     sent = {}
 
     def body(transport, query, key, value):
-        query, key, value = (
-            ops.cast(ops.transpose(t, (0, 2, 1, 3)), dtype)
-            for t in (query, key, value)
+        inputs = Inputs(
+            *(
+                ops.cast(ops.transpose(t, (0, 2, 1, 3)), dtype)
+                for t in (query, key, value)
+            )
         )
         counting = Counting(transport, portion)
         kernel = Looking(backends.load().kernel.KERNEL)
-        ring = Ring(counting, kernel, Scoring(0.3, mask), balanced)
-        out, lse = ring.forward(query, key, value)
+        ring, scoring = Ring(counting, kernel, balanced), Scoring(0.3, mask)
+        partial = ring.forward(inputs, scoring)
         sent["forward"], counting.sent = counting.sent, 0
-        grads = ring.backward(
-            query, key, value, out, lse, ops.ones_like(out), lse * 0
-        )
+        pulls = Partial(ops.ones_like(partial.out), partial.lse * 0)
+        grads = ring.backward(inputs, partial, pulls, scoring)
         sent["backward"], sent["largest"] = counting.sent, counting.largest
         sent["queries"] = kernel.most
         sent["eager"] = counting.eager

@@ -10,7 +10,7 @@ from keras_ring.backends.jax.by_head import ByHeadKernel
 from keras_ring.backends.jax.kernel import CacheKernel
 from keras_ring.tiling import Tiling
 from tests.kernel_choice import tensors
-from tests.visits import CASES, Case, Refusing, Visit
+from tests.visits import CASES, Case, CheckedVisit, Refusing
 
 # Those whose masks carry no tensors; others are left to another kernel.
 ALONE = sorted(
@@ -21,8 +21,8 @@ ALONE = sorted(
 )
 
 
-def by_head(otherwise):
-    return ByHeadKernel(CacheKernel(), otherwise)
+def by_head(fallback):
+    return ByHeadKernel(CacheKernel(), fallback)
 
 
 @pytest.mark.mostly(options={"rest": 40}, every=3)
@@ -33,12 +33,12 @@ def by_head(otherwise):
     ids=["in-a-ring", "lse-has-a-gradient"],
 )
 def test_visits_are_exact(name, options):
-    Visit(CASES[name], **options).check(by_head(Refusing()))
+    CheckedVisit(CASES[name], **options).check(by_head(Refusing()))
 
 
 @pytest.mark.parametrize("name", ["padding", "segments", "pairs-per-head"])
 def test_masks_with_tensors_are_left_to_another_kernel(name):
-    visit = Visit(CASES[name])
+    visit = CheckedVisit(CASES[name])
     with pytest.raises(AssertionError, match="not fused"):
         visit.check(by_head(Refusing()))
 
@@ -53,7 +53,7 @@ def test_one_head_at_a_time_in_small_tiles(monkeypatch):
 
     monkeypatch.setattr("keras_ring.blockwise.Tiling", Watching)
     case = Case("causal", queries=512, keys=512, batch=3, heads=4, key_heads=2)
-    Visit(case).check(by_head(Refusing()))
+    CheckedVisit(case).check(by_head(Refusing()))
     assert seen == {(1, 2, 256)}
     assert tiling.TILE > 256
 
@@ -63,7 +63,7 @@ def test_it_is_for_cpus_that_stand_for_several_devices(
 ):
     kernel = kernels.choose("float32", "cpu")
     assert kernel.name == "by_head"
-    assert not kernel.available("gpu")
+    assert not kernel.preferred("gpu", "float32")
     one = jax.devices("cpu")[:1]
     monkeypatch.setattr(jax, "devices", lambda *kind: one)
     assert kernels.choose("float32", "cpu").name == "blockwise"
@@ -72,13 +72,13 @@ def test_it_is_for_cpus_that_stand_for_several_devices(
 def test_it_is_used_around_a_ring(automatic, without_native, monkeypatch):
     """And batches that the compiler splits stay split."""
     calls = []
-    forward = CacheKernel.block_forward
+    forward = CacheKernel.forward
 
-    def counted(self, query, *others):
-        calls.append(query.shape[:2])
-        return forward(self, query, *others)
+    def counted(self, inputs, *others):
+        calls.append(inputs.query.shape[:2])
+        return forward(self, inputs, *others)
 
-    monkeypatch.setattr(CacheKernel, "block_forward", counted)
+    monkeypatch.setattr(CacheKernel, "forward", counted)
     query, key, value = (
         np.concatenate([t, t], axis=0) for t in tensors("float32")
     )

@@ -11,12 +11,12 @@ import pytest
 
 from keras_ring import backends, config, kernels, masks
 from keras_ring.backends.jax import cudnn
-from keras_ring.kernel import BlockGradients, Kernel
+from keras_ring.kernel import Gradients, Kernel, merged, summed
 from keras_ring.masks.by_position import Before
 from keras_ring.numerics import Partial
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block
-from tests.visits import CASES, Case, Refusing, Visit
+from keras_ring.visit import Visit
+from tests.visits import CASES, Case, CheckedVisit, Refusing
 
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
 
@@ -25,34 +25,34 @@ def traced(kernel):
     """The kernel as in a program that does not know where chunks lie."""
 
     class Traced(Kernel):
+        name = description = "traced"
+        available, preferred = kernel.available, kernel.preferred
         branch = kernel.branch
 
-        def block_forward(self, query, key, value, block):
-            def function(query, key, value, starts):
-                return tuple(
-                    kernel.block_forward(query, key, value, at(block, starts))
-                )
+        def forward(self, inputs, visit, carry):
+            def function(inputs, starts):
+                return tuple(kernel.forward(inputs, at(visit, starts), None))
 
-            return Partial(*jax.jit(function)(query, key, value, places(block)))
+            found = jax.jit(function)(inputs, places(visit))
+            return merged(carry, Partial(*found))
 
-        def block_backward(self, *arguments):
-            *arrays, block = arguments
+        def backward(self, inputs, rows, visit, carry):
+            def function(inputs, rows, starts):
+                moved = at(visit, starts)
+                return kernel.backward(inputs, rows, moved, None)[:3]
 
-            def function(arrays, starts):
-                grads = kernel.block_backward(*arrays, at(block, starts))
-                return grads.query, grads.key, grads.value
+            found = jax.jit(function)(inputs, rows, places(visit))
+            return summed(carry, Gradients(*found))
 
-            return BlockGradients(*jax.jit(function)(arrays, places(block)))
-
-    def places(block):
+    def places(visit):
         return [
             [jnp.int32(s) for s in starts]
-            for starts in (block.query_starts, block.key_starts)
+            for starts in (visit.query_starts, visit.key_starts)
         ]
 
-    def at(block, starts):
+    def at(visit, starts):
         return dataclasses.replace(
-            block, query_starts=tuple(starts[0]), key_starts=tuple(starts[1])
+            visit, query_starts=tuple(starts[0]), key_starts=tuple(starts[1])
         )
 
     return Traced()
@@ -118,7 +118,7 @@ def stand_in(monkeypatch):
 @pytest.mark.parametrize("pull", [False, True])
 def test_what_is_around_a_call(name, pull, known, stand_in):
     case = dataclasses.replace(CASES[name], dtype="bfloat16")
-    visit = Visit(case, rest=0 if pull else 40, pull=pull)
+    visit = CheckedVisit(case, rest=0 if pull else 40, pull=pull)
     if known:
         kernel = cudnn.CuDnnKernel(Refusing())
     else:
@@ -137,7 +137,7 @@ def test_wide_heads_have_no_room_for_a_column(pull, stand_in):
         **{"queries": 90, "keys": 90, "head_dim": 128, "value_dim": 128},
         dtype="bfloat16",
     )
-    visit = Visit(case, rest=0 if pull else 40, pull=pull)
+    visit = CheckedVisit(case, rest=0 if pull else 40, pull=pull)
     kernel = cudnn.CuDnnKernel(backends.load().kernel.KERNEL)
     visit.check(kernel, TOLERANCE["bfloat16"])
     assert stand_in[0].kinds == [cudnn.CAUSAL]
@@ -150,9 +150,9 @@ def test_it_is_for_gpus_and_half_precision(automatic):
         for kernel in backends.load().kernel.KERNELS
         if kernel.name == "cudnn"
     )
-    assert not kernel.available("cpu", "bfloat16")
-    assert not kernel.available("gpu", "float32")
-    assert kernel.available("gpu", "float16") == (cudnn.FORWARD is not None)
+    assert not kernel.preferred("cpu", "bfloat16")
+    assert not kernel.preferred("gpu", "float32")
+    assert kernel.preferred("gpu", "float16") == (cudnn.FORWARD is not None)
     assert kernels.choose("bfloat16", "cpu").name != "cudnn"
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match="must be that of a kernel"):
@@ -184,11 +184,11 @@ def test_what_a_part_of_a_visit_is():
         (0, 80, window, 0),
         (0, 80, Scoring(scale=1.0), 1),
     ):
-        block = Block((query,), (key,), scoring)
-        assert kernel._kinds(block, 8, 8) == number
+        visit = Visit((query,), (key,), scoring)
+        assert kernel._kinds(visit, 8, 8) == number
         moved = jax.jit(
             lambda q, k, scoring=scoring: kernel._kinds(
-                Block((q,), (k,), scoring), 8, 8
+                Visit((q,), (k,), scoring), 8, 8
             )
         )(query, key)
         assert int(moved) == number

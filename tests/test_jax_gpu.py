@@ -16,11 +16,12 @@ import pytest
 import keras_ring
 from keras_ring import backends, kernels, masks
 from keras_ring.backends.jax import cudnn
+from keras_ring.kernel import Inputs
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 from tests.kernel_choice import tensors
 from tests.test_jax_cudnn import TOLERANCE, traced
-from tests.visits import CASES, Refusing, Visit
+from tests.visits import CASES, CheckedVisit, Refusing
 
 # One call each: nothing has to be masked pair by pair.
 FUSED = [
@@ -37,7 +38,7 @@ OTHERS = ["causal-beside", "causal-more-keys", "window", "padding", "pairs"]
 def test_it_is_right(name, dtype, pull):
     case = dataclasses.replace(CASES[name], dtype=dtype)
     other = Refusing() if name in FUSED else backends.load().kernel.KERNEL
-    visit = Visit(case, rest=0 if pull else 40, pull=pull)
+    visit = CheckedVisit(case, rest=0 if pull else 40, pull=pull)
     visit.check(cudnn.CuDnnKernel(other), TOLERANCE[dtype])
 
 
@@ -45,7 +46,7 @@ def test_it_is_right(name, dtype, pull):
 @pytest.mark.parametrize("pull", [False, True])
 def test_it_is_right_where_places_are_traced(name, pull):
     case = dataclasses.replace(CASES[name], dtype="bfloat16")
-    visit = Visit(case, rest=0 if pull else 40, pull=pull)
+    visit = CheckedVisit(case, rest=0 if pull else 40, pull=pull)
     kernel = cudnn.CuDnnKernel(backends.load().kernel.KERNEL)
     visit.check(traced(kernel), TOLERANCE["bfloat16"])
 
@@ -72,10 +73,10 @@ def test_balanced_chunks_are_taken_apart():
         jnp.asarray(draw.normal(size=(1, 2, 256, 64)), "bfloat16")
         for _ in range(3)
     ]
-    block = Block((0, 896), (896, 0), Scoring(scale=0.125, mask=masks.Causal()))
+    visit = Visit((0, 896), (896, 0), Scoring(scale=0.125, mask=masks.Causal()))
     reference = backends.load().kernel.KERNEL
     parts = [
-        kernel.block_forward(*arrays, block)
+        kernel.forward(Inputs(*arrays), visit, None)
         for kernel in (cudnn.CuDnnKernel(Refusing()), reference)
     ]
     for have, want in zip(*parts, strict=True):

@@ -17,13 +17,14 @@ from keras_ring.backends.jax.native import (
     FORWARD,
     JaxNativeKernel,
 )
+from keras_ring.kernel import Inputs, Rows
 from keras_ring.native import library
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 from tests import reference
 from tests.kernel_choice import tensors
 from tests.native_library import needed
-from tests.visits import CASES, Refusing, Visit
+from tests.visits import CASES, CheckedVisit, Refusing
 
 built = needed(native.loaded)
 
@@ -49,7 +50,7 @@ def draw(*shape):
     ids=["in-a-ring", "lse-has-a-gradient"],
 )
 def test_visits_are_exact(name, options):
-    Visit(CASES[name], **options).check(JaxNativeKernel(Refusing()))
+    CheckedVisit(CASES[name], **options).check(JaxNativeKernel(Refusing()))
 
 
 @built
@@ -71,25 +72,24 @@ def test_visits_go_on_from_parts_whose_places_are_traced(kind):
         (key[:, :, p], value[:, :, p]) for p in (slice(40), slice(40, 80))
     ]
 
-    def blocks(starts):
+    def visits(starts):
         scoring = Scoring(scale=8**-0.5, mask=mask)
         own = starts[0], starts[1]
         return (
-            Block(own, (starts[2], starts[3]), scoring),
-            Block(own, (starts[4],), scoring),
+            Visit(own, (starts[2], starts[3]), scoring),
+            Visit(own, (starts[4],), scoring),
         )
 
     def both(starts, query, grad_out):
         partial = None
-        for pair, block in zip(halves, blocks(starts), strict=True):
-            partial = kernel.fold(partial, query, *pair, block)
+        for pair, visit in zip(halves, visits(starts), strict=True):
+            partial = kernel.forward(Inputs(query, *pair), visit, partial)
         out, lse = partial
         delta = kernel.row_delta(out, grad_out, ops.zeros_like(lse))
         grad, found = None, []
-        for pair, block in zip(halves, blocks(starts), strict=True):
-            grads = kernel.fold_backward(
-                grad, query, *pair, out, lse, delta, grad_out, block
-            )
+        rows = Rows(out, lse, delta, grad_out)
+        for pair, visit in zip(halves, visits(starts), strict=True):
+            grads = kernel.backward(Inputs(query, *pair), rows, visit, grad)
             grad = grads.query
             found.append(grads[1:3])
         joined = (ops.concatenate(t, 2) for t in zip(*found, strict=True))
@@ -111,7 +111,7 @@ def test_visits_go_on_from_parts_whose_places_are_traced(kind):
     "name", ["padding", "segments", "pairs-per-head", "prefix", "bfloat16"]
 )
 def test_what_is_no_band_or_not_float32_is_left_to_another_kernel(name):
-    visit = Visit(CASES[name])
+    visit = CheckedVisit(CASES[name])
     with pytest.raises(AssertionError, match="not fused"):
         visit.check(JaxNativeKernel(Refusing()))
 
@@ -120,9 +120,9 @@ def test_what_is_no_band_or_not_float32_is_left_to_another_kernel(name):
 def test_it_is_for_cpus_that_stand_for_several_devices(automatic, monkeypatch):
     kernel = kernels.choose("float32", "cpu")
     assert kernel.name == "native"
-    assert kernel.otherwise.name == "by_head"
+    assert kernel.fallback.name == "by_head"
     assert kernels.choose("bfloat16", "cpu").name == "by_head"
-    assert not kernel.available("gpu")
+    assert not kernel.preferred("gpu", "float32")
     one = jax.devices("cpu")[:1]
     monkeypatch.setattr(jax, "devices", lambda *kind: one)
     assert kernels.choose("float32", "cpu").name == "blockwise"
@@ -136,7 +136,8 @@ def test_other_releases_of_jax_may_lack_what_it_needs(
     monkeypatch.delattr(jax.ffi, gone)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert not KERNELS[0].available("cpu", "float32")
+        assert not KERNELS[0].preferred("cpu", "float32")
+        assert not KERNELS[0].available()
     assert kernels.choose("float32", "cpu").name == "by_head"
 
 
@@ -222,4 +223,4 @@ def test_other_devices_are_left_to_another_kernel(monkeypatch):
     """By name it may be asked for there."""
     monkeypatch.setattr(native.local, "platform", lambda: "gpu")
     with pytest.raises(AssertionError, match="not fused"):
-        Visit(CASES["causal"]).check(JaxNativeKernel(Refusing()))
+        CheckedVisit(CASES["causal"]).check(JaxNativeKernel(Refusing()))

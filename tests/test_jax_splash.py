@@ -7,10 +7,11 @@ import pytest
 import keras_ring
 from keras_ring import backends, config, kernels, masks
 from keras_ring.backends.jax import local, splash
+from keras_ring.kernel import Inputs
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 from tests.gradients import vjp
-from tests.visits import Case, Refusing, Visit
+from tests.visits import Case, CheckedVisit, Refusing
 
 ON_TPU = jax.default_backend() == "tpu"
 HALF = {"dtype": "bfloat16"}
@@ -29,14 +30,14 @@ CASES = {
 }
 
 
-def kernel(otherwise=None):
-    return splash.SplashKernel(otherwise or Refusing(), interpret=not ON_TPU)
+def kernel(fallback=None):
+    return splash.SplashKernel(fallback or Refusing(), interpret=not ON_TPU)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("pull", [False, True], ids=["in-a-ring", "pulled"])
 def test_it_is_right(name, pull):
-    visit = Visit(CASES[name], rest=0 if pull else 40, pull=pull)
+    visit = CheckedVisit(CASES[name], rest=0 if pull else 40, pull=pull)
     visit.check(kernel(), 3e-2)
 
 
@@ -52,9 +53,9 @@ def test_it_is_right(name, pull):
 )
 def test_what_does_not_fit_is_left_to_the_reference(length, dtype, width, mask):
     array = jax.numpy.zeros((1, 1, length, width), dtype)
-    block = Block((0,), (0,), Scoring(1.0, mask=mask))
+    visit = Visit((0,), (0,), Scoring(1.0, mask=mask))
     with pytest.raises(AssertionError, match="not fused"):
-        kernel().block_forward(array, array, array, block)
+        kernel().forward(Inputs(array, array, array), visit, None)
 
 
 def test_around_a_ring(monkeypatch):
@@ -65,13 +66,13 @@ def test_around_a_ring(monkeypatch):
     found = kernel(module.KERNEL)
     monkeypatch.setattr(module, "KERNELS", (found, module.KERNEL))
     calls = []
-    forward = splash.SplashKernel.forward
+    forward = splash.SplashKernel.call_forward
 
-    def spy(self, causal, *rest):
+    def spy(self, inputs, scale, causal):
         calls.append(causal)
-        return forward(self, causal, *rest)
+        return forward(self, inputs, scale, causal)
 
-    monkeypatch.setattr(splash.SplashKernel, "forward", spy)
+    monkeypatch.setattr(splash.SplashKernel, "call_forward", spy)
     draw = np.random.default_rng(0)
     arrays = [
         draw.normal(size=(2, 1024, heads, 16)).astype("float32")
@@ -108,8 +109,8 @@ def test_it_is_there_by_name_only(automatic, monkeypatch):
     monkeypatch.setattr(local, "platform", lambda: "tpu")
     there = splash.SplashKernel(Refusing())
     assert there.available()
-    assert not there.available("tpu", "bfloat16")
-    assert not there.available(dtype="float32")
+    assert not there.preferred("tpu", "bfloat16")
+    assert not there.preferred(None, "bfloat16")
     assert "splash" in [k.name for k in backends.load().kernel.KERNELS]
     assert kernels.choose("bfloat16", "cpu").name != "splash"
 

@@ -13,11 +13,12 @@ import pytest
 import keras_ring
 from keras_ring import backends, config, kernels, masks
 from keras_ring.backends.jax import local, triton, triton_programs
+from keras_ring.kernel import Inputs, Rows
 from keras_ring.masks.by_position import Before
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 from tests.gradients import vjp
-from tests.visits import Case, Refusing, Visit
+from tests.visits import Case, CheckedVisit, Refusing
 
 ON_GPU = jax.default_backend() == "gpu"
 TOLERANCE = {"float32": None, "float16": 4e-3, "bfloat16": 3e-2}
@@ -47,8 +48,8 @@ CASES = {
 }
 
 
-def kernel(otherwise=None):
-    return triton.TritonKernel(otherwise or Refusing(), interpret=not ON_GPU)
+def kernel(fallback=None):
+    return triton.TritonKernel(fallback or Refusing(), interpret=not ON_GPU)
 
 
 # The log-sum-exp has a gradient of its own. It comes with delta, from outside:
@@ -72,7 +73,7 @@ FAST = CASES if ON_GPU else list(CASES)[::2]
     ids=lambda value: {False: "in-a-ring", True: "pulled"}.get(value, value),
 )
 def test_it_is_right(name, pull):
-    visit = Visit(CASES[name], rest=0 if pull else 40, pull=pull)
+    visit = CheckedVisit(CASES[name], rest=0 if pull else 40, pull=pull)
     visit.check(kernel(), TOLERANCE[CASES[name].dtype])
 
 
@@ -95,11 +96,11 @@ def test_places_may_be_traced():
     def visit(kernel):
         @jax.jit
         def compute(queries, keys):
-            block = Block(tuple(queries), tuple(keys), scoring)
-            part = kernel.block_forward(*arrays, block)
-            grads = kernel.block_backward(
-                *arrays, *part, part.lse, part.out, block
-            )
+            visit = Visit(tuple(queries), tuple(keys), scoring)
+            inputs = Inputs(*arrays)
+            part = kernel.forward(inputs, visit, None)
+            rows = Rows(*part, part.lse, part.out)
+            grads = kernel.backward(inputs, rows, visit, None)
             return *part, *grads[:3]
 
         return compute(jnp.array([0, 336]), jnp.array([336, 0]))
@@ -154,11 +155,12 @@ def test_what_does_not_fit_is_left_to_the_reference(change):
     change = dict(change)
     dtype, width = change.pop("dtype", "float32"), change.pop("width", 16)
     array = jax.ShapeDtypeStruct((1, 2, 8, width), dtype)
-    block = Block((0,), (0,), dataclasses.replace(Scoring(1.0), **change))
+    visit = Visit((0,), (0,), dataclasses.replace(Scoring(1.0), **change))
     fits = kernel().fits
-    assert not fits(array, array, array, block)
+    assert not fits(Inputs(array, array, array), visit)
     plain = jax.ShapeDtypeStruct((1, 2, 8, 16), "float32")
-    assert fits(plain, plain, plain, Block((0,), (0,), Scoring(1.0)))
+    inputs = Inputs(plain, plain, plain)
+    assert fits(inputs, Visit((0,), (0,), Scoring(1.0)))
 
 
 @pytest.fixture
@@ -247,9 +249,8 @@ def test_it_is_there_by_name_only(automatic, monkeypatch):
     monkeypatch.setattr(local, "platform", lambda: "gpu")
     there = triton.TritonKernel(Refusing())
     assert there.available()
-    assert there.available(dtype="float32")
-    assert not there.available("gpu", "float32")
-    assert not there.available(dtype="float64")
+    assert not there.preferred("gpu", "float32")
+    assert not there.preferred(None, "float32")
     assert "triton" in [k.name for k in backends.load().kernel.KERNELS]
     assert kernels.choose("float32", "cpu").name != "triton"
 
@@ -267,11 +268,11 @@ def test_it_lowers_to_triton(dtype, monkeypatch):
         every = masks.Causal() & masks.SlidingWindow(9) & masks.Padding(ids)
         every = every | masks.PrefixLM(3) | masks.BlockCausal(4)
         every = every & masks.Segments(ids, ids) & Before(90)
-        block = Block((start,), (0,), Scoring(scale=1.0, mask=every))
-        part = there.block_forward(query, key, value, block)
-        grads = there.block_backward(
-            query, key, value, part.out, row, row, query, block
-        )
+        visit = Visit((start,), (0,), Scoring(scale=1.0, mask=every))
+        inputs = Inputs(query, key, value)
+        part = there.forward(inputs, visit, None)
+        rows = Rows(part.out, row, row, query)
+        grads = there.backward(inputs, rows, visit, None)
         return *part, *grads[:3]
 
     text = (

@@ -15,23 +15,24 @@ class Other(Kernel):
     """A kernel that hands everything on, on every backend."""
 
     name = "other"
+    description = "hands everything on"
 
     def __init__(self):
         self.kernel = backends.load().kernel.KERNEL
         self.visits = 0
 
-    def available(self, device=None, dtype=None):
+    def available(self):
         return True
 
-    def rounds(self, dtype):
-        return False
+    def preferred(self, device, dtype):
+        return True
 
-    def block_forward(self, *arguments):
+    def forward(self, *arguments):
         self.visits += 1
-        return self.kernel.block_forward(*arguments)
+        return self.kernel.forward(*arguments)
 
-    def block_backward(self, *arguments):
-        return self.kernel.block_backward(*arguments)
+    def backward(self, *arguments):
+        return self.kernel.backward(*arguments)
 
     def branch(self, *arguments):
         return self.kernel.branch(*arguments)
@@ -42,8 +43,8 @@ class Wrong(Other):
 
     name = "wrong"
 
-    def block_forward(self, *arguments):
-        part = super().block_forward(*arguments)
+    def forward(self, *arguments):
+        part = super().forward(*arguments)
         zeros = ops.zeros_like(part.lse)
         return part._replace(
             lse=ops.where(ops.isinf(part.lse), zeros, part.lse)
@@ -55,8 +56,8 @@ class Leaving(Wrong):
 
     name = "leaving"
 
-    def fits(self, query, key, value, block):
-        return block.scoring.mask is None
+    def fits(self, inputs, visit, rows=None):
+        return visit.scoring.mask is None
 
 
 class Coarse(Other):
@@ -64,8 +65,8 @@ class Coarse(Other):
 
     name = "coarse"
 
-    def block_backward(self, *arguments):
-        grads = super().block_backward(*arguments)
+    def backward(self, *arguments):
+        grads = super().backward(*arguments)
         return grads._replace(key=grads.key * 1.001)
 
 
@@ -74,7 +75,7 @@ class Raising(Other):
 
     name = "raising"
 
-    def block_forward(self, *arguments):
+    def forward(self, *arguments):
         raise TypeError("unexpected argument")
 
 
@@ -153,7 +154,7 @@ def check_summary(name):
     best = next(
         kernel.name
         for kernel in backends.load().kernel.KERNELS
-        if kernel.available(device, "float32")
+        if kernel.preferred(device, "float32")
     )
     want = best if name == "auto" else name
     assert f"  kernel             {want}" in lines

@@ -128,7 +128,7 @@ def test_what_failed_is_not_tried_again():
 
 def test_only_a_failure_is_told_of(monkeypatch):
     class Failing(kernel.NativeKernel):
-        forward = backward = None
+        call_forward = call_backward = None
 
         def __init__(self, why, expected=False):
             self.why = library.UnavailableError(why, expected)
@@ -138,12 +138,14 @@ def test_only_a_failure_is_told_of(monkeypatch):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        assert not Failing("There is no C++ compiler", True).available("cpu")
+        assert not Failing("There is no C++ compiler", True).preferred(
+            "cpu", "float32"
+        )
     with pytest.warns(RuntimeWarning, match="'native' is not used: c.. failed"):
-        assert not Failing("c++ failed with 1: ...").available("cpu")
+        assert not Failing("c++ failed with 1: ...").preferred("cpu", "float32")
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # Once.
-        assert not Failing("c++ failed with 1: ...").available("cpu")
+        assert not Failing("c++ failed with 1: ...").preferred("cpu", "float32")
 
 
 def test_masks_that_are_bands():

@@ -12,15 +12,16 @@ from keras_ring import backends, config, kernels, masks
 from keras_ring.backends.tensorflow import kernel as tensorflow_kernel
 from keras_ring.backends.tensorflow import native
 from keras_ring.backends.tensorflow.native import TensorFlowNativeKernel
+from keras_ring.kernel import Inputs, Rows
 from keras_ring.masks.band import Band
 from keras_ring.masks.by_position import Before
 from keras_ring.native import library
 from keras_ring.native.library import UnavailableError
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 from tests import reference
 from tests.native_library import needed
-from tests.visits import CASES, TOLERANCE, Refusing, Visit
+from tests.visits import CASES, TOLERANCE, CheckedVisit, Refusing
 
 KERNEL = TensorFlowNativeKernel(Refusing())
 pytestmark = needed(native.loaded)
@@ -41,12 +42,12 @@ def fits(case):
     ids=["in-a-ring", "lse-has-a-gradient"],
 )
 def test_visits_are_exact(name, options):
-    Visit(CASES[name], **options).check(KERNEL)
+    CheckedVisit(CASES[name], **options).check(KERNEL)
 
 
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if not fits(c)])
 def test_other_visits_go_elsewhere(name):
-    visit = Visit(CASES[name])
+    visit = CheckedVisit(CASES[name])
     with pytest.raises(AssertionError, match="not fused"):
         visit.check(KERNEL)
 
@@ -56,8 +57,8 @@ def drawn(*shapes):
     return [tf.constant(draw.normal(size=s), tf.float32) for s in shapes]
 
 
-def block(mask, queries=(0,), keys=(0,), scale=0.3):
-    return Block(queries, keys, Scoring(scale=scale, mask=mask))
+def at(mask, queries=(0,), keys=(0,), scale=0.3):
+    return Visit(queries, keys, Scoring(scale=scale, mask=mask))
 
 
 def wanted(tensors, positions, least=0, stop=10**6):
@@ -73,33 +74,35 @@ def wanted(tensors, positions, least=0, stop=10**6):
     return [np.swapaxes(array, 1, 2) for array in found]
 
 
-def both(kernel, tensors, block, pieces=1):
+def both(kernel, tensors, visit, pieces=1):
     """Forward and backward, over as many pieces of the keys one after the
-    other as the block's keys have parts, if there is more than one."""
+    other as the visit's keys have parts, if there is more than one."""
     query, key, value, grad_out = tensors
     visits = list(
         zip(
             tf.split(key, pieces, axis=2),
             tf.split(value, pieces, axis=2),
-            np.split(np.asarray(block.key_starts), pieces)
+            np.split(np.asarray(visit.key_starts), pieces)
             if pieces > 1
-            else [block.key_starts],
+            else [visit.key_starts],
             strict=True,
         )
     )
     visits = [
-        (k, v, Block(block.query_starts, tuple(s), block.scoring))
+        (
+            Inputs(query, k, v),
+            Visit(visit.query_starts, tuple(s), visit.scoring),
+        )
         for k, v, s in visits
     ]
     partial = grad_query = None
     grads = []
-    for k, v, piece in visits:
-        partial = kernel.fold(partial, query, k, v, piece)
+    for inputs, piece in visits:
+        partial = kernel.forward(inputs, piece, partial)
     delta = kernel.row_delta(partial.out, grad_out, tf.zeros_like(partial.lse))
-    for k, v, piece in visits:
-        share = kernel.fold_backward(
-            *(grad_query, query, k, v, *partial, delta, grad_out), piece
-        )
+    rows = Rows(*partial, delta, grad_out)
+    for inputs, piece in visits:
+        share = kernel.backward(inputs, rows, piece, grad_query)
         grad_query = share.query
         grads.append(share)
     return [
@@ -131,7 +134,7 @@ def test_halves_whose_places_are_tensors():
     @tf.function(autograph=False)
     def program(first, second, *tensors):
         starts = (first, second), (600, 900)
-        return both(KERNEL, tensors, block(masks.Causal(), *starts))
+        return both(KERNEL, tensors, at(masks.Causal(), *starts))
 
     found = program(tf.constant(0), tf.constant(1500), *tensors)
     queries = [*range(300), *range(1500, 1800)]
@@ -142,7 +145,7 @@ def test_halves_whose_places_are_tensors():
 def test_visits_go_on(compiled):
     """Over the later half of the keys first, which some rows do not see."""
     tensors = drawn(*HALVES)
-    case = block(masks.Causal() & Before(550), (0,), (300, 0))
+    case = at(masks.Causal() & Before(550), (0,), (300, 0))
 
     def program(*tensors):
         return both(KERNEL, tensors, case, pieces=2)
@@ -156,17 +159,17 @@ def test_visits_go_on(compiled):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_what_somebody_holds_is_not_overwritten(compiled):
     query, key, value, grad_out = drawn(*HALVES)
-    case = block(None)
+    case = at(None)
 
     def program(query, key, value, grad_out):
-        first = KERNEL.fold(None, query, key, value, case)
+        inputs = Inputs(query, key, value)
+        first = KERNEL.forward(inputs, case, None)
         before = [tf.identity(first.out) * 1, tf.identity(first.lse) * 1]
         with tf.control_dependencies(before):
-            second = KERNEL.fold(first, query, key, value, case)
+            second = KERNEL.forward(inputs, case, first)
         grad = query * 2
-        share = KERNEL.fold_backward(
-            *(grad, query, key, value, *second, second.lse, grad_out), case
-        )
+        rows = Rows(*second, second.lse, grad_out)
+        share = KERNEL.backward(inputs, rows, case, grad)
         with tf.control_dependencies([*second, *share[:3]]):
             return before, [tf.identity(t) for t in first], second, grad
 
@@ -266,7 +269,7 @@ def test_nobody_differentiates_the_operations():
     query, key, value, _ = drawn(*HALVES)
     with tf.GradientTape() as tape:
         tape.watch(query)
-        out = KERNEL.fold(None, query, key, value, block(None)).out
+        out = KERNEL.forward(Inputs(query, key, value), at(None), None).out
     with pytest.raises(LookupError, match="KerasRingForward"):
         tape.gradient(out, query)
 
@@ -398,11 +401,8 @@ def test_threads_are_shared_by_the_replicas(monkeypatch):
     monkeypatch.setattr(native.native, "threads", lambda: 5)
 
     def used():
-        found = native._inputs(
-            *drawn((1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1)),
-            block(None),
-            Band(),
-        )
+        inputs = Inputs(*drawn((1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1)))
+        found = native._operands(inputs, at(None), Band())
         return found["threads"]
 
     counts = []
@@ -429,14 +429,12 @@ def test_batches_that_are_open(batch):
         input_signature=[tf.TensorSpec((None, 2, 40, 8))] * 4,
     )
     def visit(query, key, value, grad_out):
-        part = KERNEL.fold(None, query, key, value, block(masks.Causal()))
-        again = KERNEL.fold(
-            part, query, key, value, block(masks.Causal(), keys=(900,))
-        )
-        grads = KERNEL.fold_backward(
-            *(None, query, key, value, part.out, part.lse),
-            *(part.lse, grad_out, block(masks.Causal())),
-        )
+        inputs = Inputs(query, key, value)
+        part = KERNEL.forward(inputs, at(masks.Causal()), None)
+        late = at(masks.Causal(), keys=(900,))
+        again = KERNEL.forward(inputs, late, part)
+        rows = Rows(part.out, part.lse, part.lse, grad_out)
+        grads = KERNEL.backward(inputs, rows, at(masks.Causal()), None)
         graph = tf.compat.v1.get_default_graph()
         types.update(operation.type for operation in graph.get_operations())
         return again.out, *grads[:3]
@@ -472,7 +470,7 @@ def test_lengths_that_are_open(keys, queries):
     )
     def visit(query, key, value, grad_out, keys, queries):
         mask = masks.Causal() & Before(keys) & Before(queries, queries=True)
-        found = both(KERNEL, (query, key, value, grad_out), block(mask))
+        found = both(KERNEL, (query, key, value, grad_out), at(mask))
         graph = tf.compat.v1.get_default_graph()
         types.update(operation.type for operation in graph.get_operations())
         return found

@@ -15,7 +15,7 @@ import keras_ring
 from keras_ring import backends, config, kernels, masks
 from tests.fused_kernels import DTYPES, OPERATIONS, TOLERANCE, kernel_of
 from tests.kernel_choice import tensors
-from tests.visits import CASES, Calls, Refusing, Visit
+from tests.visits import CASES, Calls, CheckedVisit, Refusing
 
 PAIRS = [(name, dtype) for name, own in DTYPES.items() for dtype in own]
 
@@ -39,7 +39,9 @@ def calls(monkeypatch):
     ids=["in-a-ring", "lse-has-a-gradient"],
 )
 def test_fused_calls_are_right(case, name, dtype, options, calls):
-    visit = Visit(dataclasses.replace(CASES[case], dtype=dtype), **options)
+    visit = CheckedVisit(
+        dataclasses.replace(CASES[case], dtype=dtype), **options
+    )
     visit.check(kernel_of(name, Refusing()), TOLERANCE[dtype])
     forward = sum(c.count for n, c in calls.items() if "backward" not in n)
     backward = sum(c.count for n, c in calls.items() if "backward" in n)
@@ -58,7 +60,7 @@ def test_a_width_of_128_and_many_heads(name, dtype):
         dtype=dtype,
     )
     # Products of 128 numbers, whose softmax is sharp.
-    Visit(case, rest=40, pull=True).check(
+    CheckedVisit(case, rest=40, pull=True).check(
         kernel_of(name, Refusing()), 2 * TOLERANCE[dtype]
     )
 
@@ -67,7 +69,7 @@ def test_a_width_of_128_and_many_heads(name, dtype):
 def test_they_agree_with_the_reference(name, dtype, automatic, recwarn):
     kernel = next(k for k in backends.load().kernel.KERNELS if k.name == name)
     reference = backends.load().kernel.KERNEL
-    assert kernel.available("cuda", dtype)
+    assert kernel.preferred("cuda", dtype)
     assert kernels.agrees(kernel, reference, dtype, "cuda"), [
         str(w.message) for w in recwarn
     ]

@@ -9,11 +9,11 @@ from keras import ops
 
 import keras_ring
 from keras_ring import backends, config, kernels, masks, numerics
-from keras_ring.kernel import Kernel
+from keras_ring.kernel import Inputs, Kernel, Rows
 from keras_ring.scoring import Dropout, Scoring
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 from tests.kernel_choice import tensors
-from tests.visits import CASES, TOLERANCE, Calls, Case, Refusing, Visit
+from tests.visits import CASES, TOLERANCE, Calls, Case, CheckedVisit, Refusing
 
 
 @pytest.fixture
@@ -30,11 +30,11 @@ def operations(monkeypatch):
     return counts
 
 
-def flash(otherwise: Kernel):
+def flash(fallback: Kernel):
     from keras_ring.backends.torch.flash import CpuFlash
     from keras_ring.backends.torch.fused import FusedKernel
 
-    return FusedKernel("flash", otherwise, CpuFlash())
+    return FusedKernel("flash", fallback, CpuFlash())
 
 
 @pytest.mark.mostly(options={"rest": 40}, every=3)
@@ -46,7 +46,7 @@ def flash(otherwise: Kernel):
 )
 def test_fused_calls_are_exact(name, options, operations):
     case = CASES[name]
-    Visit(case, **options).check(flash(Refusing()))
+    CheckedVisit(case, **options).check(flash(Refusing()))
     forward, backward = (spy.count for spy in operations)
     assert forward == backward
     if case.calls is not None:
@@ -55,15 +55,18 @@ def test_fused_calls_are_exact(name, options, operations):
 
 @pytest.mark.parametrize("name", ["causal", "padding-grouped", "bfloat16"])
 def test_the_reference_passes_the_same_test(name):
-    Visit(CASES[name], rest=40, pull=True).check(backends.load().kernel.KERNEL)
+    CheckedVisit(CASES[name], rest=40, pull=True).check(
+        backends.load().kernel.KERNEL
+    )
 
 
 def test_any_strides_are_right(operations):
     """The operation itself takes a last stride of 1 for granted."""
-    visit = Visit(Case("causal"), rest=40)
+    visit = CheckedVisit(Case("causal"), rest=40)
     turned = [t.mT.contiguous().mT for t in (*visit.inputs, visit.grad_out)]
     assert all(t.stride(-1) != 1 for t in turned)
-    *visit.inputs, visit.grad_out = turned
+    *inputs, visit.grad_out = turned
+    visit.inputs = Inputs(*inputs)
     visit.check(flash(Refusing()))
     assert operations[0].count == 1
 
@@ -82,26 +85,19 @@ def options_that_do_not_fit():
 
 @pytest.mark.parametrize("name", options_that_do_not_fit())
 def test_what_does_not_fit_is_left_to_the_reference(name, operations):
-    visit = Visit(Case("causal", queries=40, keys=40))
+    visit = CheckedVisit(Case("causal", queries=40, keys=40))
     scoring = dataclasses.replace(
-        visit.block.scoring, **options_that_do_not_fit()[name]
+        visit.visit.scoring, **options_that_do_not_fit()[name]
     )
-    block = dataclasses.replace(visit.block, scoring=scoring)
+    changed = dataclasses.replace(visit.visit, scoring=scoring)
     reference_kernel = backends.load().kernel.KERNEL
     results = []
     for kernel in (flash(reference_kernel), reference_kernel):
-        part = kernel.block_forward(*visit.inputs, block)
+        part = kernel.forward(visit.inputs, changed, None)
+        delta = numerics.row_delta(part.out, visit.grad_out, 0.0)
+        rows = Rows(*part, delta, visit.grad_out)
         results.append(
-            [
-                *part,
-                *kernel.block_backward(
-                    *visit.inputs,
-                    *part,
-                    numerics.row_delta(part.out, visit.grad_out, 0.0),
-                    visit.grad_out,
-                    block,
-                ),
-            ]
+            [*part, *kernel.backward(visit.inputs, rows, changed, None)]
         )
     for have, want in zip(*results, strict=True):
         if want is not None:
@@ -113,11 +109,11 @@ def test_what_does_not_fit_is_left_to_the_reference(name, operations):
 def test_the_operation_never_gets_an_empty_tensor(empty, operations):
     """It would end the process."""
     case = dataclasses.replace(Case(queries=8, keys=8), **{empty: 0})
-    block = Block((0,), (0,), Scoring(scale=1.0))
+    visit = Visit((0,), (0,), Scoring(scale=1.0))
     query = ops.ones((case.batch, 2, case.queries, 16))
     key = ops.ones((case.batch, 2, case.keys, 16))
     with pytest.raises(AssertionError, match="not fused"):
-        flash(Refusing()).block_forward(query, key, key, block)
+        flash(Refusing()).forward(Inputs(query, key, key), visit, None)
     assert operations[0].count == 0
 
 

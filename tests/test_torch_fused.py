@@ -12,17 +12,17 @@ from keras_ring.backends.torch import cuda, fused
 from keras_ring.backends.torch.flash import CpuFlash
 from keras_ring.backends.torch.pieces import COARSE, pieces
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 from tests.fused_kernels import OPERATIONS, TOLERANCE, kernel_of
-from tests.visits import CASES, Refusing, Visit
+from tests.visits import CASES, CheckedVisit, Refusing
 
 
 def test_without_a_gpu_nothing_of_it_is_offered():
     if torch.cuda.is_available():
         kernel = kernel_of("cudnn", Refusing())
-        assert kernel.available("cuda", "bfloat16")
-        assert not kernel.available("cuda", "float32")
-        assert not kernel.available("cpu", "bfloat16")
+        assert kernel.preferred("cuda", "bfloat16")
+        assert not kernel.preferred("cuda", "float32")
+        assert not kernel.preferred("cpu", "bfloat16")
         return
     for name in OPERATIONS:
         assert not kernel_of(name, Refusing()).available()
@@ -46,8 +46,8 @@ def test_what_rounds_says_so():
 )
 def test_causal_rectangles_are_squared(rows, columns):
     """The squares and what is left cover what a causal mask allows."""
-    block = Block((30,), (30,), Scoring(scale=1.0, mask=masks.Causal()))
-    (piece,) = fused.pieces(block, rows, columns)
+    visit = Visit((30,), (30,), Scoring(scale=1.0, mask=masks.Causal()))
+    (piece,) = fused.pieces(visit, rows, columns)
     assert piece.causal
     covered = np.zeros((rows, columns), int)
     for part in fused.squared(piece):
@@ -123,7 +123,9 @@ class LikeCuda(CpuFlash):
 def test_what_is_around_a_call_is_right(case, dtype, options):
     """Padding, groups, squares, coarse pieces and half precision."""
     operation = LikeCuda()
-    visit = Visit(dataclasses.replace(CASES[case], dtype=dtype), **options)
+    visit = CheckedVisit(
+        dataclasses.replace(CASES[case], dtype=dtype), **options
+    )
     visit.check(
         fused.FusedKernel("like_cuda", Refusing(), operation),
         TOLERANCE[dtype],
@@ -153,7 +155,7 @@ def test_small_rectangles_are_kept_from_an_operation():
 
     kernel = fused.FusedKernel("like_cuda", Refusing(), Plain(), CpuFlash())
     for rows, columns in [(5, 5), (2, 5), (5, 2), (3, 3)]:
-        Visit(
+        CheckedVisit(
             dataclasses.replace(CASES["full"], queries=rows, keys=columns)
         ).check(kernel)
     assert asked == [(5, 5), (3, 3)]
@@ -166,9 +168,9 @@ def test_what_a_mask_carries_is_looked_at_on_the_host():
     valid[:, :1100] = True
     pairs = torch.ones(1, 2500, 1, 2500, dtype=torch.bool)
     mask = masks.Causal() & masks.Padding(valid) & masks.Explicit(pairs)
-    block = Block((0,), (0,), Scoring(scale=1.0, mask=mask))
+    visit = Visit((0,), (0,), Scoring(scale=1.0, mask=mask))
     covered = np.zeros((2500, 2500), int)
-    for piece in pieces(block, 2500, 2500, COARSE):
+    for piece in pieces(visit, 2500, 2500, COARSE):
         own = covered[piece.queries, piece.keys]
         own += piece.allowed(torch.device("cpu")).cpu().numpy()[0, 0]
         if piece.mask is not None:

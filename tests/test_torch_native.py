@@ -14,13 +14,14 @@ import keras_ring
 from keras_ring import config, kernels, masks
 from keras_ring.backends.torch import native
 from keras_ring.backends.torch.native import TorchNativeKernel
+from keras_ring.kernel import Inputs, Rows
 from keras_ring.native import library
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 from tests import reference
 from tests.kernel_choice import tensors
 from tests.native_library import needed
-from tests.visits import CASES, TOLERANCE, Case, Refusing, Visit
+from tests.visits import CASES, TOLERANCE, Case, CheckedVisit, Refusing
 
 pytestmark = needed(native.loaded)
 CASES = {
@@ -43,7 +44,7 @@ CASES = {
 @functools.cache
 def visit_of(name, **options):
     """Once for all numbers of threads: the oracle takes longer than they."""
-    return Visit(CASES[name], **options)
+    return CheckedVisit(CASES[name], **options)
 
 
 THREADS = {
@@ -82,16 +83,17 @@ def test_visits_are_exact(name, options, threads):
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_other_dtypes_are_left_to_another_kernel(dtype):
-    visit = Visit(dataclasses.replace(CASES["causal"], dtype=dtype))
+    visit = CheckedVisit(dataclasses.replace(CASES["causal"], dtype=dtype))
     with pytest.raises(AssertionError, match="not fused"):
         visit.check(TorchNativeKernel(Refusing()))
 
 
 def test_what_has_no_memory_is_left_to_another_kernel():
     tensor = torch.empty((1, 2, 30, 8), device="meta")
-    block = Block((0,), (0,), Scoring(scale=1.0))
+    visit = Visit((0,), (0,), Scoring(scale=1.0))
+    inputs = Inputs(tensor, tensor, tensor)
     with pytest.raises(AssertionError, match="not fused"):
-        TorchNativeKernel(Refusing()).block_forward(*[tensor] * 3, block)
+        TorchNativeKernel(Refusing()).forward(inputs, visit, None)
 
 
 def test_what_is_traced_is_left_to_another_kernel(monkeypatch):
@@ -100,13 +102,14 @@ def test_what_is_traced_is_left_to_another_kernel(monkeypatch):
     class Traced(torch.Tensor):
         pass
 
-    visit = Visit(CASES["causal"])
-    kernel, (query, key, value) = TorchNativeKernel(Refusing()), visit.inputs
+    visit = CheckedVisit(CASES["causal"])
+    kernel, inputs = TorchNativeKernel(Refusing()), visit.inputs
+    traced = inputs._replace(key=inputs.key.as_subclass(Traced))
     with pytest.raises(AssertionError, match="not fused"):
-        kernel.block_forward(query, key.as_subclass(Traced), value, visit.block)
+        kernel.forward(traced, visit.visit, None)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with pytest.raises(AssertionError, match="not fused"):
-        kernel.block_forward(query, key, value, visit.block)
+        kernel.forward(inputs, visit.visit, None)
 
 
 @pytest.mark.skipif(
@@ -118,9 +121,9 @@ def test_pytorchs_own_threads_are_found():
 
 @pytest.mark.parametrize("options", [{"soft_cap": 2.0}, {"scale": -0.3}])
 def test_other_scores_are_left_to_another_kernel(options):
-    visit = Visit(CASES["causal"])
-    scoring = dataclasses.replace(visit.block.scoring, **options)
-    visit.block = dataclasses.replace(visit.block, scoring=scoring)
+    visit = CheckedVisit(CASES["causal"])
+    scoring = dataclasses.replace(visit.visit.scoring, **options)
+    visit.visit = dataclasses.replace(visit.visit, scoring=scoring)
     with pytest.raises(AssertionError, match="not fused"):
         visit.check(TorchNativeKernel(Refusing()))
 
@@ -161,13 +164,12 @@ def test_balanced_chunks_one_after_the_other(mask):
     partial = grad_query = None
     grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
     for starts, columns in ((own, place), (others, other)):
-        block = Block(own, starts, Scoring(scale=0.25, mask=found))
-        seen = key[:, :, columns], value[:, :, columns]
+        visit = Visit(own, starts, Scoring(scale=0.25, mask=found))
+        inputs = Inputs(query, key[:, :, columns], value[:, :, columns])
         before = partial
-        partial = kernel.fold(partial, query, *seen, block)
-        grads = kernel.fold_backward(
-            grad_query, query, *seen, out, lse, delta, grad_out, block
-        )
+        partial = kernel.forward(inputs, visit, partial)
+        rows = Rows(out, lse, delta, grad_out)
+        grads = kernel.backward(inputs, rows, visit, grad_query)
         grad_query = grads.query
         grad_key[:, :, columns], grad_value[:, :, columns] = grads[1:3]
     assert partial.out.data_ptr() == before.out.data_ptr()
@@ -196,14 +198,14 @@ def test_what_is_no_number_stays_none():
     """In the rows that see it."""
     query, key, value = (torch.ones((1, 1, 40, 8)) for _ in range(3))
     value[0, 0, 20] = float("nan")
-    block = Block((0,), (0,), Scoring(scale=1.0, mask=masks.Causal()))
-    part = TorchNativeKernel(Refusing()).block_forward(query, key, value, block)
+    visit = Visit((0,), (0,), Scoring(scale=1.0, mask=masks.Causal()))
+    inputs = Inputs(query, key, value)
+    part = TorchNativeKernel(Refusing()).forward(inputs, visit, None)
     nothing = part.out.isnan().any(-1)[0, 0]
     assert nothing[20:].all()
     query[0, 0, 3] = float("nan")
-    part = TorchNativeKernel(Refusing()).block_forward(
-        query, key, torch.ones_like(value), block
-    )
+    inputs = inputs._replace(value=torch.ones_like(value))
+    part = TorchNativeKernel(Refusing()).forward(inputs, visit, None)
     assert part.out.isnan().any(-1)[0, 0].nonzero().flatten().tolist() == [3]
 
 
@@ -213,9 +215,9 @@ def test_every_kind_of_what_is_no_number():
     for kind in kinds.view(torch.float32):
         query, key, value = (torch.ones((1, 1, 5, 8)) for _ in range(3))
         query[0, 0, 1] = kind
-        part = TorchNativeKernel(Refusing()).block_forward(
-            query, key, value, Block((0,), (0,), Scoring(scale=1.0))
-        )
+        visit = Visit((0,), (0,), Scoring(scale=1.0))
+        inputs = Inputs(query, key, value)
+        part = TorchNativeKernel(Refusing()).forward(inputs, visit, None)
         assert part.out[0, 0].isnan().any(1).tolist() == [
             i == 1 for i in range(5)
         ]
@@ -223,15 +225,13 @@ def test_every_kind_of_what_is_no_number():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_defaults_of_pytorch_do_not_matter(dtype):
-    visit = Visit(CASES["causal"])
+    visit = CheckedVisit(CASES["causal"])
     torch.set_default_dtype(dtype)
     try:
         kernel = TorchNativeKernel(Refusing())
-        part = kernel.block_forward(*visit.inputs, visit.block)
-        grads = kernel.block_backward(
-            *(*visit.inputs, visit.out, visit.lse, visit.lse, visit.grad_out),
-            visit.block,
-        )
+        part = kernel.forward(visit.inputs, visit.visit, None)
+        rows = Rows(visit.out, visit.lse, visit.lse, visit.grad_out)
+        grads = kernel.backward(visit.inputs, rows, visit.visit, None)
     finally:
         torch.set_default_dtype(torch.float32)
     assert {t.dtype for t in (*part, *grads[:3])} == {torch.float32}
@@ -239,11 +239,11 @@ def test_defaults_of_pytorch_do_not_matter(dtype):
 
 
 def test_only_float32_reaches_the_library():
-    visit = Visit(CASES["causal"])
+    visit = CheckedVisit(CASES["causal"])
+    rows = Rows(visit.out, visit.lse, visit.lse, visit.grad_out.double())
     with pytest.raises(TypeError, match="float32 tensors on a CPU"):
-        TorchNativeKernel(Refusing()).block_backward(
-            *(*visit.inputs, visit.out, visit.lse, visit.lse),
-            *(visit.grad_out.double(), visit.block),
+        TorchNativeKernel(Refusing()).backward(
+            visit.inputs, rows, visit.visit, None
         )
 
 
@@ -268,9 +268,10 @@ def test_scores_of_any_size():
     """No exponential overflows: the largest score of a row is taken off."""
     query, key = 1e3 * torch.eye(16), 1e3 * torch.eye(16)
     value = torch.arange(256.0).reshape(16, 16)
-    part = TorchNativeKernel(Refusing()).block_forward(
-        *(t[None, None] for t in (query, key, value)),
-        Block((0,), (0,), Scoring(scale=1.0)),
+    part = TorchNativeKernel(Refusing()).forward(
+        Inputs(*(t[None, None] for t in (query, key, value))),
+        Visit((0,), (0,), Scoring(scale=1.0)),
+        None,
     )
     torch.testing.assert_close(part.out[0, 0], value)
     torch.testing.assert_close(part.lse[0, 0], torch.full((16,), 1e6))
@@ -295,7 +296,7 @@ def test_it_is_chosen_for_float32_on_cpus(automatic):
         warnings.simplefilter("error", RuntimeWarning)  # It agrees.
         assert kernels.choose("float32", "cpu").name == "native"
     assert kernels.choose("float64", "cpu").name == "flash"
-    assert not TorchNativeKernel(Refusing()).available("cuda")
+    assert not TorchNativeKernel(Refusing()).preferred("cuda", "float32")
     lines = []
     keras_ring.DistributedStrategy().summary(print_fn=lines.append)
     assert "  kernel             native" in lines
@@ -317,13 +318,15 @@ def test_a_forked_process_has_threads_of_its_own():
 import os, signal, torch
 from keras_ring.backends.torch import native
 from keras_ring.backends.torch.native import TorchNativeKernel
+from keras_ring.kernel import Inputs
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 native.loaded().keras_ring_use_threads(None)
 torch.set_num_threads(2)
-tensor, block = torch.ones((1, 4, 300, 8)), Block((0,), (0,), Scoring(scale=1))
+tensor, visit = torch.ones((1, 4, 300, 8)), Visit((0,), (0,), Scoring(scale=1))
 def call():
-    return TorchNativeKernel(None).block_forward(*[tensor] * 3, block).out
+    inputs = Inputs(tensor, tensor, tensor)
+    return TorchNativeKernel(None).forward(inputs, visit, None).out
 assert call().eq(1).all()
 child = os.fork()
 if child == 0:

@@ -11,15 +11,16 @@ from keras_ring import backends, masks, numerics
 from keras_ring.backends.torch.flash import CpuFlash
 from keras_ring.backends.torch.fused import FusedKernel
 from keras_ring.backends.torch.pieces import COARSE, FINE, pieces
+from keras_ring.kernel import Inputs, Rows
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block
-from tests.visits import Case, Refusing, Visit
+from keras_ring.visit import Visit
+from tests.visits import Case, CheckedVisit, Refusing
 
 FAR = 10_000
 
 
-def block(starts, mask):
-    return Block(starts, starts, Scoring(scale=0.3, mask=mask))
+def visit_of(starts, mask):
+    return Visit(starts, starts, Scoring(scale=0.3, mask=mask))
 
 
 def covered(found, length):
@@ -50,7 +51,7 @@ def covered(found, length):
     "mask", [masks.Causal(), masks.Causal() & masks.SlidingWindow(300)]
 )
 def test_every_pair_is_computed_once(mask, starts, length, grain):
-    found = pieces(block(starts, mask), length, length, grain)
+    found = pieces(visit_of(starts, mask), length, length, grain)
     inside = np.arange(length // len(starts))
     places = np.concatenate([start + inside for start in starts])
     allowed = ops.convert_to_numpy(
@@ -60,11 +61,11 @@ def test_every_pair_is_computed_once(mask, starts, length, grain):
 
 
 def test_equal_rectangles_along_a_diagonal_are_one_call():
-    (whole,) = pieces(block((0,), masks.Causal()), 1024, 1024)
+    (whole,) = pieces(visit_of((0,), masks.Causal()), 1024, 1024)
     assert (whole.rows, whole.count, whole.causal) == (1024, 1, True)
     # Two parts, in the order in which an odd member has them: the squares of
     # both come first, since they cover the chunk.
-    both, between = pieces(block((FAR, 0), masks.Causal()), 1024, 1024)
+    both, between = pieces(visit_of((FAR, 0), masks.Causal()), 1024, 1024)
     assert (both.rows, both.count, both.step) == (512, 2, 512)
     assert both.covers(1024, 1024)
     assert (between.queries, between.keys) == (slice(0, 512), slice(512, 1024))
@@ -78,7 +79,7 @@ def test_squares_along_a_diagonal_are_exact(starts, heads):
     makes of the same visit."""
     kernel = FusedKernel("flash", Refusing(), CpuFlash())
     reference = backends.load().kernel.KERNEL
-    visit = block(starts, masks.Causal())
+    visit = visit_of(starts, masks.Causal())
     draw = torch.Generator().manual_seed(0)
 
     def tensor(number):
@@ -86,21 +87,15 @@ def test_squares_along_a_diagonal_are_exact(starts, heads):
         return torch.randn(shape, generator=draw).transpose(1, 2)
 
     query, grad_out = tensor(heads[0]), tensor(heads[0])
-    key, value = tensor(heads[1]), tensor(heads[1])
+    inputs = Inputs(query, tensor(heads[1]), tensor(heads[1]))
     found, wanted = (
-        k.block_forward(query, key, value, visit) for k in (kernel, reference)
+        k.forward(inputs, visit, None) for k in (kernel, reference)
     )
     for have, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(have, want, rtol=2e-5, atol=2e-5)
     out, lse = wanted
-    grads = [
-        k.block_backward(
-            *(query, key, value, out, lse),
-            numerics.row_delta(out, grad_out, 0.0),
-            *(grad_out, visit),
-        )
-        for k in (kernel, reference)
-    ]
+    rows = Rows(out, lse, numerics.row_delta(out, grad_out, 0.0), grad_out)
+    grads = [k.backward(inputs, rows, visit, None) for k in (kernel, reference)]
     for have, want in itertools.islice(zip(*grads, strict=True), 3):
         torch.testing.assert_close(have, want, rtol=2e-5, atol=2e-5)
 
@@ -109,23 +104,22 @@ def test_squares_along_a_diagonal_are_exact(starts, heads):
 def test_a_visit_is_added_to_what_is_there(kind):
     """In place, and with what the reference makes of the sum."""
     kernel = FusedKernel("flash", Refusing(), CpuFlash())
-    visit = Visit(Case(kind, queries=600, keys=600))
-    query, key, value = visit.inputs
-    fresh = kernel.block_forward(query, key, value, visit.block)
+    visit = CheckedVisit(Case(kind, queries=600, keys=600))
+    fresh = kernel.forward(visit.inputs, visit.visit, None)
     before = numerics.Partial(
         torch.randn_like(fresh.out), torch.randn_like(fresh.lse)
     )
     # One row so far saw nothing.
     before.out[:, :, 5], before.lse[:, :, 5] = 0.0, -torch.inf
     expected = numerics.merge(before, fresh)
-    found = kernel.fold(before, query, key, value, visit.block)
+    found = kernel.forward(visit.inputs, visit.visit, before)
     for have, want in zip(found, expected, strict=True):
         torch.testing.assert_close(have, want)
-    rows = visit.out, visit.lse, None, visit.grad_out
-    own = kernel.block_backward(query, key, value, *rows, visit.block)
+    rows = Rows(visit.out, visit.lse, None, visit.grad_out)
+    own = kernel.backward(visit.inputs, rows, visit.visit, None)
     total = torch.randn_like(own.query)
     expected = own._replace(query=own.query + total)
-    found = kernel.fold_backward(total, query, key, value, *rows, visit.block)
+    found = kernel.backward(visit.inputs, rows, visit.visit, total)
     assert found.query is total
     for have, want in itertools.islice(zip(found, expected, strict=True), 3):
         torch.testing.assert_close(have, want)
@@ -134,13 +128,13 @@ def test_a_visit_is_added_to_what_is_there(kind):
 def test_rows_that_see_nothing_twice_stay_so():
     kernel = FusedKernel("flash", Refusing(), CpuFlash())
     query = torch.randn(1, 2, 40, 8)
-    late = Block(
+    late = Visit(
         (0,), (30,), Scoring(scale=0.3, mask=masks.Causal())
     )  # The first 30 see no key.
-    once = kernel.block_forward(query, query, query, late)
-    twice = kernel.fold(
-        numerics.Partial(once.out.clone(), once.lse.clone()),
-        *(query, query, query, late),
+    inputs = Inputs(query, query, query)
+    once = kernel.forward(inputs, late, None)
+    twice = kernel.forward(
+        inputs, late, numerics.Partial(once.out.clone(), once.lse.clone())
     )
     assert torch.equal(twice.out[:, :, :30], torch.zeros(1, 2, 30, 8))
     assert torch.isneginf(twice.lse[:, :, :30]).all()

@@ -6,10 +6,10 @@ import numpy as np
 from keras import ops
 
 from keras_ring import masks, numerics
-from keras_ring.kernel import Kernel
+from keras_ring.kernel import Inputs, Kernel, Rows
 from keras_ring.masks.by_position import Before
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 from tests import reference
 
 # Largest error, absolute and relative. Sums of some hundred products of
@@ -140,7 +140,7 @@ def masked(case, draw):
     }[case.kind]
 
 
-class Visit:
+class CheckedVisit:
     """A visit to a kernel, and what the oracle says of it.
 
     Args:
@@ -170,7 +170,7 @@ class Visit:
         accumulate = numerics.accumulation_dtype(case.dtype)
         grad_lse = draw.normal(size=arrays[0].shape[:3]) * pull
         mask, allowed = masked(case, draw)
-        self.block = Block(
+        self.visit = Visit(
             *((s,) for s in case.starts), Scoring(scale=0.3, mask=mask)
         )
         everything = np.ones((*allowed.shape[:3], rest), bool)
@@ -202,19 +202,24 @@ class Visit:
         query, key, value, self.grad_out = (
             ops.transpose(t, (0, 2, 1, 3)) for t in tensors
         )
-        self.inputs = query, key[:, :, : case.keys], value[:, :, : case.keys]
+        self.inputs = Inputs(
+            query, key[:, :, : case.keys], value[:, :, : case.keys]
+        )
         self.out, self.lse, self.grad_lse = (
             ops.convert_to_tensor(np.swapaxes(a, 1, 2), accumulate)
             for a in (whole.out, whole.lse, grad_lse)
         )
 
+    def rows(self, kernel):
+        """What a ring hands a kernel for the backward."""
+        delta = kernel.row_delta(self.out, self.grad_out, self.grad_lse)
+        return Rows(self.out, self.lse, delta, self.grad_out)
+
     def check(self, kernel, tolerance=None):
         """Compare forward and backward of a kernel with the oracle."""
-        part = kernel.block_forward(*self.inputs, self.block)
-        delta = kernel.row_delta(self.out, self.grad_out, self.grad_lse)
-        grads = kernel.block_backward(
-            *self.inputs, self.out, self.lse, delta, self.grad_out, self.block
-        )
+        part = kernel.forward(self.inputs, self.visit, None)
+        rows = self.rows(kernel)
+        grads = kernel.backward(self.inputs, rows, self.visit, None)
         least = tolerance = tolerance or TOLERANCE[self.case.dtype]
         for found, wanted in (
             (part._asdict(), self.forward),
@@ -249,7 +254,16 @@ class Calls:
 class Refusing(Kernel):
     """A kernel that must not be asked."""
 
-    def block_forward(self, *arguments):
+    name = "refusing"
+    description = "none"
+
+    def available(self):
+        return True
+
+    def preferred(self, device, dtype):
+        return True
+
+    def forward(self, *arguments):
         raise AssertionError("not fused")
 
-    block_backward = branch = block_forward
+    backward = branch = forward

@@ -7,25 +7,25 @@ from typing import Any
 
 import keras
 
-from keras_ring.kernel import BlockGradients, FoldingKernel
+from keras_ring.kernel import FallbackKernel, Gradients, Inputs, Rows
 from keras_ring.masks import Mask
 from keras_ring.masks.band import Band
 from keras_ring.native.library import UnavailableError, tell
 from keras_ring.numerics import Partial
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 
 Tensor = Any
 
 
-class NativeKernel(FoldingKernel):
+class NativeKernel(FallbackKernel):
     """float32 attention with a `Band` of pairs in one call, which adds to what
     was there before.
 
     A subclass says how its framework calls the library.
 
     Args:
-        otherwise: computes the visits that do not fit: of other dtypes,
-            masks, scores and sizes.
+        fallback: computes what does not fit: other dtypes, masks, scores and
+            sizes.
 
     Attributes:
         any_mask: whether masks are taken that are no `Band`.
@@ -34,6 +34,7 @@ class NativeKernel(FoldingKernel):
     """
 
     name = "native"
+    description = "this package's own in C++, for CPUs in float32"
     any_mask = False
     open_axes = 0
     open_limits = False
@@ -47,44 +48,38 @@ class NativeKernel(FoldingKernel):
         """
 
     @abc.abstractmethod
-    def forward(
-        self,
-        partial: Partial | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        block: Block,
-        pairs: Any,
+    def call_forward(
+        self, inputs: Inputs, visit: Visit, band: Any, carry: Partial | None
     ) -> Partial:
-        """`Kernel.fold` of what fits; `pairs` is the mask as a `Band`, or None
-        with `any_mask`."""
+        """`compute` with the mask as a `Band`, or None with `any_mask`."""
 
     @abc.abstractmethod
-    def backward(
+    def call_backward(
         self,
-        grad_query: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        grad_out: Tensor,
-        block: Block,
-        pairs: Any,
-    ) -> BlockGradients:
-        """`Kernel.fold_backward` of what fits."""
+        inputs: Inputs,
+        rows: Rows,
+        visit: Visit,
+        band: Any,
+        carry: Tensor | None,
+    ) -> Gradients:
+        """`compute_gradients` with the mask as a `Band`, or None with
+        `any_mask`."""
 
-    def here(self) -> bool:
-        """True if this process prefers it, apart from device and dtype."""
+    def preferred_here(self) -> bool:
+        """Return True if this process prefers it, apart from device and
+        dtype."""
         return True
 
-    def available(
-        self, device: str | None = None, dtype: str | None = None
-    ) -> bool:
-        if device not in (None, "cpu") or dtype not in (None, "float32"):
-            return False
-        # By name, where no dtype is said, it is wherever it can be.
-        return (dtype is None or self.here()) and self.loads()
+    def available(self) -> bool:
+        return self.loads()
+
+    def preferred(self, device: str | None, dtype: str) -> bool:
+        return (
+            device in (None, "cpu")
+            and dtype == "float32"
+            and self.preferred_here()
+            and self.loads()
+        )
 
     def loads(self) -> bool:
         """True if there is a library. What fails is told of; that a machine has
@@ -97,64 +92,35 @@ class NativeKernel(FoldingKernel):
             return False
         return True
 
-    def missing(self) -> str:
-        """Why there is no library; empty if there is one."""
+    def reason(self) -> str:
         try:
             self.load()
         except UnavailableError as error:
             return str(error)
         return ""
 
-    def rounds(self, dtype: str) -> bool:
-        return False
-
-    def fold(
-        self,
-        partial: Partial | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        block: Block,
+    def compute(
+        self, inputs: Inputs, visit: Visit, carry: Partial | None
     ) -> Partial:
-        if not self.fits(query, key, value, block):
-            return self.otherwise.fold(partial, query, key, value, block)
-        pairs = self._band(block)
-        return self.forward(partial, query, key, value, block, pairs)
+        return self.call_forward(inputs, visit, self._band(visit), carry)
 
-    def fold_backward(
-        self,
-        grad_query: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        grad_out: Tensor,
-        block: Block,
-    ) -> BlockGradients:
-        if not self.fits(query, key, value, block):
-            return self.otherwise.fold_backward(
-                *(grad_query, query, key, value, out, lse, delta, grad_out),
-                block,
-            )
-        del out  # Already in delta.
-        pairs = self._band(block)
-        return self.backward(
-            *(grad_query, query, key, value, lse, delta, grad_out, block, pairs)
-        )
+    def compute_gradients(
+        self, inputs: Inputs, rows: Rows, visit: Visit, carry: Tensor | None
+    ) -> Gradients:
+        band = self._band(visit)
+        return self.call_backward(inputs, rows, visit, band, carry)
 
     def fits(
-        self, query: Tensor, key: Tensor, value: Tensor, block: Block
+        self, inputs: Inputs, visit: Visit, rows: Rows | None = None
     ) -> bool:
-        """True if a visit has float32 scores that are scaled products, and
-        sizes and a mask that the library takes."""
-        scoring, tensors = block.scoring, (query, key, value)
+        """Return True for float32 scores that are scaled products, and sizes
+        and a mask that the library takes."""
+        scoring = visit.scoring
         return (
             scoring.only_products
             and scoring.scale > 0
-            and all(map(self._takes, tensors))
-            and (self.any_mask or self._band(block) is not None)
+            and all(map(self._takes, inputs))
+            and (self.any_mask or self._band(visit) is not None)
         )
 
     def _takes(self, tensor: Tensor) -> bool:
@@ -165,8 +131,8 @@ class NativeKernel(FoldingKernel):
             for axis, size in enumerate(tensor.shape)
         )
 
-    def _band(self, block: Block) -> Band | None:
-        return band(block.scoring.mask, self.open_limits)
+    def _band(self, visit: Visit) -> Band | None:
+        return band(visit.scoring.mask, self.open_limits)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """`keras_ring.ops.ring_attention`: exact attention around a ring."""
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -8,15 +9,15 @@ from keras import ops
 from keras_ring import (
     arguments,
     backends,
-    balance,
     kernels,
     numerics,
     placement,
+    sharing,
     strategy,
     tensor_arguments,
     trials,
 )
-from keras_ring.attention import Ring
+from keras_ring.kernel import Inputs
 from keras_ring.masks import Carried, Mask
 from keras_ring.masks.by_position import Before
 from keras_ring.ops import attention_checks as checks
@@ -24,6 +25,7 @@ from keras_ring.ops.dense_attention import dense_attention
 from keras_ring.ops.sequence import true_length, whole_length
 from keras_ring.scoring import Dropout, Scoring
 from keras_ring.shapes import sizes
+from keras_ring.transport import Transport
 from keras_ring.world import LOCAL, World
 
 Tensor = Any
@@ -169,7 +171,7 @@ def ring_attention(
         _attend,
         scoring=scoring,
         counts=tuple(len(side) for side in carried),
-        choice=world is not None and world.strategy.balance,
+        balanced=world is not None and world.strategy.balance,
     )
     tensors = [query, key, value, *carried.query, *carried.key]
     if world is None:
@@ -224,77 +226,27 @@ def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple:
 
 
 def _attend(
-    transport: Any,
+    transport: Transport,
     *tensors: Tensor,
     scoring: Scoring,
     counts: tuple[int, ...],
-    choice: placement.Choice,
+    balanced: placement.Choice,
 ) -> tuple[Tensor, Tensor]:
-    """Attention on one member of the ring, with its native gradient.
+    """Attention on one member of the ring, with its own gradient.
 
     `tensors` are query, key and value and then what the scoring carries,
-    side by side.
+    side by side, `counts` of each.
     """
-    backend = backends.load()
-    dtype = tensors[0].dtype
-    device = backend.kernel.KERNEL.device(tensors[0])
-    at_key, at_shared = counts[0], counts[0] + counts[1]
-
-    size, mask = transport.size, scoring.mask
-    lengths = (sizes(tensor)[1] for tensor in tensors[:2])
-    balanced = balance.pays(choice, size, mask, *lengths)
-
-    def chunks(move, tensors, axis=2):
-        """Tensors with the sequence on one axis, in the other order; empties
-        the list of them."""
-        if not balanced or not tensors:
-            return tensors
-        return move(transport, tensors, [axis] * len(tensors))
-
-    def ring(carried):
-        sides = carried[:at_key], carried[at_key:at_shared], carried[at_shared:]
-        return Ring(
-            transport,
-            kernels.choose(dtype, device),
-            scoring.replace(Carried(*(tuple(side) for side in sides))),
-            balanced,
-        )
-
-    def forward(query, key, value, *carried):
-        # Exchanged once: the backward finds them as they are needed.
-        query, key, value = chunks(balance.enter, [query, key, value])
-        carried = (
-            *chunks(balance.enter, list(carried[:at_shared]), axis=1),
-            *carried[at_shared:],
-        )
-        out, lse = ring(carried).forward(query, key, value)
-        out = ops.cast(out, dtype)
-        residuals = query, key, value, *carried, out, lse
-        return tuple(chunks(balance.leave, [out, lse])), residuals
-
-    def backward(residuals, grad_out, grad_lse):
-        query, key, value, *carried, out, lse = residuals
-        grad_out, grad_lse = chunks(balance.enter, [grad_out, grad_lse])
-        grads = ring(carried).backward(
-            query, key, value, out, lse, grad_out, grad_lse
-        )
-        others = [None] * len(carried)
-        if grads.bias is not None:
-            grad_bias = ops.cast(grads.bias, carried[0].dtype)
-            (others[0],) = chunks(balance.leave, [grad_bias], axis=1)
-        if grads.slopes is not None:
-            others[at_shared] = ops.cast(grads.slopes, carried[at_shared].dtype)
-        inputs = zip((query, key, value), grads[:3], strict=True)
-        own = [ops.cast(grad, tensor.dtype) for tensor, grad in inputs]
-        # What is moved needs room: nothing else is kept meanwhile.
-        del grads, inputs, grad_out, grad_lse
-        return (*chunks(balance.leave, own), *others)
-
-    def heads_first(tensor):
-        return ops.transpose(tensor, (0, 2, 1, 3))
-
-    attend = backend.runtime.custom_gradient(forward, backward)
-    out, lse = attend(
-        *(heads_first(tensor) for tensor in tensors[:3]), *tensors[3:]
+    inputs, carried = tensors[:3], iter(tensors[3:])
+    sides = (tuple(itertools.islice(carried, n)) for n in counts)
+    reference = backends.load().kernel.KERNEL
+    kernel = kernels.choose(inputs[0].dtype, reference.device(inputs[0]))
+    query_length, key_length = (sizes(tensor)[1] for tensor in inputs[:2])
+    shared = sharing.choose(
+        transport, kernel, scoring.mask, query_length, key_length, balanced
     )
-    return heads_first(out), ops.transpose(lse, (0, 2, 1))
+    out, lse = shared.attend(
+        Inputs(*(ops.transpose(t, (0, 2, 1, 3)) for t in inputs)),
+        scoring.replace(Carried(*sides)),
+    )
+    return ops.transpose(out, (0, 2, 1, 3)), ops.transpose(lse, (0, 2, 1))

@@ -7,7 +7,7 @@ of one head stays in the cache. On a device that has more threads than heads in
 work it is the other way round, so this is not for a single one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,93 +15,89 @@ from jax import lax
 
 from keras_ring.backends.jax import local
 from keras_ring.backends.jax.fused import by_place
-from keras_ring.kernel import BlockGradients, Kernel
+from keras_ring.kernel import (
+    FallbackKernel,
+    Gradients,
+    Inputs,
+    Kernel,
+    Rows,
+    merged,
+    summed,
+)
 from keras_ring.numerics import Partial
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 
 
-class ByHeadKernel(Kernel):
+class ByHeadKernel(FallbackKernel):
     """A kernel called for one sample and key/value head at a time.
 
     Args:
         tiles: the kernel for one head, with tiles that fit into a cache.
-        otherwise: computes the visits whose scores are more than masked
+        fallback: computes the blocks whose scores are more than masked
             products, or whose masks carry tensors.
     """
 
     name = "by_head"
+    description = (
+        "the reference head by head, on a CPU that stands for several devices"
+    )
 
-    def __init__(self, tiles: Kernel, otherwise: Kernel):
+    def __init__(self, tiles: Kernel, fallback: Kernel):
+        super().__init__(fallback)
         self.tiles = tiles
-        self.otherwise = otherwise
 
-    def available(
-        self, device: str | None = None, dtype: str | None = None
+    def available(self) -> bool:
+        return local.several_cpus()
+
+    def preferred(self, device: str | None, dtype: str) -> bool:
+        return device in (None, "cpu") and self.available()
+
+    def fits(
+        self, inputs: Inputs, visit: Visit, rows: Rows | None = None
     ) -> bool:
-        del dtype  # It takes all of them.
-        return device in (None, "cpu") and local.several_cpus()
+        return by_place(inputs, visit)
 
-    def rounds(self, dtype: str) -> bool:
-        return False
-
-    def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
-        return self.otherwise.branch(predicate, yes, no)
-
-    def block_forward(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
+    def compute(
+        self, inputs: Inputs, visit: Visit, carry: Partial | None
     ) -> Partial:
-        if not by_place(query, key, value, block):
-            return self.otherwise.block_forward(query, key, value, block)
+        def forward(visit: Visit, *tensors: Any) -> tuple:
+            return self.tiles.forward(Inputs(*tensors), visit, None)
 
-        def forward(block: Block, *tensors: Any) -> tuple:
-            query, key, value = tensors
-            return tuple(self.tiles.block_forward(query, key, value, block))
+        return merged(carry, Partial(*_each(forward, visit, inputs)))
 
-        return Partial(*_each(forward, block, [query, key, value]))
-
-    def block_backward(
+    def compute_gradients(
         self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        out: jax.Array,
-        lse: jax.Array,
-        delta: jax.Array,
-        grad_out: jax.Array,
-        block: Block,
-    ) -> BlockGradients:
-        if not by_place(query, key, value, block):
-            return self.otherwise.block_backward(
-                query, key, value, out, lse, delta, grad_out, block
-            )
+        inputs: Inputs,
+        rows: Rows,
+        visit: Visit,
+        carry: jax.Array | None,
+    ) -> Gradients:
+        def backward(visit: Visit, *tensors: Any) -> tuple:
+            inputs, rows = Inputs(*tensors[:3]), Rows(*tensors[3:])
+            return self.tiles.backward(inputs, rows, visit, None)[:3]
 
-        def backward(block: Block, *tensors: Any) -> tuple:
-            query, key, value, out, lse, delta, grad_out = tensors
-            found = self.tiles.block_backward(
-                query, key, value, out, lse, delta, grad_out, block
-            )
-            return found.query, found.key, found.value
-
-        tensors = [query, key, value, out, lse, delta, grad_out]
-        return BlockGradients(*_each(backward, block, tensors))
+        found = _each(backward, visit, [*inputs, *rows])
+        return summed(carry, Gradients(*found))
 
 
 def _each(
-    function: Callable[..., tuple], block: Block, tensors: list[jax.Array]
+    function: Callable[..., tuple],
+    visit: Visit,
+    tensors: Sequence[jax.Array],
 ) -> list[jax.Array]:
-    """`function(block, *tensors)` for each sample and key/value head.
+    """`function(visit, *tensors)` for each sample and key/value head.
 
     Args:
         function: of (1, G, ...) for tensors of queries and (1, 1, ...) for
             those of keys; its results are such tensors.
-        block: its starts may be traced.
+        visit: its starts may be traced.
         tensors: (B, H, ...) or (B, K, ...), the second one of keys.
     """
-    queries = len(block.query_starts)
+    queries = len(visit.query_starts)
 
     def part(*arguments: Any) -> list[jax.Array]:
         own, starts = arguments[: len(tensors)], arguments[len(tensors) :]
-        here = Block(starts[:queries], starts[queries:], block.scoring)
+        here = Visit(starts[:queries], starts[queries:], visit.scoring)
         batch, key_heads = own[1].shape[:2]
 
         def one(heads: tuple[jax.Array, ...]) -> tuple:
@@ -114,6 +110,6 @@ def _each(
         )
         return [t.reshape(batch, -1, *t.shape[2:]) for t in found]
 
-    starts = [*block.query_starts, *block.key_starts]
+    starts = [*visit.query_starts, *visit.key_starts]
     found: list[jax.Array] = local.on_each_device(part, tensors, starts)
     return found

@@ -17,9 +17,10 @@ from jax import lax
 from keras_ring import numerics
 from keras_ring.backends.jax import local
 from keras_ring.backends.jax.fused import FusedKernel
+from keras_ring.kernel import Inputs, Rows
 from keras_ring.masks import Causal
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 
 try:
     from jax._src.cudnn import fused_attention_stablehlo as private
@@ -45,63 +46,50 @@ class CuDnnKernel(FusedKernel):
     """
 
     name = "cudnn"
+    description = "NVIDIA's cuDNN, on GPUs in half precision"
 
-    def available(
-        self, device: str | None = None, dtype: str | None = None
-    ) -> bool:
-        return (
-            FORWARD is not None
-            and (device or local.platform()) == "gpu"
-            and dtype in (None, *HALF)
-        )
+    def available(self) -> bool:
+        return FORWARD is not None and local.platform() == "gpu"
+
+    def preferred(self, device: str | None, dtype: str) -> bool:
+        device = device or local.platform()
+        return FORWARD is not None and device == "gpu" and dtype in HALF
 
     def rounds(self, dtype: str) -> bool:
         return dtype in HALF
 
-    def fits(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
-    ) -> bool:
+    def takes(self, inputs: Inputs, visit: Visit) -> bool:
+        query, _, value = inputs
         return (
-            self.available(dtype=str(query.dtype))
+            self.available()
+            and str(query.dtype) in HALF
             and max(query.shape[3], value.shape[3]) <= WIDEST
         )
 
-    def forward(
-        self,
-        causal: bool,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        scale: float,
+    def call_forward(
+        self, inputs: Inputs, scale: float, causal: bool
     ) -> tuple[jax.Array, jax.Array]:
+        query, _, value = inputs
         width = _width(max(query.shape[3], value.shape[3]))
         out, lse = FORWARD.bind(
-            *(_widened(t, width) for t in (query, key, value)),
+            *(_widened(t, width) for t in inputs),
             *_unused(query.dtype),
             **_options(scale, causal),
             is_training=True,
         )
         return out[..., : value.shape[3]], lse
 
-    def backward(
-        self,
-        causal: bool,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        out: jax.Array,
-        lse: jax.Array,
-        delta: jax.Array,
-        grad_out: jax.Array,
-        scale: float,
+    def call_backward(
+        self, inputs: Inputs, rows: Rows, scale: float, causal: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """cuDNN makes delta of `out` and `grad_out`. Where the log-sum-exp
         has a gradient of its own they are given one column more, in which
         the values are 0, and their product is delta; where there is no room
         for one, another kernel computes it."""
+        query, _, value = inputs
+        lse, delta = rows.lse, rows.delta
         dtype = numerics.accumulation_dtype(str(query.dtype))
-        inputs = query, key, value
-        out, pull = out.astype(dtype), grad_out.astype(dtype)
+        out, pull = rows.out.astype(dtype), rows.grad_out.astype(dtype)
         products = pull * out
         # The sum that delta was made of may have been added up in another
         # order; what that changes is far below half precision.
@@ -127,10 +115,9 @@ class CuDnnKernel(FusedKernel):
             if value.shape[3] + 1 > WIDEST:
                 # A square on the diagonal is one wherever it lies.
                 mask = Causal() if causal else None
-                block = Block((0,), (0,), Scoring(scale=scale, mask=mask))
-                grads = self.otherwise.block_backward(
-                    *inputs, out, lse, delta, grad_out, block
-                )
+                visit = Visit((0,), (0,), Scoring(scale=scale, mask=mask))
+                whole = rows._replace(out=out)
+                grads = self.fallback.backward(inputs, whole, visit, None)
                 return grads.query, grads.key, grads.value
             column = delta[..., None]
             return call(

@@ -18,133 +18,109 @@ import numpy as np
 from jax import lax
 
 from keras_ring import numerics
-from keras_ring.kernel import BlockGradients, Kernel
+from keras_ring.kernel import (
+    FallbackKernel,
+    Gradients,
+    Inputs,
+    Rows,
+    merged,
+    summed,
+)
 from keras_ring.masks import Mask
 from keras_ring.masks.mask import both
 from keras_ring.numerics import Partial
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 
 
-class FusedKernel(Kernel):
+class FusedKernel(FallbackKernel):
     """An operation where it fits, another kernel where it does not.
 
     Args:
-        otherwise: computes the visits that do not fit.
+        fallback: computes what does not fit.
     """
 
-    def __init__(self, otherwise: Kernel):
-        self.otherwise = otherwise
+    @abc.abstractmethod
+    def takes(self, inputs: Inputs, visit: Visit) -> bool:
+        """Return True if the operation can compute a block, of sizes that
+        are known and of a score that is a scaled product."""
 
     @abc.abstractmethod
-    def fits(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
-    ) -> bool:
-        """True if the operation can compute a visit, of sizes that are known
-        and of a score that is a scaled product."""
-
-    @abc.abstractmethod
-    def forward(
-        self,
-        causal: bool,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        scale: float,
+    def call_forward(
+        self, inputs: Inputs, scale: float, causal: bool
     ) -> tuple[jax.Array, jax.Array]:
         """`out` (B, H, Q, E) and `lse` (B, H, Q) of one call."""
 
     @abc.abstractmethod
-    def backward(
-        self,
-        causal: bool,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        out: jax.Array,
-        lse: jax.Array,
-        delta: jax.Array,
-        grad_out: jax.Array,
-        scale: float,
+    def call_backward(
+        self, inputs: Inputs, rows: Rows, scale: float, causal: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The three gradients of one call, by tensors in the order of
-        `block_backward`; `lse` is `inf` for a row that sees nothing."""
+        """The gradients of query, key and value of one call; `rows.lse` is
+        `inf` for a row that sees nothing."""
 
-    def branch(self, predicate: Any, yes: Callable, no: Callable) -> Any:
-        return self.otherwise.branch(predicate, yes, no)
+    def fits(
+        self, inputs: Inputs, visit: Visit, rows: Rows | None = None
+    ) -> bool:
+        return (
+            by_place(inputs, visit)
+            and visit.scoring.scale > 0
+            and self.takes(inputs, visit)
+        )
 
-    def block_forward(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
+    def compute(
+        self, inputs: Inputs, visit: Visit, carry: Partial | None
     ) -> Partial:
-        if not self._computes(query, key, value, block):
-            return self.otherwise.block_forward(query, key, value, block)
-        rows = []
-        for row, queries in enumerate(_parts(query, block.query_starts)):
-            found = None
-            for column in range(len(block.key_starts)):
-                keys, values = (
-                    _parts(t, block.key_starts)[column] for t in (key, value)
+        found = []
+        for row, query in enumerate(_parts(inputs.query, visit.query_starts)):
+            total: Partial | None = None
+            for column in range(len(visit.key_starts)):
+                key, value = (
+                    _parts(t, visit.key_starts)[column] for t in inputs[1:]
                 )
                 part = self._forward(
-                    queries, keys, values, _part(block, row, column)
+                    Inputs(query, key, value), _part(visit, row, column)
                 )
-                found = part if found is None else numerics.merge(found, part)
-            rows.append(found)
-        return Partial(*(joined(parts) for parts in zip(*rows, strict=True)))
+                total = merged(total, part)
+            found.append(total)
+        whole = Partial(*(joined(parts) for parts in zip(*found, strict=True)))
+        return merged(carry, whole)
 
-    def block_backward(
+    def compute_gradients(
         self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        out: jax.Array,
-        lse: jax.Array,
-        delta: jax.Array,
-        grad_out: jax.Array,
-        block: Block,
-    ) -> BlockGradients:
-        if not self._computes(query, key, value, block):
-            return self.otherwise.block_backward(
-                query, key, value, out, lse, delta, grad_out, block
-            )
-        by_row = [
-            _parts(t, block.query_starts)
-            for t in (query, out, lse, delta, grad_out)
-        ]
-        by_column = [_parts(t, block.key_starts) for t in (key, value)]
+        inputs: Inputs,
+        rows: Rows,
+        visit: Visit,
+        carry: jax.Array | None,
+    ) -> Gradients:
+        by_row = [_parts(t, visit.query_starts) for t in (inputs.query, *rows)]
+        by_column = [_parts(t, visit.key_starts) for t in inputs[1:]]
         grads: list[dict[int, Any]] = [{}, {}, {}]
-        for row, (own, *rest) in enumerate(zip(*by_row, strict=True)):
+        for row, (query, *rest) in enumerate(zip(*by_row, strict=True)):
             for column, seen in enumerate(zip(*by_column, strict=True)):
-                tensors: list[Any] = [own, *seen, *rest]
-                shares = self._backward(tensors, _part(block, row, column))
+                shares = self._backward(
+                    Inputs(query, *seen),
+                    Rows(*rest),
+                    _part(visit, row, column),
+                )
                 places = row, column, column
                 for found, share, place in zip(
                     grads, shares[:3], places, strict=True
                 ):
                     add(found, place, share)
-        return BlockGradients(*(joined(list(g.values())) for g in grads))
+        whole = Gradients(*(joined(list(g.values())) for g in grads))
+        return summed(carry, whole)
 
-    def _computes(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
-    ) -> bool:
-        """True if calls may be able to compute a visit."""
-        return (
-            by_place(query, key, value, block)
-            and block.scoring.scale > 0
-            and self.fits(query, key, value, block)
-        )
-
-    def _kinds(self, block: Block, queries: int, keys: int) -> Any:
+    def _kinds(self, visit: Visit, queries: int, keys: int) -> Any:
         """Kind of a part of a visit: nothing, whole, a causal square or
         anything else, as the number of a branch, which may be traced."""
-        some, every = block.relation(queries, keys)
+        some, every = visit.relation(queries, keys)
         square: Any = False
-        others = _beside_causal(block.scoring.mask)
+        others = _beside_causal(visit.scoring.mask)
         if others is not None and queries == keys:
-            square = block.query_starts[0] == block.key_starts[0]
+            square = visit.query_starts[0] == visit.key_starts[0]
             for other in others:
                 # Padding of the ring, say, which only the last chunks have.
-                scoring = dataclasses.replace(block.scoring, mask=other)
-                alone = dataclasses.replace(block, scoring=scoring)
+                scoring = dataclasses.replace(visit.scoring, mask=other)
+                alone = dataclasses.replace(visit, scoring=scoring)
                 square = both(square, alone.relation(queries, keys)[1])
         whole = [not_traced(t) for t in (some, every, square)]
         if all(known is not None for known in whole):
@@ -160,95 +136,87 @@ class FusedKernel(Kernel):
 
     def _switched(
         self,
-        block: Block,
-        queries: int,
-        keys: int,
+        visit: Visit,
+        inputs: Inputs,
         nothing: Callable[[], Any],
         fused: Callable[[bool], Any],
-        otherwise: Callable[[], Any],
+        fallback: Callable[[], Any],
     ) -> Any:
-        number = self._kinds(block, queries, keys)
+        lengths = inputs.query.shape[2], inputs.key.shape[2]
+        number = self._kinds(visit, *lengths)
         branches = (
             nothing,
             lambda: fused(False),
             lambda: fused(True),
-            otherwise,
+            fallback,
         )
         if isinstance(number, int):
             return branches[number]()
         return lax.switch(number, branches)
 
-    def _forward(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
-    ) -> Partial:
+    def _forward(self, inputs: Inputs, visit: Visit) -> Partial:
+        """The partial result of one part of a visit."""
+        query = inputs.query
         dtype = jnp.dtype(numerics.accumulation_dtype(str(query.dtype)))
         shape = query.shape[:3]
 
         def nothing() -> Partial:
+            width = inputs.value.shape[3]
             return Partial(
-                _like(jnp.zeros((*shape, value.shape[3]), dtype), query),
+                _like(jnp.zeros((*shape, width), dtype), query),
                 _like(jnp.full(shape, -jnp.inf, dtype), query),
             )
 
         def fused(causal: bool) -> Partial:
-            out, lse = self.forward(
-                causal, query, key, value, block.scoring.scale
-            )
+            out, lse = self.call_forward(inputs, visit.scoring.scale, causal)
             return Partial(out.astype(dtype), lse.astype(dtype))
 
-        return self._switched(
-            block,
-            shape[2],
-            key.shape[2],
+        found: Partial = self._switched(
+            visit,
+            inputs,
             nothing,
             fused,
-            lambda: self.otherwise.block_forward(query, key, value, block),
+            lambda: self.fallback.forward(inputs, visit, None),
         )
+        return found
 
-    def _backward(
-        self, tensors: list[jax.Array], block: Block
-    ) -> BlockGradients:
-        """`block_backward` of tensors in its order and of one part."""
-        query, key, value, out, lse, delta, grad_out = tensors
-        dtype = jnp.dtype(numerics.accumulation_dtype(str(query.dtype)))
+    def _backward(self, inputs: Inputs, rows: Rows, visit: Visit) -> Gradients:
+        """The gradients of one part of a visit."""
+        name = str(inputs.query.dtype)
+        dtype = jnp.dtype(numerics.accumulation_dtype(name))
 
-        def nothing() -> BlockGradients:
-            return BlockGradients(
-                *(_like(jnp.zeros(t.shape, dtype), t) for t in tensors[:3])
+        def nothing() -> Gradients:
+            return Gradients(
+                *(_like(jnp.zeros(t.shape, dtype), t) for t in inputs)
             )
 
-        def fused(causal: bool) -> BlockGradients:
+        def fused(causal: bool) -> Gradients:
             # exp(score - inf) = 0: a row that sees nothing gives nothing.
-            grads = self.backward(
-                *(causal, query, key, value, out),
-                jnp.where(lse == -jnp.inf, jnp.inf, lse),
-                *(delta, grad_out, block.scoring.scale),
+            lse = jnp.where(rows.lse == -jnp.inf, jnp.inf, rows.lse)
+            grads = self.call_backward(
+                inputs, rows._replace(lse=lse), visit.scoring.scale, causal
             )
-            return BlockGradients(*(grad.astype(dtype) for grad in grads))
+            return Gradients(*(grad.astype(dtype) for grad in grads))
 
-        return self._switched(
-            block,
-            query.shape[2],
-            key.shape[2],
+        found: Gradients = self._switched(
+            visit,
+            inputs,
             nothing,
             fused,
-            lambda: self.otherwise.block_backward(
-                query, key, value, out, lse, delta, grad_out, block
-            ),
+            lambda: self.fallback.backward(inputs, rows, visit, None),
         )
+        return found
 
 
-def by_place(
-    query: jax.Array, key: jax.Array, value: jax.Array, block: Block
-) -> bool:
+def by_place(inputs: Inputs, visit: Visit) -> bool:
     """True if a visit, of sizes that are known, has scores that are scaled
     products and are masked by their places: what a mask carries would have to
     be cut along with the tensors."""
-    mask = block.scoring.mask
-    sizes = (*query.shape, *key.shape, *value.shape)
+    mask = visit.scoring.mask
+    sizes = [size for tensor in inputs for size in tensor.shape]
     return (
         all(isinstance(size, int) and size for size in sizes)
-        and block.scoring.only_products
+        and visit.scoring.only_products
         and (mask is None or not any(mask.carried()))
     )
 
@@ -281,11 +249,11 @@ def not_traced(value: Any) -> bool | None:
     return None
 
 
-def _part(block: Block, row: int, column: int) -> Block:
+def _part(visit: Visit, row: int, column: int) -> Visit:
     return dataclasses.replace(
-        block,
-        query_starts=(block.query_starts[row],),
-        key_starts=(block.key_starts[column],),
+        visit,
+        query_starts=(visit.query_starts[row],),
+        key_starts=(visit.key_starts[column],),
     )
 
 

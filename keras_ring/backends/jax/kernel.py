@@ -1,4 +1,4 @@
-"""Attention over one visiting chunk on JAX."""
+"""The kernels of JAX, by preference."""
 
 from collections.abc import Callable
 from typing import Any

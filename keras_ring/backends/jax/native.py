@@ -17,12 +17,12 @@ import numpy as np
 
 from keras_ring import strategy
 from keras_ring.backends.jax import local
-from keras_ring.kernel import BlockGradients
+from keras_ring.kernel import Gradients, Inputs, Rows
 from keras_ring.masks.band import Band
 from keras_ring.native import kernel, library
 from keras_ring.native.kernel import NativeKernel
 from keras_ring.numerics import Partial
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FORWARD, BACKWARD = "keras_ring_xla_forward", "keras_ring_xla_backward"
@@ -34,27 +34,21 @@ class JaxNativeKernel(NativeKernel):
     def load(self) -> None:
         loaded()
 
-    def here(self) -> bool:
+    def preferred_here(self) -> bool:
         return local.several_cpus()
 
     def fits(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
+        self, inputs: Inputs, visit: Visit, rows: Rows | None = None
     ) -> bool:
         return (
             # By name it may be asked for on other devices.
             local.platform() == "cpu"
-            and not any(_varying(tensor) for tensor in (query, key, value))
-            and super().fits(query, key, value, block)
+            and not any(_varying(tensor) for tensor in inputs)
+            and super().fits(inputs, visit, rows)
         )
 
-    def forward(
-        self,
-        partial: Partial | None,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        block: Block,
-        pairs: Band,
+    def call_forward(
+        self, inputs: Inputs, visit: Visit, band: Band, carry: Partial | None
     ) -> Partial:
         def call(starts: list[jax.Array], *tensors: jax.Array) -> Any:
             query, key, value, *before = tensors
@@ -64,25 +58,21 @@ class JaxNativeKernel(NativeKernel):
                 (shape, shape[:3]),
                 (query, key, value, *starts),
                 before,
-                block,
-                pairs,
+                visit,
+                band,
             )
 
-        tensors = [query, key, value, *([] if partial is None else partial)]
-        return Partial(*_on_each_device(call, tensors, block))
+        tensors = [*inputs, *([] if carry is None else carry)]
+        return Partial(*_on_each_device(call, tensors, visit))
 
-    def backward(
+    def call_backward(
         self,
-        grad_query: jax.Array | None,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        lse: jax.Array,
-        delta: jax.Array,
-        grad_out: jax.Array,
-        block: Block,
-        pairs: Band,
-    ) -> BlockGradients:
+        inputs: Inputs,
+        rows: Rows,
+        visit: Visit,
+        band: Band,
+        carry: jax.Array | None,
+    ) -> Gradients:
         def call(starts: list[jax.Array], *tensors: jax.Array) -> Any:
             query, key, value, lse, delta, grad_out, *before = tensors
             return _call(
@@ -90,14 +80,14 @@ class JaxNativeKernel(NativeKernel):
                 (query.shape, key.shape, value.shape),
                 (query, key, value, *starts, lse, delta, grad_out),
                 before,
-                block,
-                pairs,
+                visit,
+                band,
             )
 
-        tensors = [query, key, value, lse, delta, grad_out]
-        if grad_query is not None:
-            tensors.append(grad_query)
-        return BlockGradients(*_on_each_device(call, tensors, block))
+        tensors = [*inputs, rows.lse, rows.delta, rows.grad_out]
+        if carry is not None:
+            tensors.append(carry)
+        return Gradients(*_on_each_device(call, tensors, visit))
 
 
 def _varying(tensor: jax.Array) -> Any:
@@ -132,11 +122,11 @@ loaded = library.Once(_load)
 
 
 def _on_each_device(
-    call: Any, tensors: list[jax.Array], block: Block
+    call: Any, tensors: list[jax.Array], visit: Visit
 ) -> list[jax.Array]:
     """`call((query_starts, key_starts), *tensors)` with what each device
     holds of the tensors."""
-    queries = len(block.query_starts)
+    queries = len(visit.query_starts)
 
     def part(*arguments: Any) -> list[jax.Array]:
         own, starts = arguments[: len(tensors)], arguments[len(tensors) :]
@@ -146,7 +136,7 @@ def _on_each_device(
         )
         return found
 
-    starts = [*block.query_starts, *block.key_starts]
+    starts = [*visit.query_starts, *visit.key_starts]
     found: list[jax.Array] = local.on_each_device(part, tensors, starts)
     return found
 
@@ -156,8 +146,8 @@ def _call(
     shapes: tuple[tuple[int, ...], ...],
     tensors: tuple[jax.Array, ...],
     before: list[jax.Array],
-    block: Block,
-    pairs: Band,
+    visit: Visit,
+    band: Band,
 ) -> list[jax.Array]:
     """Call a function of the library.
 
@@ -167,7 +157,7 @@ def _call(
         tensors: its arguments.
         before: the first results so far, which are overwritten; none at the
             first visit.
-        block, pairs: see `NativeKernel.forward`.
+        visit, band: see `NativeKernel.call_forward`.
     """
     loaded()
     function = jax.ffi.ffi_call(
@@ -180,11 +170,11 @@ def _call(
     found: list[jax.Array] = function(
         *tensors,
         *before,
-        least=np.int64(pairs.least),
-        most=np.int64(pairs.most),
-        stop=np.int64(pairs.stop),
-        rows=np.int64(pairs.rows),
-        scale=np.float32(block.scoring.scale),
+        least=np.int64(band.least),
+        most=np.int64(band.most),
+        stop=np.int64(band.stop),
+        rows=np.int64(band.rows),
+        scale=np.float32(visit.scoring.scale),
         threads=np.int32(_threads()),
     )
     return found

@@ -20,8 +20,8 @@ import jax
 
 from keras_ring.backends.jax import local
 from keras_ring.backends.jax.fused import FusedKernel
-from keras_ring.kernel import Kernel
-from keras_ring.visit import Block
+from keras_ring.kernel import Inputs, Kernel, Rows
+from keras_ring.visit import Visit
 
 # The one dtype that the matrix units of a TPU take as it is.
 DTYPE = "bfloat16"
@@ -33,7 +33,7 @@ class SplashKernel(FusedKernel):
     """Splash attention where it fits, another kernel where it does not.
 
     Args:
-        otherwise: computes the visits that do not fit.
+        fallback: computes what does not fit.
         interpret: run in Pallas' interpreter, which is slow, on any device.
 
     Legend: B batch, H query heads, K key/value heads, Q and S query and key
@@ -41,45 +41,41 @@ class SplashKernel(FusedKernel):
     """
 
     name = "splash"
+    description = (
+        "JAX's splash attention on TPUs, by name only: not run on one yet"
+    )
 
-    def __init__(self, otherwise: Kernel, interpret: bool = False):
-        super().__init__(otherwise)
+    def __init__(self, fallback: Kernel, interpret: bool = False):
+        super().__init__(fallback)
         self.interpret = interpret
 
-    def available(
-        self, device: str | None = None, dtype: str | None = None
-    ) -> bool:
-        """By name only, see above: not for a device that asks."""
+    def available(self) -> bool:
         return (
-            device is None
-            and dtype in (None, DTYPE)
-            and (self.interpret or local.platform() == "tpu")
-            and _operations() is not None
-        )
+            self.interpret or local.platform() == "tpu"
+        ) and _operations() is not None
+
+    def preferred(self, device: str | None, dtype: str) -> bool:
+        """By name only, see above."""
+        return False
 
     def rounds(self, dtype: str) -> bool:
         return dtype == DTYPE
 
-    def fits(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
-    ) -> bool:
+    def takes(self, inputs: Inputs, visit: Visit) -> bool:
+        query, key, value = inputs
         parts = (
-            query.shape[2] / len(block.query_starts),
-            key.shape[2] / len(block.key_starts),
+            query.shape[2] / len(visit.query_starts),
+            key.shape[2] / len(visit.key_starts),
         )
         return (
-            self.available(dtype=str(query.dtype))
+            self.available()
+            and str(query.dtype) == DTYPE
             and all(part % TILES[-1] == 0 for part in parts)
             and max(query.shape[3], value.shape[3]) <= WIDEST
         )
 
-    def forward(
-        self,
-        causal: bool,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        scale: float,
+    def call_forward(
+        self, inputs: Inputs, scale: float, causal: bool
     ) -> tuple[jax.Array, jax.Array]:
         def on_device(*tensors: jax.Array) -> Any:
             splash = self._made(causal, *tensors[:2])
@@ -91,24 +87,14 @@ class SplashKernel(FusedKernel):
             return jax.vmap(of_sample)(*tensors)
 
         found: tuple[jax.Array, jax.Array] = local.on_each_device(
-            on_device, (_scaled(query, scale), key, value)
+            on_device, (_scaled(inputs.query, scale), *inputs[1:])
         )
         return found
 
-    def backward(
-        self,
-        causal: bool,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        out: jax.Array,
-        lse: jax.Array,
-        delta: jax.Array,
-        grad_out: jax.Array,
-        scale: float,
+    def call_backward(
+        self, inputs: Inputs, rows: Rows, scale: float, causal: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        del out  # Already in delta.
-
+        # What `out` says is in delta already.
         def on_device(*tensors: jax.Array) -> Any:
             splash = self._made(causal, *tensors[:2])
             sizes = splash.kwargs["block_sizes"]
@@ -153,8 +139,8 @@ class SplashKernel(FusedKernel):
         grad_query, grad_key, grad_value = local.on_each_device(
             on_device,
             (
-                *(_scaled(query, scale), key, value, lse),
-                *(grad_out.astype(query.dtype), delta),
+                *(_scaled(inputs.query, scale), *inputs[1:], rows.lse),
+                *(rows.grad_out.astype(inputs.query.dtype), rows.delta),
             ),
         )
         return grad_query.astype("float32") * scale, grad_key, grad_value

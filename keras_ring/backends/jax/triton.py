@@ -15,13 +15,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from keras_ring import numerics
 from keras_ring.backends.jax import local
 from keras_ring.backends.jax.fused import add, joined
-from keras_ring.kernel import BlockGradients, Kernel
+from keras_ring.kernel import (
+    FallbackKernel,
+    Gradients,
+    Inputs,
+    Kernel,
+    Rows,
+    merged,
+    summed,
+)
 from keras_ring.masks import Mask
 from keras_ring.numerics import Partial
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 
 DTYPES = ("float32", "float16", "bfloat16")
 # A dot product of Triton has at least this many rows, columns and terms.
@@ -31,11 +38,11 @@ WIDEST = 128
 TILES = ((64, 64), (64, 32), (32, 32))
 
 
-class TritonKernel(Kernel):
+class TritonKernel(FallbackKernel):
     """Triton where it fits, another kernel where it does not.
 
     Args:
-        otherwise: computes the visits that do not fit.
+        fallback: computes what does not fit.
         interpret: run in Pallas' interpreter, which is slow, on any device.
 
     Legend: B batch, H query heads, K key/value heads, Q and S query and key
@@ -43,35 +50,35 @@ class TritonKernel(Kernel):
     """
 
     name = "triton"
+    description = (
+        "this package's own in Triton on GPUs, by name only: others are faster"
+    )
 
-    def __init__(self, otherwise: Kernel, interpret: bool = False):
-        self.otherwise = otherwise
+    def __init__(self, fallback: Kernel, interpret: bool = False):
+        super().__init__(fallback)
         self.interpret = interpret
 
-    def available(
-        self, device: str | None = None, dtype: str | None = None
-    ) -> bool:
-        """By name only, see above: not for a device that asks."""
-        return device is None and self._runs() and dtype in (None, *DTYPES)
+    def available(self) -> bool:
+        return self._runs()
+
+    def preferred(self, device: str | None, dtype: str) -> bool:
+        """By name only, see above."""
+        return False
 
     def rounds(self, dtype: str) -> bool:
         return dtype != "float32"
 
-    def branch(self, predicate: Any, yes: Any, no: Any) -> Any:
-        return self.otherwise.branch(predicate, yes, no)
-
-    def block_forward(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
+    def compute(
+        self, inputs: Inputs, visit: Visit, carry: Partial | None
     ) -> Partial:
-        if not self.fits(query, key, value, block):
-            return self.otherwise.block_forward(query, key, value, block)
+        query, key, value = inputs
         width = value.shape[3]
         rows = []
-        for own in _parts(block.query_starts, query.shape[2]):
-            found = None
-            for seen in _parts(block.key_starts, key.shape[2]):
+        for own in _parts(visit.query_starts, query.shape[2]):
+            found: Partial | None = None
+            for seen in _parts(visit.key_starts, key.shape[2]):
                 program, carried, starts, padded = self._program(
-                    block, own, seen, query.shape[3], width, query.dtype
+                    visit, own, seen, query.shape[3], width, query.dtype
                 )
                 out, lse = local.on_each_device(
                     lambda q, k, v, *rest, call=program.forward: call(
@@ -87,36 +94,30 @@ class TritonKernel(Kernel):
                 )
                 length = own[1]
                 part = Partial(out[:, :, :length, :width], lse[:, :, :length])
-                found = part if found is None else numerics.merge(found, part)
+                found = merged(found, part)
             rows.append(found)
-        return Partial(*(joined(t) for t in zip(*rows, strict=True)))
+        whole = Partial(*(joined(t) for t in zip(*rows, strict=True)))
+        return merged(carry, whole)
 
-    def block_backward(
+    def compute_gradients(
         self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        out: jax.Array,
-        lse: jax.Array,
-        delta: jax.Array,
-        grad_out: jax.Array,
-        block: Block,
-    ) -> BlockGradients:
-        if not self.fits(query, key, value, block):
-            return self.otherwise.block_backward(
-                query, key, value, out, lse, delta, grad_out, block
-            )
+        inputs: Inputs,
+        rows: Rows,
+        visit: Visit,
+        carry: jax.Array | None,
+    ) -> Gradients:
+        query, key, value = inputs
         # exp(score - inf) = 0: a row that sees nothing gives nothing.
-        lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-        grad_out = grad_out.astype(query.dtype)
+        lse = jnp.where(rows.lse == -jnp.inf, jnp.inf, rows.lse)
+        grad_out = rows.grad_out.astype(query.dtype)
         shapes = query.shape, key.shape, value.shape
         grads: list[dict[int, Any]] = [{}, {}, {}]
-        for row, own in enumerate(_parts(block.query_starts, shapes[0][2])):
+        for row, own in enumerate(_parts(visit.query_starts, shapes[0][2])):
             for column, seen in enumerate(
-                _parts(block.key_starts, shapes[1][2])
+                _parts(visit.key_starts, shapes[1][2])
             ):
                 program, carried, starts, padded = self._program(
-                    block, own, seen, shapes[0][3], shapes[2][3], query.dtype
+                    visit, own, seen, shapes[0][3], shapes[2][3], query.dtype
                 )
                 shares = local.on_each_device(
                     lambda *tensors, call=program.backward: call(
@@ -127,7 +128,7 @@ class TritonKernel(Kernel):
                         padded(key, 1),
                         padded(value, 1),
                         padded(lse, 0, fill=jnp.inf),
-                        padded(delta, 0),
+                        padded(rows.delta, 0),
                         padded(grad_out, 0),
                         *carried,
                     ),
@@ -138,7 +139,8 @@ class TritonKernel(Kernel):
                     grads, shares, places, shapes, strict=True
                 ):
                     add(found, number, share[:, :, :length, : shape[3]])
-        return BlockGradients(*(joined(list(g.values())) for g in grads))
+        whole = Gradients(*(joined(list(g.values())) for g in grads))
+        return summed(carry, whole)
 
     def _runs(self) -> bool:
         if self.interpret:
@@ -146,11 +148,11 @@ class TritonKernel(Kernel):
         return local.platform() == "gpu" and _is_there()
 
     def fits(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, block: Block
+        self, inputs: Inputs, visit: Visit, rows: Rows | None = None
     ) -> bool:
-        """True if Triton can compute a visit."""
-        scoring = block.scoring
-        sizes = (*query.shape, *key.shape, *value.shape)
+        query, _, value = inputs
+        scoring = visit.scoring
+        sizes = [size for tensor in inputs for size in tensor.shape]
         return (
             self._runs()
             and str(query.dtype) in DTYPES
@@ -163,7 +165,7 @@ class TritonKernel(Kernel):
 
     def _program(
         self,
-        block: Block,
+        visit: Visit,
         own: tuple[int, int, Any],
         seen: tuple[int, int, Any],
         key_width: int,
@@ -175,7 +177,7 @@ class TritonKernel(Kernel):
         # Here, since it imports Pallas.
         from keras_ring.backends.jax import triton_programs
 
-        sides, mask = (own, seen), block.scoring.mask
+        sides, mask = (own, seen), visit.scoring.mask
         # What a tile holds of float32, or of wide heads, is twice as large.
         large = (dtype == jnp.float32) + (max(key_width, value_width) > 64)
         tiles = tuple(
@@ -184,7 +186,7 @@ class TritonKernel(Kernel):
         )
         program = triton_programs.Program(
             mask,
-            block.scoring.scale,
+            visit.scoring.scale,
             (tiles[0], tiles[1]),
             (own[1], seen[1]),
             self._options(),

@@ -1,4 +1,4 @@
-"""Attention over one visiting chunk on TensorFlow."""
+"""The kernels of TensorFlow, by preference."""
 
 import dataclasses
 import types
@@ -10,11 +10,11 @@ import tensorflow as tf
 from keras_ring import blockwise, numerics, tiling
 from keras_ring.backends.tensorflow.native import TensorFlowNativeKernel
 from keras_ring.blockwise import BlockwiseKernel
-from keras_ring.kernel import BlockGradients
+from keras_ring.kernel import Gradients, Inputs, Rows
 from keras_ring.masks import Carried
 from keras_ring.numerics import Partial
 from keras_ring.scoring import Scoring
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,30 +39,21 @@ class Kernel(BlockwiseKernel):
     def device(self, tensor: tf.Tensor) -> str | None:
         return None  # Not known while a program is traced.
 
-    def block_forward(
-        self, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, block: Block
-    ) -> Partial:
-        return Partial(*_visit("forward", block, query, key, value))
+    def forward_alone(self, inputs: Inputs, visit: Visit) -> Partial:
+        return Partial(*_called("forward", visit, *inputs))
 
-    def block_backward(
-        self,
-        query: tf.Tensor,
-        key: tf.Tensor,
-        value: tf.Tensor,
-        out: tf.Tensor,
-        lse: tf.Tensor,
-        delta: tf.Tensor,
-        grad_out: tf.Tensor,
-        block: Block,
-    ) -> BlockGradients:
-        del out  # Already in delta.
-        first = query, key, value, lse, delta, grad_out
-        query, key, value, *rest = _visit("backward", block, *first)
-        has = block.scoring.bias is not None, block.scoring.slopes is not None
+    def backward_alone(
+        self, inputs: Inputs, rows: Rows, visit: Visit
+    ) -> Gradients:
+        # What `out` says is in delta already.
+        query, key, value, *rest = _called(
+            "backward", visit, *inputs, *rows[1:]
+        )
+        has = visit.scoring.bias is not None, visit.scoring.slopes is not None
         bias, slopes = (rest.pop(0) if there else None for there in has)
-        return BlockGradients(query, key, value, bias, slopes)
+        return Gradients(query, key, value, bias, slopes)
 
-    def once(self) -> BlockwiseKernel:
+    def eager(self) -> BlockwiseKernel:
         return _OPERATION_BY_OPERATION
 
     def loop(self, count: Any, body: Callable, carry: Any) -> Any:
@@ -217,12 +208,12 @@ class _WrittenOut(Kernel):
     and tiles are slices of their tensors, so that no list of them is laid out
     anew."""
 
-    def takes(self, query: tf.Tensor, key: tf.Tensor, scoring: Scoring) -> bool:
+    def takes(self, inputs: Inputs, scoring: Scoring) -> bool:
         """True if a visit has few tiles, and a number for each."""
         most = _OfOneDevice.unrolled * tiling.TILE
         return all(
             length and length <= most
-            for length in (query.shape[2], key.shape[2])
+            for length in (inputs.query.shape[2], inputs.key.shape[2])
         ) and (scoring.mask is None or not any(scoring.mask.carried()))
 
     def loop(self, count: Any, body: Callable, carry: Any) -> Any:
@@ -248,8 +239,8 @@ class _WrittenOut(Kernel):
 class _OperationByOperation(Kernel):
     """Kernel for a visit outside of any program: tracing one takes longer."""
 
-    block_forward = BlockwiseKernel.block_forward
-    block_backward = BlockwiseKernel.block_backward
+    forward_alone = BlockwiseKernel.forward_alone
+    backward_alone = BlockwiseKernel.backward_alone
 
 
 KERNEL = Kernel()
@@ -260,19 +251,19 @@ _WRITTEN_OUT = _WrittenOut()
 KERNELS = (TensorFlowNativeKernel(KERNEL), KERNEL)
 
 
-def _visit(name: str, block: Block, *tensors: tf.Tensor) -> list[tf.Tensor]:
-    """One visit by the program that all visits of its kind share.
+def _called(name: str, visit: Visit, *tensors: tf.Tensor) -> list[tf.Tensor]:
+    """One block by the program that all blocks of its kind share.
 
-    A step has one visit for every replica, hop, layer and direction. Traced
+    A step has one block for every replica, hop, layer and direction. Traced
     each by itself they would take minutes; as calls of one function that
     is traced once, they take seconds.
     """
-    carried = block.scoring.carried()
+    carried = visit.scoring.carried()
     # The program must not hold on to the tensors of its first visit.
-    scoring = block.scoring.replace(
+    scoring = visit.scoring.replace(
         Carried(*(tuple(_PLACE for _ in side) for side in carried))
     )
-    places = block.query_starts, block.key_starts
+    places = visit.query_starts, visit.key_starts
     # Programs for all places in a ring would be too many.
     known = all(
         len(side) == 1 and isinstance(side[0], int) and side[0] == 0
@@ -301,24 +292,23 @@ _PROGRAMS: dict[Any, Callable[..., list[tf.Tensor]]] = {}
 def _program(
     name: str, scoring: Scoring, known: bool
 ) -> Callable[..., list[tf.Tensor]]:
-    compute: Any = {
-        "forward": blockwise.block_forward,
-        "backward": blockwise.block_backward,
-    }[name]
-
     # Not with `reduce_retracing`, which would forget the number of heads.
     @tf.function(autograph=False)
-    def visit(places: Any, carried: Carried, *tensors: Any) -> Any:
+    def program(places: Any, carried: Carried, *tensors: Any) -> Any:
         query_starts, key_starts = places
-        block = Block(query_starts, key_starts, scoring.replace(carried))
+        visit = Visit(query_starts, key_starts, scoring.replace(carried))
+        inputs = Inputs(*tensors[:3])
         primitives = KERNEL
         if known:
-            query, key, *_ = tensors
-            written = _WRITTEN_OUT.takes(query, key, block.scoring)
+            written = _WRITTEN_OUT.takes(inputs, visit.scoring)
             primitives = _WRITTEN_OUT if written else _OF_ONE_DEVICE
-        results = compute(primitives, *tensors, block)
+        if name == "forward":
+            results: Any = blockwise.forward_alone(primitives, inputs, visit)
+        else:
+            rows = Rows(None, *tensors[3:])
+            results = blockwise.backward_alone(primitives, inputs, rows, visit)
         return [tensor for tensor in results if tensor is not None]
 
     # A program for each kind is what is wanted.
-    visit._omit_frequent_tracing_warning = True
-    return visit
+    program._omit_frequent_tracing_warning = True
+    return program

@@ -14,13 +14,13 @@ from typing import Any
 import tensorflow as tf
 
 from keras_ring import strategy
-from keras_ring.kernel import BlockGradients
+from keras_ring.kernel import Gradients, Inputs, Rows
 from keras_ring.masks.band import Band
 from keras_ring.native import kernel as native
 from keras_ring.native import library
 from keras_ring.native.kernel import NativeKernel
 from keras_ring.numerics import Partial
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 
 _as_it_is = tf.autograph.experimental.do_not_convert
 
@@ -36,14 +36,15 @@ class TensorFlowNativeKernel(NativeKernel):
     open_axes = 3
     open_limits = True
     # Nothing in here is a loop or a branch of a program.
-    fold = _as_it_is(NativeKernel.fold)
-    fold_backward = _as_it_is(NativeKernel.fold_backward)
+    forward = _as_it_is(NativeKernel.forward)
+    backward = _as_it_is(NativeKernel.backward)
     available = _as_it_is(NativeKernel.available)
+    preferred = _as_it_is(NativeKernel.preferred)
 
     def load(self) -> None:
         loaded()
 
-    def here(self) -> bool:
+    def preferred_here(self) -> bool:
         world = _world()
         return (
             world is not None
@@ -51,46 +52,36 @@ class TensorFlowNativeKernel(NativeKernel):
             and not tf.config.get_visible_devices("GPU")
         )
 
-    def forward(
-        self,
-        partial: Partial | None,
-        query: tf.Tensor,
-        key: tf.Tensor,
-        value: tf.Tensor,
-        block: Block,
-        pairs: Band,
+    def call_forward(
+        self, inputs: Inputs, visit: Visit, band: Band, carry: Partial | None
     ) -> Partial:
         found = loaded().keras_ring_forward(
-            **_inputs(query, key, value, block, pairs),
-            before=[] if partial is None else list(partial),
+            **_operands(inputs, visit, band),
+            before=[] if carry is None else list(carry),
         )
         return Partial(*found)
 
-    def backward(
+    def call_backward(
         self,
-        grad_query: tf.Tensor | None,
-        query: tf.Tensor,
-        key: tf.Tensor,
-        value: tf.Tensor,
-        lse: tf.Tensor,
-        delta: tf.Tensor,
-        grad_out: tf.Tensor,
-        block: Block,
-        pairs: Band,
-    ) -> BlockGradients:
+        inputs: Inputs,
+        rows: Rows,
+        visit: Visit,
+        band: Band,
+        carry: tf.Tensor | None,
+    ) -> Gradients:
         found = loaded().keras_ring_backward(
-            **_inputs(query, key, value, block, pairs),
-            lse=lse,
-            delta=delta,
-            grad_out=grad_out,
-            before=[] if grad_query is None else [grad_query],
+            **_operands(inputs, visit, band),
+            lse=rows.lse,
+            delta=rows.delta,
+            grad_out=rows.grad_out,
+            before=[] if carry is None else [carry],
         )
-        return BlockGradients(*found)
+        return Gradients(*found)
 
     def fits(
-        self, query: tf.Tensor, key: tf.Tensor, value: tf.Tensor, block: Block
+        self, inputs: Inputs, visit: Visit, rows: Rows | None = None
     ) -> bool:
-        return not _for_xla() and super().fits(query, key, value, block)
+        return not _for_xla() and super().fits(inputs, visit, rows)
 
 
 def _load() -> Any:
@@ -110,31 +101,23 @@ def _load() -> Any:
 loaded = library.Once(_load)
 
 
-def _inputs(
-    query: tf.Tensor,
-    key: tf.Tensor,
-    value: tf.Tensor,
-    block: Block,
-    pairs: Band,
-) -> dict[str, Any]:
+def _operands(inputs: Inputs, visit: Visit, band: Band) -> dict[str, Any]:
     """Inputs and attributes that both operations have."""
     return {
-        "query": query,
-        "key": key,
-        "value": value,
-        "query_starts": tf.convert_to_tensor(block.query_starts, tf.int32),
-        "key_starts": tf.convert_to_tensor(block.key_starts, tf.int32),
-        "limits": _limits(pairs),
-        "least": pairs.least,
-        "most": pairs.most,
-        "scale": block.scoring.scale,
+        **inputs._asdict(),
+        "query_starts": tf.convert_to_tensor(visit.query_starts, tf.int32),
+        "key_starts": tf.convert_to_tensor(visit.key_starts, tf.int32),
+        "limits": _limits(band),
+        "least": band.least,
+        "most": band.most,
+        "scale": visit.scoring.scale,
         "threads": max(1, native.threads() // _neighbours()),
     }
 
 
-def _limits(pairs: Band) -> tf.Tensor:
+def _limits(band: Band) -> tf.Tensor:
     """`stop` and `rows`, in one operation where they are known."""
-    limits = [pairs.stop, pairs.rows]
+    limits = [band.stop, band.rows]
     if not all(isinstance(limit, int) for limit in limits):
         limits = [tf.cast(limit, tf.int64) for limit in limits]
     return tf.convert_to_tensor(limits, tf.int64)

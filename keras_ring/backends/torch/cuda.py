@@ -63,6 +63,8 @@ class _Cuda(Operation):
 class CudaFlash(_Cuda):
     """FlashAttention 2."""
 
+    description = "FlashAttention, on CUDA devices in half precision"
+
     name = "_scaled_dot_product_flash_attention"
 
     def forward(
@@ -99,6 +101,8 @@ class CudaFlash(_Cuda):
 
 class CuDnn(_Cuda):
     """The attention of NVIDIA's cuDNN."""
+
+    description = "cuDNN, on CUDA devices in half precision"
 
     name = "_scaled_dot_product_cudnn_attention"
     widest: float = 128
@@ -153,6 +157,10 @@ class CuDnn(_Cuda):
 
 class Efficient(_Cuda):
     """Memory-efficient attention, of float32 too and with masks."""
+
+    description = (
+        "the memory-efficient operation, on CUDA devices; float32 as well"
+    )
 
     name = "_scaled_dot_product_efficient_attention"
     dtypes = (*HALF, torch.float32)

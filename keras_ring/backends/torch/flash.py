@@ -31,6 +31,7 @@ BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
 class CpuFlash(Operation):
     """For any dtype; half precision in float32."""
 
+    description = "PyTorch's fused attention for CPUs"
     device = "cpu"
     grain = FINE
 

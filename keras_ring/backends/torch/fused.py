@@ -22,13 +22,19 @@ from keras_ring.backends.torch.pieces import (
     columns,
     joined,
     pieces,
-    rows,
+    rows_of,
     samples,
     squared,
 )
-from keras_ring.kernel import BlockGradients, FoldingKernel, Kernel
+from keras_ring.kernel import (
+    FallbackKernel,
+    Gradients,
+    Inputs,
+    Kernel,
+    Rows,
+)
 from keras_ring.numerics import Partial
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 
 
 class Call(NamedTuple):
@@ -53,6 +59,7 @@ class Operation(abc.ABC):
     a rectangle, W the width of all its tensors.
 
     Attributes:
+        description: for `Kernel.description`.
         device: the kind of device that it is for.
         multiple: what a width has to be a multiple of.
         widest: the largest width.
@@ -63,6 +70,7 @@ class Operation(abc.ABC):
         fewest: the smallest number of rows and of columns it takes.
     """
 
+    description: str
     device: str
     multiple: int = 1
     widest: float = math.inf
@@ -108,12 +116,12 @@ class Operation(abc.ABC):
         that sees nothing."""
 
 
-class FusedKernel(FoldingKernel):
+class FusedKernel(FallbackKernel):
     """Fused calls where they fit, another kernel where they do not.
 
     Args:
         name: for `config.set_kernel`.
-        otherwise: computes the visits that do not fit.
+        fallback: computes what does not fit.
         plain: computes rectangles that are whole or the corner of a causal
             mask.
         masked: computes those of which some pairs do not count, and those
@@ -127,26 +135,28 @@ class FusedKernel(FoldingKernel):
     def __init__(
         self,
         name: str,
-        otherwise: Kernel,
+        fallback: Kernel,
         plain: Operation,
         masked: Operation | None = None,
     ):
         self.name = name
-        super().__init__(otherwise)
+        self.description = plain.description
+        super().__init__(fallback)
         self.plain = plain
         self.masked = masked or plain
         if not self.masked.masks:
             raise ValueError("`masked` must be an operation that takes masks.")
 
-    def available(
-        self, device: str | None = None, dtype: str | None = None
-    ) -> bool:
-        """True if the operations are there, for tensors of this kind."""
-        if device not in (None, self.plain.device) or not all(
-            operation.there() for operation in (self.plain, self.masked)
-        ):
-            return False
-        return dtype is None or self._dtype(getattr(torch, dtype)) is not None
+    def available(self) -> bool:
+        """True if the operations are there."""
+        return all(operation.there() for operation in (self.plain, self.masked))
+
+    def preferred(self, device: str | None, dtype: str) -> bool:
+        return (
+            device in (None, self.plain.device)
+            and self.available()
+            and self._dtype(getattr(torch, dtype)) is not None
+        )
 
     def rounds(self, dtype: str) -> bool:
         """True if results have the precision of a dtype, and not that in which
@@ -165,22 +175,16 @@ class FusedKernel(FoldingKernel):
         found: torch.Tensor = super().row_delta(out, grad_out, grad_lse)
         return found
 
-    def fold(
-        self,
-        partial: Partial | None,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        block: Block,
+    def compute(
+        self, inputs: Inputs, visit: Visit, carry: Partial | None
     ) -> Partial:
-        width = max(query.shape[3], value.shape[3])
-        if not self.fits(query, key, value, block):
-            return self.otherwise.fold(partial, query, key, value, block)
+        query, key, value = inputs
+        partial, width = carry, max(query.shape[3], value.shape[3])
         accumulate = accumulation_dtype(query.dtype)
         values = value.shape[3]
         query, key, value = self._ready(width, query, key, value)
-        for piece in self._pieces(block, query.shape[2], key.shape[2]):
-            part = self._forward(piece, query, key, value, block)
+        for piece in self._pieces(visit, query.shape[2], key.shape[2]):
+            part = self._forward(piece, Inputs(query, key, value), visit)
             part = Partial(
                 part.out[..., :values].to(accumulate), part.lse.to(accumulate)
             )
@@ -190,59 +194,58 @@ class FusedKernel(FoldingKernel):
             if partial is None:
                 partial = _nothing(query, values, accumulate)
             part = Partial(*(apart(t, piece) for t in part))
-            merge(Partial(*(rows(t, piece) for t in partial)), part)
+            merge(Partial(*(rows_of(t, piece) for t in partial)), part)
         if partial is None:
             return _nothing(query, values, accumulate)
         return partial
 
-    def fold_backward(
+    def backward(
         self,
-        grad_query: torch.Tensor | None,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        delta: torch.Tensor | None,
-        grad_out: torch.Tensor,
-        block: Block,
-    ) -> BlockGradients:
+        inputs: Inputs,
+        rows: Rows,
+        visit: Visit,
+        carry: torch.Tensor | None,
+    ) -> Gradients:
+        if rows.delta is None and not self.fits(inputs, visit, rows):
+            nothing = torch.zeros_like(rows.lse)
+            delta = super().row_delta(rows.out, rows.grad_out, nothing)
+            rows = rows._replace(delta=delta)
+        return super().backward(inputs, rows, visit, carry)
+
+    def compute_gradients(
+        self,
+        inputs: Inputs,
+        rows: Rows,
+        visit: Visit,
+        carry: torch.Tensor | None,
+    ) -> Gradients:
+        query, key, value = inputs
         key_width, value_width = query.shape[3], value.shape[3]
         accumulate = accumulation_dtype(query.dtype)
-        # The operation makes delta of `out` and `grad_out`. Where the
-        # log-sum-exp has a gradient of its own they are given columns more,
-        # in which the values are 0, and their product is delta.
-        more = 0 if delta is None else self._terms(query.dtype)
-        width = max(key_width, value_width + more)
-        if not self.fits(query, key, value, block, width):
-            if delta is None:
-                delta = super().row_delta(out, grad_out, torch.zeros_like(lse))
-            return self.otherwise.fold_backward(
-                *(grad_query, query, key, value, out, lse, delta, grad_out),
-                block,
-            )
-        out, grad_out = out.to(accumulate), grad_out.to(accumulate)
-        if delta is not None:
+        width, more = self._backward_width(inputs, rows)
+        out, grad_out = rows.out.to(accumulate), rows.grad_out.to(accumulate)
+        if rows.delta is not None:
             grad_out = torch.nn.functional.pad(grad_out, (0, more), value=1.0)
-            terms = split(delta, more, self._dtype(query.dtype))
+            terms = split(rows.delta, more, self._dtype(query.dtype))
             out = torch.cat([torch.zeros_like(out), terms], dim=-1)
         query, key, value, out, grad_out = self._ready(
             width, query, key, value, out, grad_out
         )
         # exp(score - inf) = 0: a row that sees nothing gives nothing.
-        lse = torch.where(lse == -float("inf"), float("inf"), lse)
-        tensors = grad_out, query, key, value, out, lse
+        lse = torch.where(rows.lse == -float("inf"), float("inf"), rows.lse)
+        inputs = Inputs(query, key, value)
+        rows = Rows(out, lse, rows.delta, grad_out)
         widths = key_width, key_width, value_width
-        grads: list[Any] = [grad_query, None, None]
+        grads: list[Any] = [carry, None, None]
 
         def empty(i: int) -> torch.Tensor:
-            return _zeros(tensors[1 + i], widths[i], accumulate)
+            return _zeros(inputs[i], widths[i], accumulate)
 
-        for piece in self._pieces(block, query.shape[2], key.shape[2]):
-            shares = self._backward(piece, *tensors, block)
+        for piece in self._pieces(visit, query.shape[2], key.shape[2]):
+            shares = self._backward(piece, inputs, rows, visit)
             covers = piece.covers(query.shape[2], key.shape[2])
             for i, (share, side) in enumerate(
-                zip(shares, (rows, columns, columns), strict=True)
+                zip(shares, (rows_of, columns, columns), strict=True)
             ):
                 share = share[..., : widths[i]]
                 if grads[i] is None and covers:
@@ -252,12 +255,23 @@ class FusedKernel(FoldingKernel):
                     grads[i] = empty(i)
                 total = side(grads[i], piece)
                 total += apart(share, piece)
-        return BlockGradients(
+        return Gradients(
             *(empty(i) if g is None else g for i, g in enumerate(grads))
         )
 
     def add(self, total: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         return total.add_(share)
+
+    def _backward_width(self, inputs: Inputs, rows: Rows) -> tuple[int, int]:
+        """Width of the tensors of a backward, and its columns for `delta`.
+
+        The operation makes delta of `out` and `grad_out`. Where the
+        log-sum-exp has a gradient of its own they are given columns more, in
+        which the values are 0, and their product is delta.
+        """
+        query, _, value = inputs
+        more = 0 if rows.delta is None else self._terms(query.dtype)
+        return max(query.shape[3], value.shape[3] + more), more
 
     def _terms(self, dtype: torch.dtype) -> int:
         """Number of values of the operations' precision that `delta` takes."""
@@ -276,22 +290,20 @@ class FusedKernel(FoldingKernel):
         return -(-width // multiple) * multiple
 
     def fits(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        block: Block,
-        width: int | None = None,
+        self, inputs: Inputs, visit: Visit, rows: Rows | None = None
     ) -> bool:
-        """True if fused calls can compute a visit, of all tensors in the width
-        of the widest or in another."""
-        scoring = block.scoring
-        width = width or max(query.shape[3], value.shape[3])
+        """True if fused calls can compute a block, of all tensors in the
+        width of the widest."""
+        scoring = visit.scoring
+        query, _, value = inputs
+        width = max(query.shape[3], value.shape[3])
+        if rows is not None:
+            width, _ = self._backward_width(inputs, rows)
         return (
             query.device.type == self.plain.device
             and self._dtype(query.dtype) is not None
             and self._width(width) <= min(self.plain.widest, self.masked.widest)
-            and all(t.numel() for t in (query, key, value))
+            and all(tensor.numel() for tensor in inputs)
             and scoring.scale > 0
             and scoring.only_products
         )
@@ -310,8 +322,8 @@ class FusedKernel(FoldingKernel):
                 tensor = torch.nn.functional.pad(tensor, (0, more))
             yield tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
-    def _pieces(self, block: Block, queries: int, keys: int) -> list[Piece]:
-        found = pieces(block, queries, keys, self.plain.grain)
+    def _pieces(self, visit: Visit, queries: int, keys: int) -> list[Piece]:
+        found = pieces(visit, queries, keys, self.plain.grain)
         if not self.plain.square:
             return found
         return [part for piece in found for part in squared(piece)]
@@ -320,34 +332,26 @@ class FusedKernel(FoldingKernel):
         fits = min(piece.rows, piece.columns) >= self.plain.fewest
         return self.plain if piece.mask is None and fits else self.masked
 
-    def _forward(
-        self,
-        piece: Piece,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        block: Block,
-    ) -> Partial:
+    def _forward(self, piece: Piece, inputs: Inputs, visit: Visit) -> Partial:
         """Attention of the rows of a piece over its columns; rectangles of
         one piece are further samples.
 
         Args:
             piece: of the visit.
-            query: (B, H, Q, W).
-            key: (B, K, S, W).
-            value: (B, K, S, W).
-            block: what the visit is.
+            inputs: (B, H, Q, W), (B, K, S, W), (B, K, S, W).
+            visit: which it is.
 
         Returns:
             `Partial` of (B * count, H, rows, W) and (B * count, H, rows).
         """
-        call = _call(piece, query, block)
+        query, key, value = inputs
+        call = _call(piece, query, visit)
         operation, heads = self._operation(piece), query.shape[1]
         key, value = (
             _repeated(samples(columns(t, piece), piece), heads, operation)
             for t in (key, value)
         )
-        query = samples(rows(query, piece), piece)
+        query = samples(rows_of(query, piece), piece)
         out, lse = operation.forward(query, key, value, call)
         if call.mask is not None:
             seen = call.mask.any(dim=-1)
@@ -356,40 +360,31 @@ class FusedKernel(FoldingKernel):
         return Partial(out, lse)
 
     def _backward(
-        self,
-        piece: Piece,
-        grad_out: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        block: Block,
+        self, piece: Piece, inputs: Inputs, rows: Rows, visit: Visit
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients that a piece adds to those of its rows and columns.
 
         Args:
             piece: of the visit.
-            grad_out: (B, H, Q, W).
-            query: (B, H, Q, W).
-            key: (B, K, S, W).
-            value: (B, K, S, W).
-            out: (B, H, Q, W), over all keys of the sequence.
-            lse: (B, H, Q), likewise; `inf` for a row that sees nothing.
-            block: what the visit is.
+            inputs: (B, H, Q, W), (B, K, S, W), (B, K, S, W).
+            rows: `out` and `grad_out` (B, H, Q, W), over all keys of the
+                sequence; `lse` (B, H, Q), `inf` for a row that sees nothing.
+            visit: which it is.
 
         Returns:
             (B * count, H, rows, W), (B * count, K, columns, W) twice.
         """
         operation = self._operation(piece)
+        query, key, value = inputs
         key_heads, heads = key.shape[1], query.shape[1]
         keys, values = (
             _repeated(samples(columns(t, piece), piece), heads, operation)
             for t in (key, value)
         )
-        call = _call(piece, query, block)
+        call = _call(piece, query, visit)
         grad_out, query, out, lse = (
-            samples(rows(t, piece), piece) for t in (grad_out, query, out, lse)
+            samples(rows_of(t, piece), piece)
+            for t in (rows.grad_out, query, rows.out, rows.lse)
         )
         grads = operation.backward(
             grad_out, query, keys, values, out, lse, call
@@ -444,9 +439,9 @@ def split(delta: torch.Tensor, count: int, dtype: Any) -> torch.Tensor:
     return torch.stack(terms, dim=-1)
 
 
-def _call(piece: Piece, query: torch.Tensor, block: Block) -> Call:
+def _call(piece: Piece, query: torch.Tensor, visit: Visit) -> Call:
     mask = None if piece.mask is None else piece.allowed(query.device)
-    return Call(piece.causal, mask, block.scoring.scale)
+    return Call(piece.causal, mask, visit.scoring.scale)
 
 
 def _repeated(

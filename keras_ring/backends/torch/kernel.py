@@ -1,4 +1,4 @@
-"""Attention over one visiting chunk on PyTorch."""
+"""The kernels of PyTorch, by preference."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,9 @@ from keras_ring.backends.torch.flash import CpuFlash
 from keras_ring.backends.torch.fused import FusedKernel, accumulation_dtype
 from keras_ring.backends.torch.native import TorchNativeKernel
 from keras_ring.blockwise import BlockwiseKernel
+from keras_ring.kernel import Inputs
 from keras_ring.numerics import Partial
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 
 
 class Kernel(BlockwiseKernel):
@@ -34,13 +35,8 @@ class Kernel(BlockwiseKernel):
             return yes()
         return yes() if bool(predicate) else no()
 
-    def block_forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        block: Block,
-    ) -> Partial:
+    def forward_alone(self, inputs: Inputs, visit: Visit) -> Partial:
+        query, _, value = inputs
         if query.is_meta:
             # Keras is inferring shapes, maybe of a very long sequence: the
             # loops would take long, and what fails it repeats with memory.
@@ -49,7 +45,7 @@ class Kernel(BlockwiseKernel):
                 query.new_empty((*rows, value.shape[3]), dtype=dtype),
                 query.new_empty(rows, dtype=dtype),
             )
-        return super().block_forward(query, key, value, block)
+        return super().forward_alone(inputs, visit)
 
     def store(self, tensor: torch.Tensor, axis: int = 0) -> torch.Tensor:
         return tensor.movedim(axis, 0)
@@ -79,7 +75,7 @@ KERNEL = Kernel()
 FLASH = FusedKernel("flash", KERNEL, CpuFlash())
 # By preference; the last is the reference.
 KERNELS = (
-    TorchNativeKernel(FLASH if FLASH.available("cpu") else KERNEL),
+    TorchNativeKernel(FLASH if FLASH.available() else KERNEL),
     FLASH,
     FusedKernel("cudnn", KERNEL, CuDnn(), Efficient()),
     FusedKernel("cuda_flash", KERNEL, CudaFlash(), Efficient()),

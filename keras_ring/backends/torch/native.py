@@ -13,12 +13,12 @@ import torch
 
 from keras_ring import strategy
 from keras_ring.backends.torch.pieces import Piece, pieces
-from keras_ring.kernel import BlockGradients
+from keras_ring.kernel import Gradients, Inputs, Rows
 from keras_ring.masks.band import Band
 from keras_ring.native import library
 from keras_ring.native.kernel import NativeKernel
 from keras_ring.numerics import Partial
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 
 # What the library computes with, whatever PyTorch's defaults are.
 FLOAT = torch.float32
@@ -32,9 +32,9 @@ FIELDS = 4
 KINDS = torch.Tensor, torch.nn.Parameter
 
 
-class Visit(NamedTuple):
-    """The pairs that count in a visit; a mask is boolean, (batch or 1, heads or
-    1, queries or 1, keys), its keys without gaps."""
+class Pairs(NamedTuple):
+    """The pairs that count, for one call; a mask is boolean, (batch or 1,
+    heads or 1, queries or 1, keys), its keys without gaps."""
 
     query_starts: Sequence[Any]
     key_starts: Sequence[Any]
@@ -44,7 +44,7 @@ class Visit(NamedTuple):
 
 
 class TorchNativeKernel(NativeKernel):
-    """A visit in one call, or in one for each of its `pieces` under a mask
+    """A block in one call, or in one for each of its `pieces` under a mask
     that is no band."""
 
     any_mask = True
@@ -53,18 +53,14 @@ class TorchNativeKernel(NativeKernel):
         loaded()
 
     def fits(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        block: Block,
+        self, inputs: Inputs, visit: Visit, rows: Rows | None = None
     ) -> bool:
         # What is traced, exported or compiled has no addresses, or none that
         # stay.
         return (
             not torch.jit.is_tracing()
             and not torch.compiler.is_compiling()
-            and super().fits(query, key, value, block)
+            and super().fits(inputs, visit, rows)
         )
 
     def _takes(self, tensor: torch.Tensor) -> bool:
@@ -76,57 +72,52 @@ class TorchNativeKernel(NativeKernel):
             and tensor.numel() > 0
         )
 
-    def forward(
+    def call_forward(
         self,
-        partial: Partial | None,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        block: Block,
-        pairs: Band | None,
+        inputs: Inputs,
+        visit: Visit,
+        band: Band | None,
+        carry: Partial | None,
     ) -> Partial:
-        if pairs is not None:
-            return _forward(partial, query, key, value, _visit(block, pairs))
-        if partial is None:
-            partial = Partial(
+        if band is not None:
+            return _forward(inputs, _pairs(visit, band), carry)
+        query, key, value = inputs
+        if carry is None:
+            carry = Partial(
                 _empty((*query.shape[:3], value.shape[3])).zero_(),
                 query.new_full(query.shape[:3], -float("inf")),
             )
-        for rows, columns, visit in _rectangles(block, query, key):
+        for rows, columns, pairs in _rectangles(visit, query, key):
             _forward(
-                Partial(partial.out[:, :, rows], partial.lse[:, :, rows]),
-                *(query[:, :, rows], key[:, :, columns], value[:, :, columns]),
-                visit,
+                _cut(inputs, rows, columns),
+                pairs,
+                Partial(*(tensor[:, :, rows] for tensor in carry)),
             )
-        return partial
+        return carry
 
-    def backward(
+    def call_backward(
         self,
-        grad_query: torch.Tensor | None,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        grad_out: torch.Tensor,
-        block: Block,
-        pairs: Band | None,
-    ) -> BlockGradients:
-        if pairs is not None:
-            return _backward(
-                *(grad_query, query, key, value, lse, delta, grad_out),
-                _visit(block, pairs),
-            )
-        if grad_query is None:
-            grad_query = _empty(query.shape).zero_()
-        grads = BlockGradients(
-            grad_query, *(_empty(t.shape).zero_() for t in (key, value))
+        inputs: Inputs,
+        rows: Rows,
+        visit: Visit,
+        band: Band | None,
+        carry: torch.Tensor | None,
+    ) -> Gradients:
+        if band is not None:
+            return _backward(inputs, rows, _pairs(visit, band), carry)
+        query, key, value = inputs
+        if carry is None:
+            carry = _empty(query.shape).zero_()
+        grads = Gradients(
+            carry, *(_empty(t.shape).zero_() for t in (key, value))
         )
-        for rows, columns, visit in _rectangles(block, query, key):
+        for own, columns, pairs in _rectangles(visit, query, key):
             share = _backward(
-                *(grads.query[:, :, rows], query[:, :, rows]),
-                *(key[:, :, columns], value[:, :, columns], lse[:, :, rows]),
-                *(delta[:, :, rows], grad_out[:, :, rows], visit),
+                _cut(inputs, own, columns),
+                # The library is not given `out`: it is in delta already.
+                Rows(None, *(tensor[:, :, own] for tensor in rows[1:])),
+                pairs,
+                carry[:, :, own],
             )
             grads.key[:, :, columns] += share.key
             grads.value[:, :, columns] += share.value
@@ -137,67 +128,59 @@ class TorchNativeKernel(NativeKernel):
 
 
 def _rectangles(
-    block: Block, query: torch.Tensor, key: torch.Tensor
-) -> Iterator[tuple[slice, slice, Visit]]:
+    visit: Visit, query: torch.Tensor, key: torch.Tensor
+) -> Iterator[tuple[slice, slice, Pairs]]:
     """Rows and columns of each rectangle of a visit, and what counts in it."""
-    for piece in pieces(block, query.shape[2], key.shape[2]):
-        visit = _rectangle(piece, block.scoring.scale)
+    for piece in pieces(visit, query.shape[2], key.shape[2]):
+        pairs = _rectangle(piece, visit.scoring.scale)
         for step in range(0, piece.count * piece.step or 1, piece.step or 1):
             rows, columns = (
                 slice(side.start + step, side.stop + step)
                 for side in (piece.queries, piece.keys)
             )
-            yield rows, columns, visit
+            yield rows, columns, pairs
 
 
-def _forward(
-    partial: Partial | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    visit: Visit,
-) -> Partial:
+def _cut(inputs: Inputs, rows: slice, columns: slice) -> Inputs:
+    """The operands of a rectangle, as views."""
+    query, key, value = inputs
+    return Inputs(query[:, :, rows], key[:, :, columns], value[:, :, columns])
+
+
+def _forward(inputs: Inputs, pairs: Pairs, carry: Partial | None) -> Partial:
     """The partial result, with what was there before, which is overwritten."""
-    go_on = partial is not None
-    if partial is None:
-        rows = query.shape[:3]
-        partial = Partial(
-            _empty((*rows, value.shape[3])), torch.empty(rows, **PLAIN)
+    go_on = carry is not None
+    if carry is None:
+        rows = inputs.query.shape[:3]
+        carry = Partial(
+            _empty((*rows, inputs.value.shape[3])), torch.empty(rows, **PLAIN)
         )
-    call = loaded().keras_ring_forward
-    _call(call, visit, (query, key, value, *partial), go_on)
-    return partial
+    _call(loaded().keras_ring_forward, pairs, (*inputs, *carry), go_on)
+    return carry
 
 
 def _backward(
-    grad_query: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lse: torch.Tensor,
-    delta: torch.Tensor,
-    grad_out: torch.Tensor,
-    visit: Visit,
-) -> BlockGradients:
-    """The gradients; `grad_query` is overwritten by its sum with the
-    query's."""
-    go_on = grad_query is not None
-    if grad_query is None:
-        grad_query = _empty(query.shape)
-    grads = grad_query, _empty(key.shape), _empty(value.shape)
-    call = loaded().keras_ring_backward
-    _call(call, visit, (query, key, value, lse, delta, grad_out, *grads), go_on)
-    return BlockGradients(*grads)
+    inputs: Inputs, rows: Rows, pairs: Pairs, carry: torch.Tensor | None
+) -> Gradients:
+    """The gradients; `carry` is overwritten by its sum with the query's."""
+    go_on = carry is not None
+    grads = (
+        _empty(inputs.query.shape) if carry is None else carry,
+        *(_empty(tensor.shape) for tensor in inputs[1:]),
+    )
+    tensors = *inputs, rows.lse, rows.delta, rows.grad_out, *grads
+    _call(loaded().keras_ring_backward, pairs, tensors, go_on)
+    return Gradients(*grads)
 
 
 def _call(
-    function: Any, visit: Visit, tensors: Sequence[torch.Tensor], go_on: bool
+    function: Any, pairs: Pairs, tensors: Sequence[torch.Tensor], go_on: bool
 ) -> None:
     """Call a function of the library.
 
     Args:
         function: as loaded.
-        visit: what counts.
+        pairs: what counts.
         tensors: query, key, value and the others. What is read may be any
             view; what is written is made here, with rows without gaps.
         go_on: whether results are there already.
@@ -219,16 +202,16 @@ def _call(
         found += (tensor.data_ptr(), *strides[:3])
     numbers = array.array("q", found)
     first, _ = numbers.buffer_info()
-    sides = visit.query_starts, visit.key_starts
+    sides = pairs.query_starts, pairs.key_starts
     starts = array.array("i", [int(start) for side in sides for start in side])
     start, _ = starts.buffer_info()
     status = function(
         VISIT.pack(
             *(query[0], query[1], value[1], query[2], value[2]),
             *(query[3], value[3], *map(len, sides)),
-            *(start, start + starts.itemsize * len(visit.query_starts)),
-            *(*visit.band, visit.scale, torch.get_num_threads()),
-            *_address(visit.mask),
+            *(start, start + starts.itemsize * len(pairs.query_starts)),
+            *(*pairs.band, pairs.scale, torch.get_num_threads()),
+            *_address(pairs.mask),
         ),
         *map(
             ctypes.c_void_p,
@@ -289,13 +272,13 @@ def _empty(shape: Sequence[int]) -> torch.Tensor:
     return torch.empty_strided(tuple(shape), strides, **PLAIN)
 
 
-def _visit(block: Block, band: Band) -> Visit:
-    return Visit(
-        block.query_starts, block.key_starts, band, block.scoring.scale
+def _pairs(visit: Visit, band: Band) -> Pairs:
+    return Pairs(
+        visit.query_starts, visit.key_starts, band, visit.scoring.scale
     )
 
 
-def _rectangle(piece: Piece, scale: float) -> Visit:
+def _rectangle(piece: Piece, scale: float) -> Pairs:
     """The same of a rectangle with places of its own."""
     mask = None
     if piece.mask is not None:
@@ -303,4 +286,4 @@ def _rectangle(piece: Piece, scale: float) -> Visit:
         if mask.stride(3) != 1:
             mask = mask.contiguous()
     band = Band(least=0) if piece.causal else Band()
-    return Visit((0,), (0,), band, scale, mask)
+    return Pairs((0,), (0,), band, scale, mask)

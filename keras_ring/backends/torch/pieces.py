@@ -17,7 +17,7 @@ import keras
 import torch
 
 from keras_ring.masks import Carried, Mask, Span
-from keras_ring.visit import Block
+from keras_ring.visit import Visit
 
 
 class Grain(NamedTuple):
@@ -125,12 +125,12 @@ class Piece:
 
 
 def pieces(
-    block: Block, query_length: int, key_length: int, grain: Grain = FINE
+    visit: Visit, query_length: int, key_length: int, grain: Grain = FINE
 ) -> list[Piece]:
     """The rectangles of a visit in which some pair is allowed.
 
     Args:
-        block: where the chunks lie, and what makes the scores.
+        visit: where the chunks lie, and what makes the scores.
         query_length: queries in the chunk, at least one.
         key_length: keys in the chunk, at least one.
         grain: how finely it is cut.
@@ -141,9 +141,9 @@ def pieces(
         first comes first that covers all queries and all keys, if any does.
     """
     whole = Piece(
-        slice(0, query_length), slice(0, key_length), 0, 0, block.scoring.mask
+        slice(0, query_length), slice(0, key_length), 0, 0, visit.scoring.mask
     )
-    some, every = block.relation(query_length, key_length)
+    some, every = visit.relation(query_length, key_length)
     if bool(every):
         return [dataclasses.replace(whole, mask=None)]
     if not bool(some):
@@ -154,7 +154,7 @@ def pieces(
     with keras.device("cpu"):
         found = [
             piece
-            for part in _contiguous(whole, block)
+            for part in _contiguous(whole, visit)
             for piece in _simplest(part, grain)
         ]
     return sorted(
@@ -175,14 +175,14 @@ def _on(device: Any, mask: Mask) -> Mask:
     return mask.replace(Carried(*sides))
 
 
-def _contiguous(whole: Piece, block: Block) -> Iterator[Piece]:
+def _contiguous(whole: Piece, visit: Visit) -> Iterator[Piece]:
     """The parts of a visit whose queries and whose keys are neighbours."""
-    for row, query_start in enumerate(block.query_starts):
-        for column, key_start in enumerate(block.key_starts):
+    for row, query_start in enumerate(visit.query_starts):
+        for column, key_start in enumerate(visit.key_starts):
             yield dataclasses.replace(
                 whole.part(
-                    _nth(row, whole.rows // len(block.query_starts)),
-                    _nth(column, whole.columns // len(block.key_starts)),
+                    _nth(row, whole.rows // len(visit.query_starts)),
+                    _nth(column, whole.columns // len(visit.key_starts)),
                 ),
                 query_start=int(query_start),
                 key_start=int(key_start),
@@ -272,7 +272,7 @@ def _within(outer: slice, inner: slice) -> slice:
     return slice(outer.start + inner.start, outer.start + inner.stop)
 
 
-def rows(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
+def rows_of(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
     """(B, H, Q, ...) -> the rows of a piece (B, H, count, rows, ...), or (B,
     H, rows, ...) if it is one rectangle. What is written there is in the
     tensor."""

@@ -1,15 +1,14 @@
-"""The one loop over visiting blocks of keys and values.
+"""Ring attention: the loop over visiting K/V blocks.
 
 Ring Attention (Liu, Zaharia and Abbeel 2023, arXiv 2310.01889, section 3):
 every member of the ring keeps its queries. Chunks of keys and values hop
-from member to member, and each member folds the chunk that visits it into
-its partial result. The backward sends keys and values around once more
-with the gradients that belong to them, and recomputes the probabilities
-from the log-sum-exp of the forward.
+from member to member, and each member adds attention over the chunk that
+visits it to its partial result. The backward sends keys and values around
+once more with the gradients that belong to them, and recomputes the
+probabilities from the log-sum-exp of the forward.
 
-The loop receives a transport and a kernel and knows no framework. All
-tensors here are heads first, `(batch, heads, length, head_dim)`, and local:
-the chunk that one member holds.
+The loop knows no framework: a transport moves the blocks, a kernel computes
+one of them.
 """
 
 import dataclasses
@@ -18,56 +17,85 @@ from typing import Any
 from keras import ops
 
 from keras_ring import numerics, placement
-from keras_ring.kernel import BlockGradients, Kernel
+from keras_ring.kernel import (
+    Gradients,
+    Inputs,
+    Rows,
+    no_gradients,
+    nothing,
+)
 from keras_ring.numerics import Partial
-from keras_ring.placement import Portion
+from keras_ring.placement import Band, Portion
 from keras_ring.scoring import Scoring
 from keras_ring.shapes import sizes
-from keras_ring.transport import Transport
-from keras_ring.visit import Block
+from keras_ring.sharing import balance
+from keras_ring.sharing.base import Sharing
+from keras_ring.visit import Visit
 
 Tensor = Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Own:
-    """A band of the own queries, with what belongs to them.
+class Queries:
+    """A band of this member's queries, with what belongs to them.
 
     Attributes:
-        starts: global position of the first of each part of them, see `Block`.
+        starts: global position of the first of each part, see `Visit`.
         query: (batch, heads, length, head_dim).
         carried: what the scoring has of these queries.
-        rows: in the backward `out`, `lse`, `delta` and `grad_out`.
+        rows: in the backward.
     """
 
     starts: tuple[Any, ...]
     query: Tensor
     carried: tuple[Tensor, ...]
-    rows: tuple[Tensor, ...] = ()
+    rows: Rows | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
+class Ring(Sharing):
     """Attention around one ring, forward and backward.
 
     Attributes:
-        transport: moves chunks between the members.
-        kernel: computes one visit.
-        scoring: what makes the scores, over the own tensors.
-        balanced: whether the chunks are the balanced ones of `placement`.
+        balanced: whether queries and keys lie in the balanced chunks of
+            `placement` while attention is computed.
     """
 
-    transport: Transport
-    kernel: Kernel
-    scoring: Scoring
     balanced: bool = False
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Partial:
-        """Attention of the own queries over the keys of every member.
+    def enter(self, tensors: list[Tensor], axis: int) -> list[Tensor]:
+        if not self.balanced or not tensors:
+            return tensors
+        return balance.enter(self.transport, tensors, [axis] * len(tensors))
 
-        Returns:
-            `Partial` over all keys, in the accumulation dtype.
-        """
+    def leave(self, tensors: list[Tensor], axis: int) -> list[Tensor]:
+        if not self.balanced or not tensors:
+            return tensors
+        return balance.leave(self.transport, tensors, [axis] * len(tensors))
+
+    def forward(self, inputs: Inputs, scoring: Scoring) -> Partial:
+        return _Loop(self, scoring).forward(inputs)
+
+    def backward(
+        self,
+        inputs: Inputs,
+        partial: Partial,
+        grads: Partial,
+        scoring: Scoring,
+    ) -> Gradients:
+        return _Loop(self, scoring).backward(inputs, partial, grads)
+
+
+class _Loop:
+    """One call of a ring: the loop, with the scoring of that call."""
+
+    def __init__(self, ring: Ring, scoring: Scoring):
+        self.transport, self.kernel = ring.transport, ring.kernel
+        self.balanced, self.scoring = ring.balanced, scoring
+
+    def forward(self, inputs: Inputs) -> Partial:
+        """`Ring.forward` with the scoring."""
+        query, key, value = inputs
         hops = self._hops(query, key)
         queries = self._queries(query)
         partials: list[Any] = []
@@ -85,7 +113,7 @@ class Ring:
         portion: Portion,
         hops: tuple[int, int],
         partials: list[Any],
-        queries: list[Own],
+        queries: list[Queries],
         key: Tensor,
         value: Tensor,
     ) -> None:
@@ -102,32 +130,34 @@ class Ring:
         first, last = hops
         length = sizes(key)[2]
 
-        def visit(
-            own: Own,
+        def step(
+            own: Queries,
             starts: tuple[Any, ...],
             visiting: list[Tensor],
             partial: Partial | None,
         ) -> Partial:
             key, value, *tensors = visiting
-            some, block = self._block(own, starts, key, tensors)
-            return self.kernel.branch(
+            some, visit = self._visit(own, starts, key, tensors)
+            inputs = Inputs(own.query, key, value)
+            found: Partial = self.kernel.branch(
                 some,
-                lambda: self.kernel.fold(partial, own.query, key, value, block),
+                lambda: self.kernel.forward(inputs, visit, partial),
                 lambda: (
-                    _nothing(own.query, value) if partial is None else partial
+                    nothing(own.query, value) if partial is None else partial
                 ),
             )
+            return found
 
-        def fold(hop: Any, visiting: Any, partials: list[Any]) -> None:
+        def meet(hop: Any, visiting: Any, partials: list[Any]) -> None:
             starts = self._key_starts(hop, length, portion)
             # One after the other, so that what is old is there for one band.
             for i, own in enumerate(queries):
-                partials[i] = visit(own, starts, visiting, partials[i])
+                partials[i] = step(own, starts, visiting, partials[i])
 
         def hop_body(hop: Any, carry: Any) -> Any:
             visiting, partials = carry
             arriving = self.transport.start_shift(visiting)
-            fold(hop, visiting, partials)
+            meet(hop, visiting, partials)
             return arriving.wait(), partials
 
         visiting = self._first_visit(first, portion, key, value)
@@ -135,37 +165,32 @@ class Ring:
             # A loop that is compiled carries tensors from the start.
             begin = first == last or self.transport.eager
             partials.extend(
-                None if begin else _nothing(own.query, value) for own in queries
+                None if begin else nothing(own.query, value) for own in queries
             )
         visiting, partials[:] = self.transport.repeat(
             last - first, hop_body, (visiting, partials), first
         )
-        fold(last, visiting, partials)
+        meet(last, visiting, partials)
 
     def backward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        grad_out: Tensor,
-        grad_lse: Tensor,
-    ) -> BlockGradients:
-        """Gradients of what this member owns.
+        self, inputs: Inputs, partial: Partial, grads: Partial
+    ) -> Gradients:
+        """`Ring.backward` with the scoring.
 
         The gradients of a chunk travel with it, one hop behind: what is
         sent at a hop is what was complete before its compute began, so that
         the transfer and the compute do not wait for each other.
-
-        Returns:
-            In the accumulation dtype; the bias' gradient is that of the own
-            rows over all keys, the slopes' is the member's term of a sum.
         """
-        lse = ops.cast(lse, numerics.accumulation_dtype(query.dtype))
-        delta = self.kernel.row_delta(out, grad_out, grad_lse)
+        query, key, value = inputs
+        dtype = numerics.accumulation_dtype(query.dtype)
+        rows = Rows(
+            partial.out,
+            ops.cast(partial.lse, dtype),
+            self.kernel.row_delta(partial.out, grads.out, grads.lse),
+            grads.out,
+        )
         hops = self._hops(query, key)
-        queries = self._queries(query, (out, lse, delta, grad_out))
+        queries = self._queries(query, rows)
         staying: list[dict[str, Tensor]] = [{} for _ in queries]
         found = [
             self._backward(portion, hops, staying, queries, key, value)
@@ -193,7 +218,7 @@ class Ring:
         grad_query = placement.joined(
             [own.pop("query") for own in staying], 1, axis=2
         )
-        return BlockGradients(
+        return Gradients(
             grad_query,
             grad_key,
             grad_value,
@@ -206,7 +231,7 @@ class Ring:
         portion: Portion,
         hops: tuple[int, int],
         staying: list[dict[str, Tensor]],
-        queries: list[Own],
+        queries: list[Queries],
         key: Tensor,
         value: Tensor,
     ) -> list[Tensor]:
@@ -227,35 +252,32 @@ class Ring:
         first, last = hops
         length = sizes(key)[2]
 
-        def visit(
-            own: Own,
+        def step(
+            own: Queries,
             starts: tuple[Any, ...],
             visiting: list[Tensor],
             grad_query: Tensor | None,
-        ) -> BlockGradients:
+        ) -> Gradients:
             key, value, *tensors = visiting
-            query, (out, lse, delta, grad_out) = own.query, own.rows
-            some, block = self._block(own, starts, key, tensors)
-            return self.kernel.branch(
+            some, visit = self._visit(own, starts, key, tensors)
+            inputs, rows = Inputs(own.query, key, value), own.rows
+            assert rows is not None
+            found: Gradients = self.kernel.branch(
                 some,
-                lambda: self.kernel.fold_backward(
-                    *(grad_query, query, key, value, out, lse, delta, grad_out),
-                    block,
-                ),
-                lambda: _no_gradients(
-                    grad_query, own.query, key, value, block.scoring
-                ),
+                lambda: self.kernel.backward(inputs, rows, visit, grad_query),
+                lambda: no_gradients(grad_query, inputs, visit.scoring),
             )
+            return found
 
         def meet(
             hop: Any, visiting: list[Tensor], staying: list[dict[str, Tensor]]
         ) -> list[Tensor]:
-            """Compute a visit: what it adds to its keys and values."""
+            """Compute a ring step: what it adds to its keys and values."""
             starts = self._key_starts(hop, length, portion)
             grads: list[Tensor] = []
             # One after the other, so that what is old is there for one band.
             for i, own in enumerate(queries):
-                share = visit(own, starts, visiting, staying[i].get("query"))
+                share = step(own, starts, visiting, staying[i].get("query"))
                 staying[i] = self._staying(starts, length, staying[i], share)
                 grads = self._plus(grads, [share.key, share.value])
             return grads
@@ -263,7 +285,7 @@ class Ring:
         def add(
             hop: Any, visiting: Any, travelling: Any, staying: Any
         ) -> list[Tensor]:
-            """Compute a visit while `travelling` is under way."""
+            """Compute a ring step while `travelling` is under way."""
             grads = meet(hop, visiting, staying)
             return self._plus(travelling.wait(), grads)
 
@@ -304,7 +326,7 @@ class Ring:
         key_starts: tuple[Any, ...],
         length: Any,
         staying: dict[str, Tensor],
-        share: BlockGradients,
+        share: Gradients,
     ) -> dict[str, Tensor]:
         """The gradients of what stays where it is, with those of a visit,
         which has its own columns of the bias; empty before the first.
@@ -343,25 +365,24 @@ class Ring:
         return [self.kernel.add(total, share) for total, share in pairs]
 
     def _queries(
-        self, query: Tensor, rows: tuple[Tensor, ...] = ()
-    ) -> list[Own]:
-        """The own queries in bands as long as a portion: what a visit adds
-        to is then no longer than that, however long the chunk is.
+        self, query: Tensor, rows: Rows | None = None
+    ) -> list[Queries]:
+        """This member's queries in bands as long as a portion: what a ring
+        step adds to is then no longer than that, however long the chunk is.
 
         Args:
             query: of the chunk.
-            rows: what else belongs to its queries, (batch, heads, length,
-                ...) each.
+            rows: of its queries, in the backward.
         """
         carried = self.scoring.carried().query
         length = sizes(query)[2]
         starts = self._starts(self.transport.index(), length)
         return [
-            Own(
+            Queries(
                 band.starts(starts),
                 band.of(query, axis=2),
                 tuple(band.of(tensor, axis=1) for tensor in carried),
-                tuple(None if t is None else band.of(t, axis=2) for t in rows),
+                None if rows is None else _in_band(rows, band),
             )
             for band in placement.bands(length, self._parts(), self._most())
         ]
@@ -414,67 +435,38 @@ class Ring:
         starts = self._starts(source, length)
         return tuple(start + portion.begin for start in starts)
 
-    def _block(
+    def _visit(
         self,
-        own: Own,
+        own: Queries,
         key_starts: tuple[Any, ...],
         key: Tensor,
         key_tensors: list[Tensor],
-    ) -> tuple[Any, Block]:
-        """True if some pair of a visit is allowed, and the visit's block."""
+    ) -> tuple[Any, Visit]:
+        """True if some pair of a ring step is allowed, and its visit."""
         lengths = sizes(own.query)[2], sizes(key)[2]
         carried = self.scoring.carried()._replace(
             query=own.carried, key=tuple(key_tensors)
         )
-        block = Block(
+        visit = Visit(
             query_starts=own.starts,
             key_starts=key_starts,
             scoring=self.scoring.replace(carried),
         )
-        some, every = block.relation(*lengths)
+        some, every = visit.relation(*lengths)
         if self.balanced and not isinstance(some, bool):
             # As good as always: not worth a branch of the program.
             some = True
         if every is True:
-            # Known before anything runs: nothing is masked in this visit.
-            block = dataclasses.replace(
-                block, scoring=dataclasses.replace(block.scoring, mask=None)
+            # Known before anything runs: nothing is masked in this step.
+            visit = dataclasses.replace(
+                visit, scoring=dataclasses.replace(visit.scoring, mask=None)
             )
-        return some, block
+        return some, visit
 
 
-def _no_gradients(
-    grad_query: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scoring: Scoring,
-) -> BlockGradients:
-    """`Kernel.fold_backward` of a visit in which no pair counts."""
-    dtype = numerics.accumulation_dtype(query.dtype)
-
-    def zeros(shape: Any) -> Tensor:
-        return ops.zeros(tuple(shape), dtype=dtype)
-
-    bias = slopes = None
-    if scoring.bias is not None:
-        bias = zeros((*sizes(scoring.bias)[:3], sizes(key)[2]))
-    if scoring.slopes is not None:
-        slopes = zeros(sizes(scoring.slopes))
-    if grad_query is None:
-        grad_query = zeros(sizes(query))
-    grad_key, grad_value = (zeros(sizes(t)) for t in (key, value))
-    return BlockGradients(grad_query, grad_key, grad_value, bias, slopes)
-
-
-def _nothing(query: Tensor, value: Tensor) -> Partial:
-    """The partial result over no keys at all."""
-    dtype = numerics.accumulation_dtype(query.dtype)
-    rows = tuple(sizes(query)[:3])
-    return Partial(
-        ops.zeros((*rows, sizes(value)[3]), dtype=dtype),
-        ops.full(rows, -float("inf"), dtype=dtype),
-    )
+def _in_band(rows: Rows, band: Band) -> Rows:
+    """The rows of some of the queries; a kernel may have no delta."""
+    return Rows(*(None if t is None else band.of(t, axis=2) for t in rows))
 
 
 def _with_columns(
