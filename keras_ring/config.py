@@ -2,6 +2,8 @@
 
 from keras_ring import backends
 
+__all__ = ["kernel", "set_kernel"]
+
 # The one setting of the process; `set_kernel` is the only place that writes.
 _SETTINGS = {"kernel": "auto"}
 
