@@ -11,6 +11,7 @@ space := $(subst ,, )
 DEMO := .venv-demo-$(DEMO_BACKEND)
 TEST := .venv-test
 PEERS := .venv-peers
+DOCS := .venv-docs
 CODE := keras_ring tests examples benchmarks
 
 # The first Python on the path that every backend has releases for, or else
@@ -28,7 +29,7 @@ PYTHON ?= $(shell \
 N ?= 1000
 SEED ?=
 
-.PHONY: help demo test test-all fuzz lint format clean bench bench-peers
+.PHONY: help demo test test-all fuzz lint format docs clean bench bench-peers
 
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -78,6 +79,9 @@ format: $(TEST)/ready ## Put every file into the project's format
 	$(TEST)/bin/ruff check --fix .
 	$(TEST)/bin/ruff format .
 
+docs: $(DOCS)/ready ## Build the documentation as a site: out/site/index.html
+	PYTHONDONTWRITEBYTECODE=1 $(DOCS)/bin/python -m mkdocs build --strict
+
 clean: ## Remove the environments and everything that was made
 	rm -rf .venv-* build dist out *.egg-info
 	rm -rf .pytest_cache .ruff_cache .mypy_cache
@@ -92,11 +96,15 @@ known-backend:
 .venv-demo-torch/ready .venv-test/ready: TORCH := -r requirements/torch.txt
 .venv-demo-%/ready: EXTRAS = $*,examples
 .venv-test/ready: EXTRAS := jax,tensorflow,torch,dev
+$(DOCS)/ready: EXTRAS := docs
 
 .venv-demo-%/ready: pyproject.toml requirements/torch.txt
 	$(make-environment)
 
 .venv-test/ready: pyproject.toml requirements/torch.txt
+	$(make-environment)
+
+$(DOCS)/ready: pyproject.toml
 	$(make-environment)
 
 # The peers' own, with their TPU compiler: they are installed without what

@@ -2,12 +2,14 @@
 
 from keras_ring import backends
 
+__all__ = ["kernel", "set_kernel"]
+
 # The one setting of the process; `set_kernel` is the only place that writes.
 _SETTINGS = {"kernel": "auto"}
 
 
 def kernel() -> str:
-    """Name of the kernel that computes attention of one chunk over another.
+    """Return the name of the kernel that computes attention.
 
     Returns:
         The name that `set_kernel` was given; "auto" by default.
@@ -16,7 +18,7 @@ def kernel() -> str:
 
 
 def set_kernel(name: str) -> None:
-    """Choose what computes the attention of one chunk over another.
+    """Choose the kernel that computes attention.
 
     What was traced or compiled before keeps the kernel that it has.
 
@@ -31,8 +33,9 @@ def set_kernel(name: str) -> None:
             CPUs, and on CUDA devices "cudnn" and "cuda_flash" in half
             precision and "efficient" in float32 as well. JAX has "by_head" on
             a CPU that stands for several devices, "cudnn" on GPUs in half
-            precision, and by name only "triton" on GPUs and "splash" on TPUs,
-            which have not been measured.
+            precision, and by name only "triton" on GPUs, which is slower in
+            causal attention than what "auto" takes, and "splash" on TPUs,
+            which has not been measured.
 
     Returns:
         None.

@@ -114,9 +114,9 @@ def of_whole(
 
 
 def _sum_of_own_part(ring: "Transport", grad: Tensor, axis: int) -> Tensor:
-    """Every member's gradient of the own chunk, summed."""
+    """Every member's gradient of this device's chunk, summed."""
     dtype = keras.backend.standardize_dtype(grad.dtype)
-    # What each member of the ring asks of the own part, stacked on axis 0.
+    # Each member's gradient of this device's part, stacked on axis 0.
     asked = ring.all_to_all(
         ops.expand_dims(grad, 0), split_axis=axis + 1, concat_axis=0
     )

@@ -31,10 +31,10 @@ class Output:
 
     Attributes:
         split: whether it carries the sequence on axis 1.
-        rows: true rows of the own part, of `all_rows` in the batch.
+        rows: true rows of this device's part, of `all_rows` in the batch.
         all_rows: rows of the batch.
-        length: true positions of the own part, of `all_length`; 1 of 1 for
-            an output that does not carry the sequence.
+        length: true positions of this device's part, of `all_length`; 1 of 1
+            for an output that does not carry the sequence.
         all_length: positions of the sequence.
         padded: whether there may be more than the true ones.
     """
@@ -48,7 +48,7 @@ class Output:
 
     @property
     def nothing(self) -> bool:
-        """True if it is known that all of the own part is padding."""
+        """True if it is known that all of this device's part is padding."""
         sizes = (self.rows, self.length)
         return any(isinstance(size, int) and size == 0 for size in sizes)
 
@@ -63,7 +63,7 @@ class Step:
         place: `(data index, sequence index)` of this device.
         rows: the batch axis.
         lengths: the sequence axis.
-        local: the own part of the batch.
+        local: this device's part of the batch.
         splits: the structure of `local`; whether a leaf has the sequence.
         everyones_sum: the sum over all devices of a float32 scalar.
         sums_metrics: whether what each device counts is added up.
@@ -248,8 +248,8 @@ class Step:
             count: what the local sum was divided by, float32.
             count_split: whether the members of a ring count their own
                 positions, and not each the same rows.
-            mean_over_length: whether each value is a mean over the own
-                positions.
+            mean_over_length: whether each value is a mean over this
+                device's positions.
         """
         members = self.world.sequence_size
         split = output is None or output.split
@@ -278,8 +278,8 @@ class Step:
         raise NotImplementedError
 
     def mean_weight(self, output: Output) -> Any:
-        """Factor on the own means over positions of an output, so that they
-        add up to the mean over the whole sequence; None where all are of
+        """Factor on this device's means over positions of an output, so that
+        they add up to the mean over the whole sequence; None where all are of
         equally many."""
         if not output.padded:
             return None
@@ -297,7 +297,7 @@ class Step:
         if self.local_rows is None:
             return None
         true = self.rows.true(self.local_rows)
-        # Keras counts the own rows on every device.
+        # Keras counts this device's rows on every device.
         if true is None:
             return self.local_rows
         return _ratio(true, self.world.data_size)

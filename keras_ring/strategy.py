@@ -131,10 +131,13 @@ class DistributedStrategy:
         return keras.backend.backend() == "torch"
 
     def mesh_shape(self, available: int) -> tuple[int, int]:
-        """The sizes of the data and the sequence axis on some devices.
+        """Return the sizes of the data and the sequence axis.
 
         Args:
             available: number of devices there are.
+
+        Returns:
+            `(data_size, sequence_size)`; -1 has become a number.
 
         Raises:
             ValueError: if the mesh does not fit.
@@ -170,6 +173,9 @@ class DistributedStrategy:
 
     def scope(self) -> AbstractContextManager[None]:
         """Make this strategy the one under which models are built and used.
+
+        Returns:
+            A context manager, for `with strategy.scope():`.
 
         Raises:
             ValueError: if the devices do not suffice or another strategy is

@@ -1,4 +1,4 @@
-"""`keras_ring.layers.BlockwiseFeedForward`."""
+"""`keras_ring.layers.BlockwiseFeedForward`: a feed-forward in chunks."""
 
 from typing import Any
 
@@ -30,24 +30,24 @@ class BlockwiseFeedForward(dense_options.DenseOptions, keras.layers.Layer):
         hidden_dim: number of hidden features.
         activation: name of a Keras activation, or a function of a tensor
             that treats positions one by one.
-        gated: multiply the hidden features by an activated gate.
+        gated: whether to multiply the hidden features by an activated gate.
         use_bias: whether the projections have biases.
         chunk_size: positions of a sequence (of a shard of it, under a
             strategy) that are computed at a time, at most.
-        dropout: rate, on the hidden features in training. What is dropped
-            does not depend on the ring or on the chunks.
-        kernel_initializer: of the kernels.
-        bias_initializer: of the biases.
-        kernel_regularizer: of the kernels.
-        bias_regularizer: of the biases.
-        kernel_constraint: of the kernels.
-        bias_constraint: of the biases.
-        seed: of the dropout.
+        dropout: rate of dropout on the hidden features, in training only.
+            What is dropped does not depend on the ring or on the chunks.
+        kernel_initializer: initializer of the kernels.
+        bias_initializer: initializer of the biases.
+        kernel_regularizer: regularizer of the kernels.
+        bias_regularizer: regularizer of the biases.
+        kernel_constraint: constraint on the kernels.
+        bias_constraint: constraint on the biases.
+        seed: seed of the dropout.
         **kwargs: name, dtype and others of `keras.layers.Layer`.
 
     Call arguments:
         inputs: `(batch, length, features)`, floating point.
-        training: whether the dropout drops.
+        training: whether dropout applies.
 
     Returns:
         A tensor with the shape of the inputs, in the compute dtype.

@@ -16,7 +16,7 @@ Tensor = Any
 
 @keras.saving.register_keras_serializable(package="keras_ring")
 class Gathered(keras.layers.Wrapper):
-    """Gives a layer the whole sequence and keeps the own part of the result.
+    """Gives a layer the whole sequence and keeps this device's part.
 
     Where a layer sees a shard of the sequence (in a step on TensorFlow and
     PyTorch), a layer that mixes positions, such as a convolution, a
@@ -55,8 +55,8 @@ class Gathered(keras.layers.Wrapper):
             to them.
 
     Returns:
-        What `layer` returns: the own part of each result that has the
-        sequence on axis 1, with its mask; the others whole.
+        What `layer` returns: this device's part of each result that has
+        the sequence on axis 1, with its mask; the others whole.
 
     Raises:
         ValueError: for what is no layer, for a layer that knows the ring

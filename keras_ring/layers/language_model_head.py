@@ -1,4 +1,4 @@
-"""`keras_ring.layers.LanguageModelHead`."""
+"""`keras_ring.layers.LanguageModelHead`: the projection to a vocabulary."""
 
 from typing import Any
 
@@ -17,25 +17,26 @@ class LanguageModelHead(dense_options.DenseOptions, keras.layers.Layer):
     """The projection to the vocabulary, for a loss that works in chunks.
 
     The layer owns the weights of `keras.layers.Dense(vocabulary_size)`, but
-    its output are the features that came in: a tensor of logits, tokens times
+    returns the features that came in: a tensor of logits, tokens times
     vocabulary, is never made. `keras_ring.losses.ChunkedCrossEntropy(head)`
     computes the logits chunk by chunk, and `logits` those of a few positions
     for inference.
 
     Args:
-        vocabulary_size: number of classes.
+        vocabulary_size: number of classes, the tokens of the vocabulary.
         use_bias: whether the logits have a bias.
-        soft_cap: logits become `soft_cap * tanh(logit / soft_cap)`.
-        accuracy: count how often the label has the largest logit, as the
-            metric "accuracy" of the model. The loss feeds it from the logits
-            that it has anyway; tokens that it ignores or that the features'
-            Keras mask hides do not count.
-        kernel_initializer: of the kernel.
-        bias_initializer: of the bias.
-        kernel_regularizer: of the kernel.
-        bias_regularizer: of the bias.
-        kernel_constraint: of the kernel.
-        bias_constraint: of the bias.
+        soft_cap: bound on the size of the logits, which become `soft_cap *
+            tanh(logit / soft_cap)`; none if None.
+        accuracy: whether to count how often the label has the largest logit,
+            as the metric "accuracy" of the model. The loss feeds it from the
+            logits that it has anyway; tokens that it ignores or that the
+            features' Keras mask hides do not count.
+        kernel_initializer: initializer of the kernel.
+        bias_initializer: initializer of the bias.
+        kernel_regularizer: regularizer of the kernel.
+        bias_regularizer: regularizer of the bias.
+        kernel_constraint: constraint on the kernel.
+        bias_constraint: constraint on the bias.
         **kwargs: name, dtype and others of `keras.layers.Layer`.
 
     Call arguments:
@@ -123,7 +124,7 @@ class LanguageModelHead(dense_options.DenseOptions, keras.layers.Layer):
         return inputs
 
     def logits(self, features: Tensor) -> Tensor:
-        """The logits, all at once: for a few positions.
+        """Compute the logits of a few positions, all at once.
 
         Args:
             features: `(..., features)`, such as the output of the model at

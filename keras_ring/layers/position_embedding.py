@@ -1,4 +1,4 @@
-"""`keras_ring.layers.PositionEmbedding`."""
+"""`keras_ring.layers.PositionEmbedding`: learned positions on a shard."""
 
 from typing import Any
 
@@ -19,14 +19,14 @@ Tensor = Any
 class PositionEmbedding(keras.layers.Layer):
     """A learned vector for each position of the whole sequence.
 
-    Gives the vectors of the positions that the layer sees, ready to be
-    added to the input; on a shard these are the positions of the shard in
-    the whole sequence.
+    It returns the vectors of the positions that it sees, ready to be added
+    to the input; on a shard these are the positions of the shard in the
+    whole sequence.
 
     Args:
         sequence_length: number of positions that have a vector: the longest
             whole sequence.
-        initializer: of the vectors.
+        initializer: initializer of the vectors.
         **kwargs: name, dtype and others of `keras.layers.Layer`.
 
     Call arguments:

@@ -51,8 +51,8 @@ def _segments(
 class RingAttention(Projections, keras.layers.Layer):
     """Multi-head attention over a sequence that is spread over devices.
 
-    Everything that `keras.layers.MultiHeadAttention` and
-    `keras.layers.GroupQueryAttention` do, computed tile by tile. Under a
+    It does what `keras.layers.MultiHeadAttention` and
+    `keras.layers.GroupQueryAttention` do, tile by tile. Under a
     `keras_ring.DistributedStrategy` every device keeps its part of the
     sequence and the keys and values travel around the ring; without one the
     layer runs on one device. Either way no score matrix exists, keys and
@@ -63,8 +63,8 @@ class RingAttention(Projections, keras.layers.Layer):
     attend to nothing gives zeros before the output projection
     (`empty_rows`), and the inputs keep their Keras masks (`strip_masks`).
 
-    `RingAttention.from_keras_layer(layer)` takes over a stock layer, with
-    both of its ways.
+    `RingAttention.from_keras_layer(layer)` makes one from a stock layer, with
+    its weights and asking for both.
 
     Args:
         num_heads: number of query heads. `num_query_heads` is another
@@ -73,9 +73,9 @@ class RingAttention(Projections, keras.layers.Layer):
             spelling of it; give one of the two.
         value_dim: size of each value head; `key_dim` if None.
         dropout: rate of dropout on the attention probabilities, in training
-            only. Which are dropped is decided by the seed, the sample, the
-            head and the two positions: the same for every ring size and on
-            every backend.
+            only. The seed, the sample, the head and the two positions decide
+            which are dropped: the same for every ring size and on every
+            backend.
         use_bias: whether the projections have biases.
         output_shape: shape of the output's features, an int or a tuple; the
             width of the query if None.
@@ -96,8 +96,8 @@ class RingAttention(Projections, keras.layers.Layer):
         activity_regularizer: regularizer of every projection's output.
         kernel_constraint: constraint on the kernels.
         bias_constraint: constraint on the biases.
-        use_gate: multiply the attention by a sigmoid of a projection of the
-            query before the output projection.
+        use_gate: whether to multiply the attention by a sigmoid of a
+            projection of the query before the output projection.
         seed: seed of the dropout.
         num_key_value_heads: number of key/value heads, a divisor of the
             query heads; as many as those if None. 1 is multi-query.
@@ -146,13 +146,13 @@ class RingAttention(Projections, keras.layers.Layer):
         use_causal_mask: hide later keys from every query, in this call.
             Aligned at the top left where the lengths differ.
         attention_bias: added to the scores, floating point; shapes as of
-            `attention_mask`. It gets its gradient.
+            `attention_mask`. It is differentiable.
         segment_ids: integers `(batch, query_length)`; a query attends to
-            keys with its own id only, which keeps packed documents apart.
-        key_segment_ids: those of the keys, `(batch, key_length)`;
+            keys with the same id only, which keeps packed documents apart.
+        key_segment_ids: integers `(batch, key_length)`, the ids of the keys;
             `segment_ids` if None.
-        prefix_length: integers `(batch,)`; so many keys at the start are
-            seen by every query, the others causally.
+        prefix_length: integers `(batch,)`, the number of keys at the start
+            that every query sees; the others are seen causally.
 
     Returns:
         `(batch, query_length, features)` in the compute dtype, and the scores
@@ -679,7 +679,7 @@ class RingAttention(Projections, keras.layers.Layer):
 
     @classmethod
     def from_keras_layer(cls, layer: keras.layers.Layer) -> "RingAttention":
-        """The layer that does what a stock layer does, with its weights.
+        """Make the layer that does what a stock layer does, with its weights.
 
         Args:
             layer: a `keras.layers.MultiHeadAttention` or

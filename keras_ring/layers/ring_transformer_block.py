@@ -1,4 +1,4 @@
-"""`keras_ring.layers.RingTransformerBlock`."""
+"""`keras_ring.layers.RingTransformerBlock`: attention and feed-forward."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ NORMS = {
 
 @keras.saving.register_keras_serializable(package="keras_ring")
 class RingTransformerBlock(keras.layers.Layer):
-    """Attention and feed-forward of a transformer, around a ring.
+    """A transformer block, attention and feed-forward, around a ring.
 
     With `norm_placement="pre"`
 
@@ -46,48 +46,56 @@ class RingTransformerBlock(keras.layers.Layer):
     - `"feed_forward"`: what lies between the parts (the input, the outputs of
       the norms, queries, keys, values, the attention's output, the middle of
       the block): about 8; the hidden features of the feed-forward are
-      computed once more. They are never kept, in no mode.
+      computed once more, in either mode.
     - `"block"`: the input alone: 1. The block is computed once more in the
       backward, with the hops of its ring.
 
     Both give the same results.
 
     Args:
-        num_heads: heads of the queries.
-        hidden_dim: hidden features of the feed-forward.
-        key_dim: size of a head; the features divided by `num_heads` if None.
-        num_key_value_heads: heads of keys and values; `num_heads` if None.
-        causal: hide later positions.
-        norm: `"layer"` or `"rms"`.
-        norm_placement: `"pre"` or `"post"`.
-        activation: of the feed-forward.
-        gated: whether the feed-forward has a gate.
+        num_heads: number of query heads.
+        hidden_dim: number of hidden features of the feed-forward.
+        key_dim: size of each head; the features divided by `num_heads` if
+            None.
+        num_key_value_heads: number of key/value heads, a divisor of
+            `num_heads`; as many as those if None.
+        causal: whether to hide later keys from every query.
+        norm: `"layer"` for `keras.layers.LayerNormalization`, or `"rms"` for
+            `keras.layers.RMSNormalization`.
+        norm_placement: `"pre"` or `"post"`, as above.
+        activation: activation of the feed-forward: a name, or a function of
+            a tensor that treats positions one by one.
+        gated: whether the feed-forward has a gate, see
+            `BlockwiseFeedForward`.
         rotary: rotary positions of queries and keys: True, or a
             `RotaryEmbedding`.
-        dropout: rate, on the outputs of attention and feed-forward. What is
-            dropped does not depend on the ring.
-        attention_dropout: rate, on the attention probabilities.
-        sliding_window: hides keys this far away and further.
-        soft_cap: bound on the attention scores.
-        alibi: slopes of ALiBi, as of `RingAttention`.
-        sinks: whether each head learns a logit that attends to nothing, as
-            of `RingAttention`.
-        use_bias: whether projections have biases.
-        epsilon: of the norms.
-        remat: `"feed_forward"` or `"block"`.
-        chunk_size: positions with hidden features at a time, at most.
-        kernel_initializer: of all kernels.
-        bias_initializer: of all biases.
-        seed: of the dropouts.
+        dropout: rate of dropout on the outputs of attention and
+            feed-forward. What is dropped does not depend on the ring.
+        attention_dropout: rate of dropout on the attention probabilities.
+        sliding_window: positive integer; a query attends to keys less than
+            this many positions away.
+        soft_cap: bound on the size of the scaled products, see
+            `RingAttention`.
+        alibi: slopes of ALiBi, see `RingAttention`.
+        sinks: whether each head learns a logit that attends to nothing, see
+            `RingAttention`.
+        use_bias: whether the projections have biases.
+        epsilon: `epsilon` of the norms.
+        remat: `"feed_forward"` or `"block"`, as above.
+        chunk_size: number of positions, at most, whose hidden features exist
+            at a time.
+        kernel_initializer: initializer of all kernels.
+        bias_initializer: initializer of all biases.
+        seed: seed of the dropouts.
         **kwargs: name, dtype and others of `keras.layers.Layer`.
 
     Call arguments:
         inputs: `(batch, length, features)`, floating point.
         mask: boolean `(batch, length)`; the Keras mask of the inputs if left
             out. False positions are not attended to.
-        segment_ids: integers `(batch, length)`: positions attend within
-            their document only.
-        training: whether dropouts drop.
+        segment_ids: integers `(batch, length)`: a position attends to those
+            with the same id only, which keeps packed documents apart.
+        training: whether dropout applies.
 
     Returns:
         A tensor with the shape of the inputs, in the compute dtype.

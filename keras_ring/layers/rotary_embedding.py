@@ -1,4 +1,4 @@
-"""`keras_ring.layers.RotaryEmbedding`."""
+"""`keras_ring.layers.RotaryEmbedding`: rotary positions on a shard."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`keras_ring.losses.ChunkedCrossEntropy`."""
+"""`keras_ring.losses.ChunkedCrossEntropy`: a loss without logits."""
 
 import weakref
 from typing import Any
@@ -22,16 +22,16 @@ _LARGEST_LABEL = {"bfloat16": 2**8, "float16": 2**11, "float32": 2**24}
 
 @keras.saving.register_keras_serializable(package="keras_ring")
 class ChunkedCrossEntropy(keras.losses.Loss):
-    """Cross-entropy with the projection to the vocabulary in chunks.
+    """Cross-entropy that projects to the vocabulary chunk by chunk.
 
-    The loss of `keras.losses.SparseCategoricalCrossentropy(from_logits=True)`
-    after `keras.layers.Dense(vocabulary_size)`, while logits exist for
-    `chunk_size` positions at a time, forward and backward. The model's output
-    are features; the projection belongs to its last layer, a
+    It is `keras.losses.SparseCategoricalCrossentropy(from_logits=True)` after
+    `keras.layers.Dense(vocabulary_size)`, while logits exist for `chunk_size`
+    positions at a time, forward and backward. The model returns features; the
+    projection belongs to its last layer, a
     `keras_ring.layers.LanguageModelHead`.
 
     The weights are the head's; the loss only knows where they are, and a
-    file does not. After `model = keras.saving.load_model(path)` say
+    file does not. After `model = keras.saving.load_model(path)` call
     `model.loss.bind(model)`; until then a step is refused.
 
     Args:
@@ -43,7 +43,7 @@ class ChunkedCrossEntropy(keras.losses.Loss):
         z_loss: factor on the squared log-sum-exp of the logits.
         chunk_size: positions of a sequence (of a shard of it, under a
             strategy) that have logits at a time, at most.
-        reduction: as in `keras.losses.Loss`.
+        reduction: reduction of the loss, as in `keras.losses.Loss`.
         name: name of the loss.
         dtype: dtype of the reduction.
 
@@ -115,10 +115,10 @@ class ChunkedCrossEntropy(keras.losses.Loss):
         return None if self._head is None else self._head()
 
     def bind(self, model: keras.Model) -> "ChunkedCrossEntropy":
-        """Take the head of a model.
+        """Use the weights of a model's head from now on.
 
         Args:
-            model: with one `LanguageModelHead` among its layers.
+            model: a model with one `LanguageModelHead` among its layers.
 
         Returns:
             The loss itself.

@@ -19,8 +19,8 @@ Shape = tuple[int | None, ...]
 class Carried(NamedTuple):
     """Tensors that belong to attention beside query, key and value.
 
-    They are given as the layer sees them: the global sequence on JAX, the
-    own shard on TensorFlow and PyTorch.
+    They are given as the layer sees them: the global sequence on JAX, this
+    device's shard on TensorFlow and PyTorch.
 
     Attributes:
         query: `(batch, query_length, ...)`, stay with the queries.
@@ -95,17 +95,18 @@ class Mask(abc.ABC):
                 setattr(cls, name, vars(Mask)[name])
 
     def carried(self) -> Carried:
-        """The tensors of the mask."""
+        """Return the tensors of the mask, by how they travel."""
         return Carried()
 
     def replace(self, carried: Carried) -> "Mask":
-        """The same mask over other tensors (a slice, a visiting chunk)."""
+        """Return the same mask over other tensors, such as a slice or those
+        of a visiting chunk."""
         del carried
         return self
 
     def structure(self) -> Any:
-        """The mask without its tensors: equal and hashable for masks that
-        differ in their tensors only."""
+        """Return the mask without its tensors: equal and hashable for masks
+        that differ in their tensors only."""
         return self
 
     def check(self, query: Shape, key: Shape, all_keys: int | None) -> None:
@@ -137,51 +138,60 @@ class Mask(abc.ABC):
                     )
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
-        """`(some, every)`: whether a pair and whether all pairs are allowed.
-
-        `some` is false only if no pair of a tile is allowed, `every` is true
-        only if all are. Python bools where that is all there is to say,
-        else boolean arrays that broadcast to `(query tiles, key tiles)`.
+        """Say of each tile whether a pair and whether all pairs are allowed.
 
         The tensors of the mask are cut into the same tiles when this is
         called: `(tiles, batch, tile length, ...)` each. A last tile that is
         not full is padded with zeros.
+
+        Args:
+            queries: positions of the query tiles.
+            keys: positions of the key tiles.
+
+        Returns:
+            `(some, every)`: `some` is false only if no pair of a tile is
+            allowed, `every` is true only if all are. Python bools where that
+            is all there is to say, else boolean arrays that broadcast to
+            `(query tiles, key tiles)`.
         """
         del queries, keys
         return True, False
 
     def reach(self) -> tuple[float, float]:
-        """Number of positions back and ahead that a query may see at most;
-        `math.inf` where the mask sets no limit."""
+        """Return how many positions back and ahead of itself a query may see
+        at most; `math.inf` where the mask sets no limit."""
         return math.inf, math.inf
 
     def grows(self) -> bool:
-        """True if later queries see more keys than earlier ones, so that the
-        members of a ring have different amounts of work."""
+        """Return True if later queries see more keys than earlier ones, so
+        that the members of a ring have different amounts of work."""
         return False
 
     def band(self) -> Band | None:
-        """The pairs, if they are those between two diagonals; None if they
-        are not. Kernels skip the others and compare no positions."""
+        """Return the pairs, if they are those between two diagonals; None if
+        they are not. Kernels skip the others and compare no positions."""
         return None
 
     def purely_causal(self) -> bool:
-        """True if keys that are later are hidden, and no others."""
+        """Return True if keys that are later are hidden, and no others."""
         band = self.band()
         return band is not None and band.known and band == Band(least=0)
 
     def parts(self) -> tuple["Mask", ...]:
-        """Masks that together allow what this one does: all must allow it."""
+        """Return masks that together allow what this one does: all must
+        allow a pair."""
         return (self,)
 
     def has_tile(self) -> bool:
-        """True if `tile` can be asked."""
+        """Return True if `tile` can be asked."""
         return type(self).tile is not Mask.tile and not self.carried().shared
 
     def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
-        """`allowed` in operations that every compiler of kernels has:
-        comparisons, `&`, `|`, `+`, `-` and `div`. The tensors of the mask are
-        those of one sample and one tile: `(queries,)` and `(keys,)`.
+        """Compute `allowed` in operations that every compiler of kernels has.
+
+        Those are comparisons, `&`, `|`, `+`, `-` and `div`. The tensors of
+        the mask are those of one sample and one tile: `(queries,)` and
+        `(keys,)`.
 
         Args:
             queries: int32 `(queries, 1)`, global positions.
@@ -194,7 +204,7 @@ class Mask(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} has no `tile`.")
 
     def needed(self, relation: Callable[["Mask"], tuple[Any, Any]]) -> "Mask":
-        """The mask without parts that decide nothing in a tile.
+        """Return the mask without parts that decide nothing in a tile.
 
         Args:
             relation: what `relation` answers for a mask in that tile.
@@ -204,11 +214,14 @@ class Mask(abc.ABC):
 
     @abc.abstractmethod
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """Boolean, broadcastable to `(batch, heads, queries, keys)`.
+        """Say of each pair whether the query may attend to the key.
 
         Args:
             query_positions: int32 `(queries,)`, global.
             key_positions: int32 `(keys,)`, global.
+
+        Returns:
+            Boolean, broadcastable to `(batch, heads, queries, keys)`.
         """
 
     # NumPy would go through an array on the other side element by element.

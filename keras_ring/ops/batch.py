@@ -21,20 +21,21 @@ Tensor = Any
 
 
 def gather_batch(tensor: Tensor, sequence: bool = True) -> Tensor:
-    """The whole batch, every row and every position, on every device.
+    """Gather the whole batch: every row and position, on every device.
 
     For what must be computed of all samples and positions at once, such as a
     loss in a `train_step` or a training loop of your own. The gradient of a
-    device's part is the sum of what all devices ask of it, so that with the
-    mean of the devices' gradients the result is that of one device.
+    device's part is the sum of the gradients that all devices have for it, so
+    that with the mean of the devices' gradients the result is that of one
+    device.
 
     Args:
         tensor: `(batch, ...)`, or `(batch, length, ...)` with the sequence
-            on axis 1, of any dtype, as a layer sees it: the own part in a
-            step on TensorFlow and PyTorch.
-        sequence: whether it has the sequence on axis 1. If not, all members
-            of a ring must have the same, such as the output of a pooled
-            classifier.
+            on axis 1, of any dtype, as a layer sees it: this device's
+            part in a step on TensorFlow and PyTorch.
+        sequence: whether the tensor has the sequence on axis 1. If not, all
+            members of a ring must have the same tensor, such as the output
+            of a pooled classifier.
 
     Returns:
         The whole tensor in natural order and without padding. Where the code
@@ -102,8 +103,8 @@ def _joined(world: "World", own: Tensor, split: bool) -> Tensor:
 
 
 def _own_part_of(world: "World", grad: Tensor, split: bool) -> Tensor:
-    """The exact transpose of `_joined`: what all devices ask of the own
-    part, summed."""
+    """The exact transpose of `_joined`: what all devices ask of this
+    device's part, summed."""
     groups, members = world.data_size, world.sequence_size
     dtype = keras.backend.standardize_dtype(grad.dtype)
     all_rows, *rest = ops.shape(grad)

@@ -1,4 +1,4 @@
-"""`keras_ring.ops.blockwise_feed_forward`."""
+"""`keras_ring.ops.blockwise_feed_forward`: a feed-forward in chunks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ def blockwise_feed_forward(
     dropout_seed: Tensor | None = None,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """The feed-forward of a transformer, one chunk of positions at a time.
+    """Compute a transformer's feed-forward, one chunk of positions at a time.
 
     `activation(x @ up) @ down`, or with a gate
     `(activation(x @ gate) * (x @ up)) @ down` (SwiGLU with "silu", GeGLU
@@ -41,7 +41,7 @@ def blockwise_feed_forward(
 
     Args:
         inputs: `(batch, length, features)`, floating point, as a layer sees
-            them: global on JAX, the own shard on TensorFlow and PyTorch.
+            them: global on JAX, this device's shard on TensorFlow and PyTorch.
         up_kernel: `(features, hidden_dim)`.
         down_kernel: `(hidden_dim, output_features)`.
         gate_kernel: `(features, hidden_dim)`, or None for no gate.
@@ -50,7 +50,8 @@ def blockwise_feed_forward(
         down_bias: `(output_features,)` or None.
         activation: name of a Keras activation, or a function of a tensor
             that treats positions one by one.
-        dropout: rate, on the hidden features; see `positional_dropout`.
+        dropout: rate of dropout on the hidden features; see
+            `positional_dropout`.
         dropout_seed: integers `(2,)`, the same on all devices; needed with a
             rate above 0.
         chunk_size: positions of a sequence in a chunk, at most.

@@ -1,4 +1,4 @@
-"""`keras_ring.ops.chunked_cross_entropy`."""
+"""`keras_ring.ops.chunked_cross_entropy`: a loss without logits."""
 
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ def chunked_cross_entropy(
     soft_cap: float | None = None,
     chunk_size: int = 256,
 ) -> CrossEntropy:
-    """Cross-entropy of `softmax(features @ kernel + bias)`, in chunks.
+    """Compute the cross-entropy of `softmax(features @ kernel + bias)`.
 
     The logits exist for one chunk of tokens at a time, forward and backward:
     the backward computes them once more from the features. With `p` the
@@ -50,7 +50,7 @@ def chunked_cross_entropy(
 
     Args:
         features: `(batch, length, features)`, floating point, as a layer sees
-            them: global on JAX, the own shard on TensorFlow and PyTorch.
+            them: global on JAX, this device's shard on TensorFlow and PyTorch.
         kernel: `(features, classes)`.
         labels: integers `(batch, length)`, `0 <= label < classes`.
         bias: `(classes,)` or None.
@@ -60,7 +60,8 @@ def chunked_cross_entropy(
             class.
         z_loss: factor on the squared log-sum-exp, which keeps the logits
             from drifting away.
-        soft_cap: logits become `soft_cap * tanh(logit / soft_cap)`.
+        soft_cap: bound on the size of the logits, which become `soft_cap *
+            tanh(logit / soft_cap)`; none if None.
         chunk_size: positions of a sequence in a chunk, at most.
 
     Returns:

@@ -1,4 +1,4 @@
-"""`keras_ring.ops.positional_dropout`."""
+"""`keras_ring.ops.positional_dropout`: dropout by position."""
 
 from typing import Any
 
@@ -11,15 +11,16 @@ Tensor = Any
 
 
 def positional_dropout(inputs: Tensor, seed: Tensor, rate: float) -> Tensor:
-    """Dropout that depends on where an element is, and on nothing else.
+    """Drop elements by where they are in the whole sequence.
 
-    The same elements are dropped for every ring size and whenever it is
-    computed again: the bits are a hash of the seed, the row in the whole
-    batch, the position in the whole sequence and the feature.
+    The same elements are dropped for every ring size and whenever this is
+    computed again, as in a backward that recomputes: the bits are a hash of
+    the seed, the row in the whole batch, the position in the whole sequence
+    and the feature.
 
     Args:
         inputs: `(batch, length, features)`, floating point, as a layer sees
-            them: global on JAX, the own shard on TensorFlow and PyTorch.
+            them: global on JAX, this device's shard on TensorFlow and PyTorch.
         seed: integers `(2,)`, the same on all devices.
         rate: probability of dropping, from 0 to less than 1.
 
@@ -28,8 +29,8 @@ def positional_dropout(inputs: Tensor, seed: Tensor, rate: float) -> Tensor:
         `1 - rate`.
 
     Raises:
-        ValueError: for a rate out of range, a seed that is none, or inputs
-            of another rank or dtype.
+        ValueError: for a rate out of range, a seed of another shape or
+            dtype, or inputs of another rank or dtype.
     """
     rate = arguments.rate("rate", rate)
     inputs = tensor_arguments.tensor("inputs", inputs)

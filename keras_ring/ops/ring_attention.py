@@ -59,7 +59,7 @@ def ring_attention(
     dropout_seed: Tensor | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """Exact softmax attention with the sequence sharded over devices.
+    """Compute exact softmax attention, the sequence sharded over devices.
 
     Under a `DistributedStrategy` every device keeps its queries while the
     chunks of keys and values travel around the ring; without one it is
@@ -76,8 +76,8 @@ def ring_attention(
 
     Args:
         query: `(batch, query_length, heads, head_dim)`, floating point, as
-            the layer sees it: global on JAX, the own shard on TensorFlow
-            and PyTorch.
+            the layer sees it: global on JAX, this device's shard on
+            TensorFlow and PyTorch.
         key: `(batch, key_length, key_heads, head_dim)`. `heads` must be a
             multiple of `key_heads` (grouped-query attention); keys and
             values are never repeated.

@@ -1,5 +1,5 @@
 """Operations on a sequence that may be split over devices: the positions of
-the part that the code sees, the whole of it, and the own part again."""
+the part that the code sees, the whole of it, and this device's part again."""
 
 from typing import Any
 
@@ -22,12 +22,12 @@ Tensor = Any
 
 
 def sequence_positions(tensor: Tensor, axis: int = 1) -> Tensor:
-    """The global positions of the elements along a sequence axis.
+    """Return the global positions of the elements along a sequence axis.
 
     Args:
         tensor: a tensor with the sequence on `axis`, as a layer sees it:
-            the whole sequence on JAX and outside a strategy's steps, the
-            own shard in a step on TensorFlow and PyTorch.
+            the whole sequence on JAX and outside a strategy's steps, this
+            device's shard in a step on TensorFlow and PyTorch.
         axis: the sequence axis; negative values count from the end.
 
     Returns:
@@ -72,11 +72,12 @@ class SequencePositions(keras.Operation):
 
 
 def gather_sequence(tensor: Tensor, axis: int = 1) -> Tensor:
-    """The whole sequence, on every device of the ring.
+    """Gather the whole sequence on every device of the ring.
 
     The tensor that comes out grows with the sequence: this is the way to
     use code that knows no ring, at the price of memory and transfers. The
-    gradient of a shard is the sum of what all members of the ring ask of it.
+    gradient of a shard is the sum of the gradients that all members of the
+    ring have for it.
 
     Args:
         tensor: a tensor of any dtype with the sequence on `axis`, as a
@@ -85,9 +86,9 @@ def gather_sequence(tensor: Tensor, axis: int = 1) -> Tensor:
 
     Returns:
         The tensor with the whole sequence on `axis`, in natural order and
-        without padding. Where
-        the code sees the whole sequence already this is the tensor itself;
-        under a strategy on JAX the compiler is told not to split it.
+        without padding. Where the code sees the whole sequence already this
+        is the tensor itself; under a strategy on JAX the compiler is told
+        not to split it.
 
     Raises:
         ValueError: for an axis that the tensor does not have.
@@ -101,7 +102,7 @@ def gather_sequence(tensor: Tensor, axis: int = 1) -> Tensor:
 
 
 def own_chunk(tensor: Tensor, axis: int = 1) -> Tensor:
-    """This device's part of a whole sequence; undoes `gather_sequence`.
+    """Take this device's part of a whole sequence; undo `gather_sequence`.
 
     Args:
         tensor: a tensor with the whole sequence on `axis`, the same on
@@ -109,10 +110,10 @@ def own_chunk(tensor: Tensor, axis: int = 1) -> Tensor:
         axis: the sequence axis; negative values count from the end.
 
     Returns:
-        The tensor with the own `1 / sequence_parallel` of `axis`. A length
-        that the ring cannot split equally is padded by copies of the last
-        element, as that of a batch is. The tensor itself where the code
-        sees the whole sequence.
+        The tensor with this device's `1 / sequence_parallel` of `axis`. A
+        length that the ring cannot split equally is padded by copies of the
+        last element, as that of a batch is. The tensor itself where the
+        code sees the whole sequence.
 
     Raises:
         ValueError: for an axis that the tensor does not have.

@@ -15,11 +15,12 @@ Index = int | Sequence[int]
 
 
 def take_position(tensor: Tensor, index: Index) -> Tensor:
-    """Positions of the whole sequence, on every device of the ring.
+    """Take positions of the whole sequence, on every device of the ring.
 
-    What `tensor[:, index]` is on one device, wherever the position lies: a
-    classifier reads the first position so. Each costs a sum over the ring
-    of what it holds. The gradient goes to the position alone.
+    This is what `tensor[:, index]` is on one device, whichever device holds
+    the position: so a classifier reads the first one. Each position costs a
+    sum of its features over the ring. Its gradient goes to that position
+    alone.
 
     Args:
         tensor: `(batch, length, ...)` of any dtype, as a layer sees it.

@@ -118,7 +118,7 @@ def _with(
 
 
 def _steps(kind: str) -> Callable[..., Any]:
-    """Step functions that run on the own part of a global batch."""
+    """Step functions that run on this process's part of a global batch."""
 
     def wrap(make: Callable[..., Any], current: Current) -> Callable[..., Any]:
         attribute = f"{kind}_function"
@@ -163,7 +163,7 @@ def _step(
 def _symbolic_build(
     original: Callable[..., Any], current: Current
 ) -> Callable[..., Any]:
-    """In mixed precision, infer shapes from the own part of a batch.
+    """In mixed precision, infer shapes from this process's part of a batch.
 
     Keras infers shapes without memory where every layer can do that, and
     computes otherwise. In mixed precision it always computes: there it

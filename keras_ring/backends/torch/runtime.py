@@ -160,7 +160,7 @@ class World(world.World):
     def shard(
         self, tensor: Any, split: bool, rows: PaddedAxis, lengths: PaddedAxis
     ) -> Any:
-        """The own rows of a global array, and the own chunk if `split`."""
+        """This process's rows of a global array, and its chunk if `split`."""
         if len(tensor.shape) == 0:
             return tensor
         size = padding.local_size(rows, tensor.shape[0])

@@ -1,4 +1,4 @@
-"""One step of fit, evaluate or predict on the own part of a batch.
+"""One step of fit, evaluate or predict on this process's part of a batch.
 
 A step runs Keras' own code on this process' shard. What makes the result
 that of one device happens at three places: a loss with a local denominator
@@ -214,7 +214,7 @@ def reduced_gradients(
 def run_step(
     world: "World", model: Any, function: Callable[..., Any], batch: Any
 ) -> Any:
-    """A step of fit or evaluate on the own part of a global batch; gives
+    """A step of fit or evaluate on this process's part of a batch; gives
     the global logs."""
     training.ready(world, model, batch)
     world.agreement.check(model, batch)
