@@ -103,13 +103,14 @@ def ring_over(devices):
     import numpy as np
 
     import keras_ring
+    from keras_ring.mesh import AXES, Mesh
 
     strategy = keras_ring.DistributedStrategy(sequence_parallel=1)
     world = strategy.world
+    world.layout = Mesh((1, len(devices), 1))
     world.mesh = jax.sharding.Mesh(
-        np.array(devices).reshape(1, -1, 1), ("batch", "seq", "model")
+        np.array(devices).reshape(world.layout.shape), AXES
     )
-    world.sequence_size = len(devices)
     return strategy
 
 

@@ -87,7 +87,7 @@ class Step:
         self.data_index, self.sequence_index = place
         self.rows = rows
         self.lengths = lengths
-        self.devices = world.data_size * world.sequence_size
+        self.devices = world.layout.size()
         self.everyones_sum = everyones_sum
         self.sums_metrics = sums_metrics
         # Tensors are known by identity, and kept so that it stays theirs.

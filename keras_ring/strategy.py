@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from keras_ring import arguments, backends, errors, kernels, tensor_arguments
+from keras_ring.mesh import BATCH, SEQUENCE, Mesh
 from keras_ring.placement import Choice
 
 if TYPE_CHECKING:
@@ -142,6 +143,21 @@ class DistributedStrategy:
         Raises:
             ValueError: if the mesh does not fit.
         """
+        mesh = self.mesh(available)
+        return mesh.size(BATCH), mesh.size(SEQUENCE)
+
+    def mesh(self, available: int) -> Mesh:
+        """Lay the strategy out over devices.
+
+        Args:
+            available: number of devices there are.
+
+        Returns:
+            The mesh; -1 has become a number.
+
+        Raises:
+            ValueError: if the mesh does not fit.
+        """
         available = arguments.integer("available", available)
         data, sequence = self.data_parallel, self.sequence_parallel
         if sequence == -1:
@@ -164,7 +180,7 @@ class DistributedStrategy:
                 f"backend {backend!r}. Lower the sizes"
                 f"{_HOW_TO_GET_DEVICES.get(backend, '')}."
             )
-        return data, sequence
+        return Mesh((data, sequence, self.model_parallel))
 
     @functools.cached_property
     def world(self) -> "World":
@@ -236,23 +252,21 @@ class DistributedStrategy:
             kernel = kernels.choose(
                 keras.config.floatx(), world.devices[0].partition(":")[0]
             )
-        total = world.data_size * world.sequence_size
         lines = [
             "DistributedStrategy",
             f"  backend            {backend.name}",
             f"  data parallel      {world.data_size}",
             f"  sequence parallel  {world.sequence_size}",
             f"  model parallel     {self.model_parallel}",
-            f"  devices            {total}",
+            f"  devices            {world.layout.size()}",
             f"  kernel             {kernel.name}",
             "  a layer sees       "
             + ("its shard" if world.layers_see_shards else "the whole sequence")
             + f" (each device holds 1/{world.sequence_size})",
         ]
-        for group in range(world.data_size):
-            first = group * world.sequence_size
-            ring = world.devices[first : first + world.sequence_size]
-            lines.append(f"  ring {group}             " + " -> ".join(ring))
+        for number, ranks in enumerate(world.layout.groups(SEQUENCE)):
+            ring = " -> ".join(world.devices[rank] for rank in ranks)
+            lines.append(f"  ring {number}             {ring}")
         for line in lines:
             print_fn(line)
 

@@ -277,7 +277,7 @@ def _running(world: World, model: Any) -> Iterator[None]:
 
 def _own_methods(world: World, model: Any) -> AbstractContextManager[None]:
     """Give the whole batch to what a model computes itself of it."""
-    if world.layers_see_shards and world.data_size * world.sequence_size > 1:
+    if world.layers_see_shards and world.layout.size() > 1:
         return whole_batch.own_methods(model)
     return nullcontext()
 

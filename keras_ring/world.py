@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import keras
 
 from keras_ring.lengths import Lengths
+from keras_ring.mesh import BATCH, SEQUENCE, Mesh
 from keras_ring.transport import LocalTransport, Transport
 
 if TYPE_CHECKING:
@@ -35,20 +36,27 @@ class World(abc.ABC):
 
     Attributes:
         strategy: what the user asked for.
-        devices: names of all devices, in mesh order: the data axis is the
-            slow one, the sequence axis the fast one.
-        data_size: number of data-parallel groups.
-        sequence_size: members of a ring.
+        layout: the mesh of its devices.
+        devices: names of all devices, by rank.
     """
 
     layers_see_shards: ClassVar[bool]
 
     strategy: "DistributedStrategy"
+    layout: Mesh
     devices: tuple[str, ...]
-    data_size: int
-    sequence_size: int
     # The model whose fit, evaluate or predict runs now; see `training`.
     model: Any = None
+
+    @property
+    def data_size(self) -> int:
+        """Number of groups that each take a part of the batch."""
+        return self.layout.size(BATCH)
+
+    @property
+    def sequence_size(self) -> int:
+        """Number of devices that share one sequence."""
+        return self.layout.size(SEQUENCE)
 
     @functools.cached_property
     def lengths(self) -> weakref.WeakKeyDictionary[Any, Lengths]:
@@ -89,15 +97,24 @@ class World(abc.ABC):
         true."""
         raise NotImplementedError
 
+    def own_rank(self) -> int:
+        """Rank of the device on which the code runs; only where `inside()` is
+        true."""
+        raise NotImplementedError
+
     def place(self) -> tuple[int, int]:
         """The data index and the sequence index of the part that the running
         code sees; only where `inside()` is true."""
-        raise NotImplementedError
+        rank = self.own_rank()
+        batch, sequence = (
+            self.layout.index(rank, axis) for axis in (BATCH, SEQUENCE)
+        )
+        return batch, sequence
 
-    @abc.abstractmethod
     def data_index(self) -> int:
         """Index of the part of the batch that the running code sees: a number
         below `data_size` where it sees a part, else 0."""
+        return self.place()[0] if self.inside() else 0
 
     @abc.abstractmethod
     def per_shard(

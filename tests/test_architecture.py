@@ -24,6 +24,7 @@ FRAMEWORKS = ("jax", "tensorflow", "torch")
 # part needs a line.
 LEAVES = {
     *("arguments", "backends", "errors", "keras_internals", "lengths"),
+    "mesh",
     *("numerics", "padding", "placement", "primitives", "random_bits"),
     *("schedule", "scopes", "scratch", "shapes", "transport", "version"),
 }
@@ -49,10 +50,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("backends", "config", "kernel", "masks", "numerics", "scoring"),
         "visit",
     },
-    "world": {"lengths", "transport"},
+    "world": {"lengths", "mesh", "transport"},
     "strategy": {
-        *("arguments", "backends", "errors", "kernels", "placement"),
-        *("tensor_arguments", "world"),
+        *("arguments", "backends", "errors", "kernels", "mesh"),
+        *("placement", "tensor_arguments", "world"),
     },
     "batches": {"lengths", "padding", "world"},
     "step": {"batches", "keras_internals", "padding", "world"},
@@ -104,7 +105,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "a backend": {
         *("batches", "blockwise", "counting", "errors", "kernel"),
-        *("keras_internals", "masks", "native"),
+        *("keras_internals", "masks", "mesh", "native"),
         *("numerics", "padding", "step"),
         *("primitives", "random_bits", "scopes", "scoring", "scratch"),
         *("tiling", "placement", "shards", "strategy", "training"),

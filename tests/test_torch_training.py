@@ -53,7 +53,7 @@ def check_launch():
     with pytest.raises(ValueError, match="KERAS_TORCH_DEVICE=cuda"):
         pair(devices=("gpu:0", "gpu:1")).world  # noqa: B018
     world = pair(devices=("cpu", "cpu")).world
-    assert (world.rank, world.sequence_index) == (rank(), rank())
+    assert (world.rank, world.place()) == (rank(), (0, rank()))
 
 
 def test_launches_that_do_not_fit_are_refused(on_devices):

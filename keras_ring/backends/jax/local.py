@@ -13,8 +13,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from keras_ring import strategy
-
-BATCH, MODEL = "batch", "model"
+from keras_ring.mesh import BATCH, MODEL
 
 
 def on_each_device(

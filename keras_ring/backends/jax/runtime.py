@@ -26,10 +26,9 @@ from keras_ring.keras_internals import (
     in_symbolic_scope,
     without_values,
 )
+from keras_ring.mesh import AXES, BATCH, SEQUENCE
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.world import LOCAL
-
-AXES = ("batch", "seq", "model")
 
 
 class Distribution(keras.distribution.ModelParallel):
@@ -37,19 +36,14 @@ class Distribution(keras.distribution.ModelParallel):
     sequence, variables whole on every device."""
 
     def __init__(self, ring_world: "World"):
-        strategy = ring_world.strategy
         mesh = keras.distribution.DeviceMesh(
-            shape=(
-                ring_world.data_size,
-                ring_world.sequence_size,
-                strategy.model_parallel,
-            ),
+            shape=ring_world.layout.shape,
             axis_names=AXES,
             devices=np.array(ring_world.devices),
         )
         super().__init__(
             layout_map=keras.distribution.LayoutMap(mesh),
-            batch_dim_name="batch",
+            batch_dim_name=BATCH,
             auto_shard_dataset=False,
         )
         self.ring_world = ring_world
@@ -69,8 +63,8 @@ class World(world.World):
     def __init__(self, strategy: DistributedStrategy):
         names = _device_names(strategy.devices)
         self.strategy = strategy
-        self.data_size, self.sequence_size = strategy.mesh_shape(len(names))
-        self.devices = names[: self.data_size * self.sequence_size]
+        self.layout = strategy.mesh(len(names))
+        self.devices = names[: self.layout.size()]
         self.distribution = Distribution(self)
         self.mesh = self.distribution.device_mesh.backend_mesh
 
@@ -111,10 +105,7 @@ class World(world.World):
         return False
 
     def ring(self) -> RingTransport:
-        return RingTransport("seq", self.sequence_size)
-
-    def data_index(self) -> int:
-        return 0
+        return RingTransport(SEQUENCE, self.sequence_size)
 
     def per_shard(
         self,
@@ -128,7 +119,7 @@ class World(world.World):
             or in_symbolic_scope()
         ):
             return function(LOCAL, *tensors, *shared)
-        sharded = PartitionSpec(None, "seq")
+        sharded = PartitionSpec(None, SEQUENCE)
         dtypes = [tensor.dtype for tensor in shared]
 
         def on_member(own_place: jax.Array, *shards: jax.Array) -> Any:
@@ -142,12 +133,12 @@ class World(world.World):
             on_member,
             mesh=self.mesh,
             in_specs=(
-                PartitionSpec("seq"),
+                PartitionSpec(SEQUENCE),
                 *(sharded for _ in tensors),
                 *(PartitionSpec() for _ in shared),
             ),
             out_specs=sharded,
-            axis_names={"seq"},
+            axis_names={SEQUENCE},
             check_vma=False,
         )
         # Where the step is not compiled, its gradient fails without this.
@@ -235,9 +226,9 @@ class World(world.World):
         """Partition of one array of a batch over the mesh."""
         axes: list[str | None] = []
         if shape:
-            axes.append("batch" if shape[0] % self.data_size == 0 else None)
+            axes.append(BATCH if shape[0] % self.data_size == 0 else None)
         if split and shape[1] % self.sequence_size == 0:
-            axes.append("seq")
+            axes.append(SEQUENCE)
         return PartitionSpec(*axes)
 
     def place_batch(self, batch: Any, stacked: bool = False) -> Any:
@@ -290,7 +281,7 @@ class World(world.World):
     def _run_spec(self, shape: Sequence[int]) -> PartitionSpec:
         """Partition of a tensor of `run` over the mesh: an axis that the mesh
         cannot split is whole on every device."""
-        names, sizes = ("batch", "seq"), (self.data_size, self.sequence_size)
+        names, sizes = (BATCH, SEQUENCE), (self.data_size, self.sequence_size)
         return PartitionSpec(
             *(
                 name if have % size == 0 else None

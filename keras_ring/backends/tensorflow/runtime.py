@@ -32,6 +32,7 @@ from keras_ring.backends.tensorflow.transport import (
     after,
 )
 from keras_ring.keras_internals import in_symbolic_scope
+from keras_ring.mesh import AXES, SEQUENCE
 from keras_ring.strategy import DistributedStrategy
 from keras_ring.world import LOCAL
 
@@ -96,8 +97,8 @@ class World(world.World):
                 "simulate several on a CPU, call "
                 "tf.config.set_logical_device_configuration first."
             )
-        self.data_size, self.sequence_size = strategy.mesh_shape(len(names))
-        self.devices = names[: self.data_size * self.sequence_size]
+        self.layout = strategy.mesh(len(names))
+        self.devices = names[: self.layout.size()]
         self._numbers = [
             512 * name.startswith("cpu") + int(name.split(":")[1])
             for name in self.devices
@@ -126,8 +127,8 @@ class World(world.World):
             communication_options=self._communication
         )
         count = self.tf_strategy.num_replicas_in_sync
-        self.data_size, self.sequence_size = strategy.mesh_shape(count)
-        if self.data_size * self.sequence_size != count:
+        self.layout = strategy.mesh(count)
+        if self.layout.size() != count:
             raise ValueError(
                 "With several workers the mesh must use every device. "
                 f"Received: data_parallel={self.data_size} x "
@@ -173,29 +174,27 @@ class World(world.World):
         )
 
     def ring(self) -> RingTransport:
-        return self._members(self.sequence_size)
+        return self._members(SEQUENCE)
 
     @property
     def everyone(self) -> RingTransport:
         """All replicas as one ring; only where `inside()` is true."""
-        return self._members(len(self.devices))
+        return self._members(*AXES)
 
-    def place(self) -> tuple[int, int]:
-        """The data index and the sequence index of the running replica."""
-        return divmod(_replica(), self.sequence_size)
+    def own_rank(self) -> int:
+        return _replica()
 
-    def _members(self, size: int) -> RingTransport:
+    def _members(self, *axes: str) -> RingTransport:
+        """The replicas that differ from the running one along some axes."""
+        rank = self.own_rank()
         return RingTransport(
-            _replica(),
-            size,
+            rank,
+            self.layout.group(rank, *axes),
             devices=self._numbers,
             timeout=self.strategy.timeout,
             keys=_KEYS,
             placed=self.placed,
         )
-
-    def data_index(self) -> int:
-        return self.place()[0] if self.inside() else 0
 
     def per_shard(
         self,

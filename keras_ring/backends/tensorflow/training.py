@@ -24,6 +24,7 @@ from keras_ring.backends.tensorflow import scope
 from keras_ring.backends.tensorflow.open_sizes import OpenSizes, announced
 from keras_ring.backends.tensorflow.programs import compiled
 from keras_ring.keras_internals import compiled_variables
+from keras_ring.mesh import BATCH, SEQUENCE
 from keras_ring.padding import PaddedAxis
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _own_seeds(world: "World", model: Any) -> Iterator[None]:
     if padding.whole():
         # Members of a ring do the same, and draw the same.
         sequence_index = 0
-    replica = data_index * world.sequence_size + sequence_index
+    replica = world.layout.rank(batch=data_index, seq=sequence_index)
     offset = (replica * random_bits.STRIDE) % 2**31
     states = [
         variable
@@ -387,7 +388,9 @@ def distribute(
     rows, lengths = batches.axes(world, list(tensors), list(split))
 
     def part(tensor: Any, has_length: bool, replica: int) -> tf.Tensor:
-        group, index = divmod(replica, world.sequence_size)
+        group, index = (
+            world.layout.index(replica, axis) for axis in (BATCH, SEQUENCE)
+        )
         if has_length:
             local = padding.local_size(lengths, tensor.shape[1])
             tensor = padding.part(tensor, 1, index, local)
@@ -440,14 +443,14 @@ def join(
         true: the sizes of the first two axes without padding, the same on
             every replica; -1 where there is none.
     """
-    size = world.sequence_size
     rows, length = (
         int(world.tf_strategy.experimental_local_results(number)[0])
         for number in true
     )
     with tf.device("CPU:0"):
         rings = [
-            pieces[i : i + size] for i in range(0, world.data_size * size, size)
+            [pieces[rank] for rank in ranks]
+            for ranks in world.layout.groups(SEQUENCE)
         ]
         groups = [tf.concat(r, 1) if split else r[0] for r in rings]
         whole = tf.concat(groups, 0)

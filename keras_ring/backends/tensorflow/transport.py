@@ -66,7 +66,7 @@ class RingTransport(Transport):
 
     Args:
         replica: number of this replica, in all workers.
-        size: members of a ring.
+        members: replicas of the ring, in order; this one is among them.
         devices: a number below 1024 for the device of each replica; one
             device has one number for as long as the process lives.
         timeout: seconds after which a broadcast that does not finish fails.
@@ -78,23 +78,23 @@ class RingTransport(Transport):
     def __init__(
         self,
         replica: int,
-        size: int,
+        members: Sequence[int],
         *,
         devices: Sequence[int],
         timeout: float,
         keys: InstanceKeys,
         placed: bool,
     ):
-        self.size = size
+        self.size = len(members)
         self._replica = replica
-        self._first = replica // size * size
+        self._members = members
         self._devices = devices
         self._timeout = timeout
         self._keys = keys
         self._placed = placed
 
     def index(self) -> int:
-        return self._replica - self._first
+        return self._members.index(self._replica)
 
     def start_shift(self, tensors: Sequence[tf.Tensor], by: int = 1) -> Pending:
         moved = self.exchange(
@@ -255,8 +255,8 @@ class RingTransport(Transport):
         if getattr(threading.current_thread(), "graph", graph) is not graph:
             raise _nested()
         index, arrived = self.index(), []
-        target = self._first + permutation[index]
-        source = self._first + inverse[index]
+        target = self._members[permutation[index]]
+        source = self._members[inverse[index]]
         if target == self._replica:
             # The others draw for theirs, and all must agree afterwards.
             for _ in tensors:

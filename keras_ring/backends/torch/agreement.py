@@ -160,7 +160,7 @@ class Agreement:
             return
         if padding.whole():
             # Members of a ring do the same, and draw the same.
-            rank -= self.world.sequence_index
+            rank -= self.world.place()[1]
         offset = (rank * random_bits.STRIDE) & 0xFFFFFFFF
         # As the int32 in which seeds are kept.
         offset -= (offset & 0x80000000) << 1

@@ -5,6 +5,7 @@ import atexit
 import datetime
 import functools
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import keras
@@ -15,6 +16,7 @@ from keras_ring.backends.torch import shared_memory
 from keras_ring.backends.torch.failures import Failures
 from keras_ring.backends.torch.shared_memory import SharedMemory
 from keras_ring.backends.torch.transport import Reporting, RingTransport
+from keras_ring.mesh import AXES, SEQUENCE, Mesh
 from keras_ring.world import LOCAL
 
 if TYPE_CHECKING:
@@ -57,8 +59,8 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def mesh_shape(strategy: "DistributedStrategy") -> tuple[int, int]:
-    """The sizes of the data and the sequence axis on these processes.
+def mesh(strategy: "DistributedStrategy") -> Mesh:
+    """The mesh of these processes.
 
     Raises:
         ValueError: unless there is exactly one process per device.
@@ -85,7 +87,7 @@ def mesh_shape(strategy: "DistributedStrategy") -> tuple[int, int]:
             "On PyTorch `devices` names one device per process. Received: "
             f"devices={strategy.devices} with {started} processes."
         )
-    return data, sequence
+    return strategy.mesh(started)
 
 
 def device_names(strategy: "DistributedStrategy") -> tuple[str, ...]:
@@ -127,7 +129,7 @@ def keras_device() -> torch.device:
     return keras.ops.zeros(()).device
 
 
-def connect(strategy: "DistributedStrategy", mesh: tuple[int, int]) -> Groups:
+def connect(strategy: "DistributedStrategy", mesh: Mesh) -> Groups:
     """Join the process groups of a mesh; every process calls this.
 
     The default group is made if the program has none. Groups made from it
@@ -136,8 +138,7 @@ def connect(strategy: "DistributedStrategy", mesh: tuple[int, int]) -> Groups:
     Raises:
         RuntimeError: if the other processes do not come within the timeout.
     """
-    data_size, sequence_size = mesh
-    if data_size * sequence_size == 1:
+    if mesh.size() == 1:
         return Groups(LOCAL, LOCAL)
     cuda = keras_device().type == "cuda"
     if cuda:
@@ -153,19 +154,18 @@ def connect(strategy: "DistributedStrategy", mesh: tuple[int, int]) -> Groups:
             dist.init_process_group(kind, timeout=limit)
             atexit.register(_end)
         failures = _failures(dist.group.WORLD)
-        everyone, rings = _process_groups(
-            dist.group.WORLD, data_size, sequence_size, limit, kind
+        everyone, own_ring = _process_groups(
+            dist.group.WORLD, mesh, limit, kind
         )
-    own_ring = rings[rank() // sequence_size]
     transports = [RingTransport(everyone, strategy.timeout, None, failures)]
-    if sequence_size > 1:
+    if mesh.size(SEQUENCE) > 1:
         with Reporting(strategy.timeout):
             memory = None if cuda else _memory(own_ring)
         transports.append(
             RingTransport(own_ring, strategy.timeout, memory, failures)
         )
     failures.transports += transports
-    ring = transports[1] if sequence_size > 1 else LOCAL
+    ring = transports[1] if mesh.size(SEQUENCE) > 1 else LOCAL
     return Groups(transports[0], ring, failures, failures.resets)
 
 
@@ -200,24 +200,24 @@ def _memory(group: dist.ProcessGroup) -> SharedMemory | None:
 @functools.cache
 def _process_groups(
     default: dist.ProcessGroup,
-    data_size: int,
-    sequence_size: int,
+    mesh: Mesh,
     limit: datetime.timedelta,
     kind: str,
-) -> tuple[dist.ProcessGroup, list[dist.ProcessGroup]]:
-    """All processes of a mesh, and those of each ring.
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """All processes of a mesh, and those of this one's ring.
 
     Each group has threads and connections of its own for as long as the
     process lives, so strategies of one shape share theirs. (A program that
     ends its default group and makes another has other groups, too.)
     """
     del default
-    ranks = range(data_size * sequence_size)
-    everyone = dist.new_group(ranks, timeout=limit, backend=kind)
-    rings = [
-        dist.new_group(
-            ranks[start : start + sequence_size], timeout=limit, backend=kind
-        )
-        for start in ranks[::sequence_size]
-    ]
-    return everyone, rings
+
+    def made(axes: Sequence[str]) -> dist.ProcessGroup:
+        """This process' group; every process makes all of them."""
+        groups = {
+            tuple(ranks): dist.new_group(ranks, timeout=limit, backend=kind)
+            for ranks in mesh.groups(*axes)
+        }
+        return groups[tuple(mesh.group(rank(), *axes))]
+
+    return made(AXES), made((SEQUENCE,))

@@ -34,21 +34,16 @@ class World(world.World):
 
     Attributes:
         rank: number of this process.
-        data_place: which rows of the batch it keeps.
-        sequence_index: which chunk of every sequence it keeps.
     """
 
     layers_see_shards = True
 
     def __init__(self, strategy: DistributedStrategy):
         self.strategy = strategy
-        self.data_size, self.sequence_size = launch.mesh_shape(strategy)
-        self.size = self.data_size * self.sequence_size
+        self.layout = launch.mesh(strategy)
+        self.size = self.layout.size()
         self.devices = launch.device_names(strategy)
         self.rank = launch.rank()
-        self.data_place, self.sequence_index = divmod(
-            self.rank, self.sequence_size
-        )
         self.agreement = agreement.Agreement(self)
         self.step: Step | None = None
         self._groups: launch.Groups | None = None
@@ -106,11 +101,8 @@ class World(world.World):
     def ring(self) -> Transport:
         return self._connected().ring
 
-    def place(self) -> tuple[int, int]:
-        return self.data_place, self.sequence_index
-
-    def data_index(self) -> int:
-        return self.data_place if self.inside() else 0
+    def own_rank(self) -> int:
+        return self.rank
 
     def per_shard(
         self,
@@ -164,10 +156,11 @@ class World(world.World):
         if len(tensor.shape) == 0:
             return tensor
         size = padding.local_size(rows, tensor.shape[0])
+        data_index, sequence_index = self.place()
         if split:
             chunk = padding.local_size(lengths, tensor.shape[1])
-            tensor = padding.part(tensor, 1, self.sequence_index, chunk)
-        return padding.part(tensor, 0, self.data_place, size)
+            tensor = padding.part(tensor, 1, sequence_index, chunk)
+        return padding.part(tensor, 0, data_index, size)
 
     def unshard(
         self,
@@ -206,9 +199,7 @@ class World(world.World):
 
     def _connected(self) -> launch.Groups:
         if self._groups is None or not self._groups.valid:
-            self._groups = launch.connect(
-                self.strategy, (self.data_size, self.sequence_size)
-            )
+            self._groups = launch.connect(self.strategy, self.layout)
         return self._groups
 
 
