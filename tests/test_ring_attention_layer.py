@@ -6,6 +6,7 @@ a query that may attend to nothing, as `RingAttention` does.
 """
 
 import copy
+import dataclasses
 import pickle
 import warnings
 
@@ -48,7 +49,7 @@ def check_equals_stock(layer, inputs, options, ours=None, ours_options=None):
     if ours is None:
         ours = RingAttention.from_keras_layer(layer)
         # Where a stock layer writes scores out, rows that see nothing are zero.
-        ours._empty_rows = "zeros"
+        ours._options = dataclasses.replace(ours._options, empty_rows="zeros")
     ours_options = options if ours_options is None else ours_options
     scores = {"return_attention_scores": True}
     weights = [v.value for v in layer.trainable_variables]

@@ -6,7 +6,8 @@ import keras
 from keras import ops
 
 from keras_ring import arguments, strategy, tensor_arguments
-from keras_ring.layers import attention_arguments, dense_options
+from keras_ring.layers import dense_options
+from keras_ring.layers.attention import options
 
 Shape = tuple[int | None, ...]
 Tensor = Any
@@ -75,7 +76,7 @@ class LanguageModelHead(dense_options.DenseOptions, keras.layers.Layer):
     ):
         vocabulary_size = arguments.integer("vocabulary_size", vocabulary_size)
         use_bias = arguments.flag("use_bias", use_bias)
-        soft_cap = attention_arguments.soft_cap(soft_cap)
+        soft_cap = options.soft_cap(soft_cap)
         accuracy = arguments.flag("accuracy", accuracy)
         super().__init__(**kwargs)
         self.supports_masking = True

@@ -6,45 +6,19 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import arguments, random_bits, strategy
+from keras_ring import random_bits, strategy
 from keras_ring.keras_internals import attach_mask
-from keras_ring.layers import attention_arguments, keras_attention
-from keras_ring.layers import attention_limits as limits
-from keras_ring.layers import empty_rows as empty
-from keras_ring.layers.attention_axes import AttentionAxes
-from keras_ring.layers.attention_masks import AttentionMasks
-from keras_ring.layers.projections import Projections
+from keras_ring.layers.attention import empty_rows as empty
+from keras_ring.layers.attention import limits, stock
+from keras_ring.layers.attention.call import AttentionCall, checked_shapes
+from keras_ring.layers.attention.options import AttentionOptions
+from keras_ring.layers.attention.projections import Projections
+from keras_ring.layers.attention.written_out import written_out
 from keras_ring.layers.rotary_embedding import RotaryEmbedding, rotary_of
-from keras_ring.ops.dense_attention import dense_attention
 from keras_ring.ops.ring_attention import ring_attention
-from keras_ring.ops.sequence import whole_length
-from keras_ring.scoring import Dropout, Scoring
 
 Tensor = Any
 Shape = tuple[int | None, ...]
-
-
-def _segments(
-    axes: AttentionAxes,
-    segment_ids: Tensor | None,
-    key_segment_ids: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-) -> tuple[Tensor, Tensor] | None:
-    """The ids of queries and keys, folded."""
-    if segment_ids is None:
-        if key_segment_ids is not None:
-            raise ValueError(
-                "`key_segment_ids` needs `segment_ids`, those of the queries. "
-                "Received: segment_ids=None. Pass both."
-            )
-        return None
-    if key_segment_ids is None:
-        key_segment_ids = segment_ids
-    return (
-        axes.fold_positions(segment_ids, query, "segment_ids"),
-        axes.fold_positions(key_segment_ids, key, "key_segment_ids"),
-    )
 
 
 @keras.saving.register_keras_serializable(package="keras_ring")
@@ -210,63 +184,38 @@ class RingAttention(Projections, keras.layers.Layer):
         num_query_heads: int | None = None,
         **kwargs: Any,
     ):
-        heads = attention_arguments.heads(
-            num_heads,
-            key_dim,
-            value_dim,
-            num_key_value_heads,
-            num_query_heads,
-            head_dim,
+        options = AttentionOptions.checked(
+            num_heads=num_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            dropout=dropout,
+            use_bias=use_bias,
+            output_shape=output_shape,
+            attention_axes=attention_axes,
+            sliding_window=sliding_window,
+            flash_attention=flash_attention,
+            use_gate=use_gate,
+            seed=seed,
+            num_key_value_heads=num_key_value_heads,
+            causal=causal,
+            scale=scale,
+            soft_cap=soft_cap,
+            alibi=alibi,
+            sinks=sinks,
+            empty_rows=empty_rows,
+            strip_masks=strip_masks,
+            head_dim=head_dim,
+            num_query_heads=num_query_heads,
         )
-        dropout = attention_arguments.dropout_rate(dropout, flash_attention)
-        if scale is not None:
-            scale = arguments.finite(
-                "scale", scale, ", or None for 1 / sqrt(key_dim)"
-            )
-        soft_cap = attention_arguments.soft_cap(soft_cap)
-        slopes = attention_arguments.alibi_slopes(alibi, heads.query)
-        empty.check(empty_rows, sinks)
-        sliding_window = attention_arguments.optional_positive(
-            "sliding_window", sliding_window
-        )
-        output_shape = attention_arguments.output_shape(output_shape)
-        attention_axes = attention_arguments.attention_axes(attention_axes)
-        use_bias = arguments.flag("use_bias", use_bias)
-        use_gate = arguments.flag("use_gate", use_gate)
-        causal = arguments.flag("causal", causal)
-        sinks = arguments.flag("sinks", sinks)
-        strip_masks = arguments.flag("strip_masks", strip_masks)
-        seed = arguments.seed("seed", seed)
         super().__init__(**kwargs)
         self.supports_masking = True
-        self._num_heads = heads.query
-        self._num_key_value_heads = heads.key_value
-        self._key_dim = heads.key_dim
-        self._value_dim = heads.value_dim
-        self._dropout = dropout
-        self._use_bias = use_bias
-        self._output_shape = output_shape
-        self._attention_axes = attention_axes
-        self._sliding_window = sliding_window
-        self._flash_attention = flash_attention
-        self._use_gate = use_gate
-        self._causal = causal
-        self._scale = scale
-        self._soft_cap = soft_cap
-        self._slopes = slopes
-        self._sinks = sinks
+        self._options = options
         self._rotary = rotary_of(rotary, self.dtype_policy)
-        self._empty_rows = empty_rows
-        self._strip_masks = strip_masks
-        self.seed = seed
+        self.seed = options.seed
         self._set_projection_options(
-            kernel_initializer,
-            bias_initializer,
-            kernel_regularizer,
-            bias_regularizer,
-            activity_regularizer,
-            kernel_constraint,
-            bias_constraint,
+            *(kernel_initializer, bias_initializer),
+            *(kernel_regularizer, bias_regularizer, activity_regularizer),
+            *(kernel_constraint, bias_constraint),
         )
         self._ring_world: Any = None
 
@@ -286,24 +235,28 @@ class RingAttention(Projections, keras.layers.Layer):
         Raises:
             ValueError: for shapes that cannot attend to each other.
         """
-        shapes = self._check_shapes(query_shape, value_shape, key_shape)
+        shapes = checked_shapes(
+            self._options, query_shape, value_shape, key_shape
+        )
         # Which world the weights belong to: the trainer compares it with the
         # strategy that is active when training starts.
         self._ring_world = strategy.current()
         self._build_projections(*shapes)
-        if self._sinks:
+        if self._options.sinks:
             self._sink_logits = self.add_weight(
-                name="sinks", shape=(self._num_heads,), initializer="zeros"
+                name="sinks",
+                shape=(self._options.heads.query,),
+                initializer="zeros",
             )
         if self._rotary is not None and not self._rotary.built:
-            heads = (self._num_heads, self._key_dim)
+            heads = (self._options.heads.query, self._options.heads.key_dim)
             self._rotary.build((*shapes[0][:2], *heads))
         # Its seed is part of the state that stock layers save; what is
         # dropped is decided by `random_bits`.
         self._dropout_layer = keras.layers.Dropout(
-            self._dropout, seed=self.seed, dtype=self.dtype_policy
+            self._options.dropout, seed=self.seed, dtype=self.dtype_policy
         )
-        if self._dropout:
+        if self._options.dropout:
             random_bits.share_seed(self._dropout_layer.seed_generator)
 
     def __call__(
@@ -334,53 +287,26 @@ class RingAttention(Projections, keras.layers.Layer):
         key_segment_ids: Tensor | None = None,
         prefix_length: Tensor | None = None,
     ) -> Any:
+        options = self._options
         value = query if value is None else value
         key = value if key is None else key
-        if self._strip_masks:
+        if options.strip_masks:
             for tensor in (query, value, key):
                 attach_mask(tensor, None)
-        axes = self._check_call(
-            {"query": query, "value": value, "key": key},
-            {
-                "query_mask": query_mask,
-                "value_mask": value_mask,
-                "key_mask": key_mask,
-            },
-            {
-                "segment_ids": segment_ids,
-                "key_segment_ids": key_segment_ids,
-                "prefix_length": prefix_length,
-            },
-            attention_mask,
-            attention_bias,
+        given = AttentionCall(
+            *(query, value, key),
+            *(query_mask, value_mask, key_mask, attention_mask),
             return_attention_scores,
             use_causal_mask,
-        )
-        causal = use_causal_mask or self._causal
-        limits.check_positions(
-            axes,
-            causal=bool(causal),
-            sliding_window=self._sliding_window,
-            alibi=self._slopes,
-            rotary=self._rotary,
-            prefix_length=prefix_length,
-        )
-        masks = self._masks(
-            axes,
-            {
-                "query_mask": (query_mask, query),
-                "value_mask": (value_mask, value),
-                "key_mask": (key_mask, key),
-            },
-            attention_mask,
-            causal,
-            (segment_ids, key_segment_ids),
+            attention_bias,
+            segment_ids,
+            key_segment_ids,
             prefix_length,
         )
-        bias = self._pairs(
-            axes, attention_bias, query, key, name="attention_bias"
-        )
-        gate = self._gate_dense(query) if self._use_gate else None
+        axes = given.check(options, self._overridden())
+        masks = given.masks(options, axes, self._rotary)
+        bias = given.bias(options, axes)
+        gate = self._gate_dense(query) if options.use_gate else None
         inputs = query, key
         query, key, value = (
             axes.fold(ops.cast(tensor, self.compute_dtype))
@@ -392,23 +318,21 @@ class RingAttention(Projections, keras.layers.Layer):
                 ops.cast(self._rotary(tensor), self.compute_dtype)
                 for tensor in (query, key)
             )
-        if bias is not None:
-            bias = ops.transpose(bias, (0, 2, 1, 3))
         scores = lse = None
         if return_attention_scores or self._overridden():
-            options: dict[str, Any] = {}
+            more: dict[str, Any] = {}
             if return_attention_scores:
-                options["return_attention_scores"] = True
+                more["return_attention_scores"] = True
             if bias is not None:
                 limits.check_overridden(self._overridden())
-                options["attention_bias"] = bias
+                more["attention_bias"] = bias
             out, scores = self._compute_attention(
                 query,
                 key,
                 value,
                 masks.dense(ops.shape(query)[1], ops.shape(key)[1]),
                 training,
-                **options,
+                **more,
             )
         else:
             seed = self._dropout_seed(training)
@@ -417,16 +341,16 @@ class RingAttention(Projections, keras.layers.Layer):
                 key,
                 value,
                 mask=masks.structured(),
-                scale=self._scale,
-                soft_cap=self._soft_cap,
+                scale=options.scale,
+                soft_cap=options.soft_cap,
                 bias=bias,
-                alibi=self._slopes,
-                sinks=self._sink_logits if self._sinks else None,
-                dropout=0.0 if seed is None else self._dropout,
+                alibi=options.slopes,
+                sinks=self._sink_logits if options.sinks else None,
+                dropout=0.0 if seed is None else options.dropout,
                 dropout_seed=seed,
                 return_lse=True,
             )
-        if lse is not None and self._mean_where_empty(axes, masks):
+        if lse is not None and empty.is_mean(options, axes, masks):
             out = empty.mean_of_values(out, lse, value, masks)
         else:
             out = masks.zero_queries(out)
@@ -469,46 +393,24 @@ class RingAttention(Projections, keras.layers.Layer):
             `(out, scores)`, see `ops.dense_attention.Dense`.
         """
         del return_attention_scores
-        pairs = None
-        plain = AttentionAxes(3, (1,))
-        if attention_mask is not None:
-            pairs = plain.fold_pairs(
-                attention_mask, ops.shape(query)[:3], (ops.shape(key)[1],)
-            )
-        masks = AttentionMasks(None, (), pairs, use_causal_mask, None)
-        dropout = None
-        seed = self._dropout_seed(training)
-        if seed is not None:
-            dropout = Dropout(self._dropout, ops.cast(seed, "int32"), 0)
-        scoring = Scoring(
-            scale=self._key_dim**-0.5 if self._scale is None else self._scale,
-            mask=masks.structured(),
-            soft_cap=self._soft_cap,
-            bias=attention_bias,
-            slopes=self._slopes,
-            dropout=dropout,
+        found = written_out(
+            self._options,
+            query,
+            key,
+            value,
+            attention_mask,
+            use_causal_mask,
+            attention_bias,
+            self._sink_logits if self._options.sinks else None,
+            self._dropout_seed(training),
         )
-        sinks = self._sink_logits if self._sinks else None
-        found = dense_attention(query, key, value, scoring, sinks)
         return found.out, found.scores
 
     def _dropout_seed(self, training: bool | None) -> Tensor | None:
         """The seed of this call, or None where nothing is dropped."""
-        if not (training and self._dropout):
+        if not (training and self._options.dropout):
             return None
         return self._dropout_layer.seed_generator.next()
-
-    def _mean_where_empty(
-        self, axes: AttentionAxes, masks: AttentionMasks
-    ) -> bool:
-        """True if a stock layer would not write out the scores of a call in
-        which some query may attend to nothing."""
-        return (
-            self._empty_rows == "stock"
-            and axes.plain
-            and not self._dropout
-            and empty.may_be(masks)
-        )
 
     def _overridden(self) -> bool:
         return (
@@ -516,100 +418,16 @@ class RingAttention(Projections, keras.layers.Layer):
             is not RingAttention._compute_attention
         )
 
-    def _masks(
-        self,
-        axes: AttentionAxes,
-        padding: dict[str, tuple[Tensor | None, Tensor]],
-        attention_mask: Tensor | None,
-        causal: bool,
-        segment_ids: tuple[Tensor | None, Tensor | None],
-        prefix_length: Tensor | None,
-    ) -> AttentionMasks:
-        """The masks of a call over folded tensors, checked."""
-        folded = {
-            name: axes.fold_positions(ops.cast(mask, "bool"), like, name)
-            for name, (mask, like) in padding.items()
-            if mask is not None
-        }
-        query, key = padding["query_mask"][1], padding["key_mask"][1]
-        pairs = self._pairs(
-            axes, attention_mask, query, key, name="attention_mask"
-        )
-        return AttentionMasks(
-            queries=folded.pop("query_mask", None),
-            keys=tuple(folded.values()),
-            pairs=None if pairs is None else ops.cast(pairs, "bool"),
-            causal=bool(causal),
-            sliding_window=self._sliding_window,
-            segments=_segments(axes, *segment_ids, query, key),
-            prefix=prefix_length,
-        )
-
-    def _pairs(
-        self,
-        axes: AttentionAxes,
-        pairs: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        name: str,
-    ) -> Tensor | None:
-        """Bias or mask of each score, folded: `(batch, heads or 1,
-        query_length, all_keys)`."""
-        if pairs is None:
-            return None
-        return axes.fold_pairs(
-            pairs,
-            (*ops.shape(query)[:-1], self._num_heads),
-            tuple(whole_length(n) for n in axes.lengths(ops.shape(key))),
-            name,
-        )
-
-    def _check_shapes(
-        self, query: Any, value: Any = None, key: Any = None
-    ) -> tuple[Shape, Shape, Shape]:
-        value = query if value is None else value
-        key = value if key is None else key
-        shapes = tuple(query), tuple(value), tuple(key)
-        attention_arguments.check_shapes(*shapes)
-        axes = AttentionAxes.of(len(shapes[0]), self._attention_axes)
-        attention_arguments.check_shapes(*shapes, axes.free)
-        return shapes
-
-    def _check_call(
-        self,
-        inputs: dict[str, Tensor],
-        masks: dict[str, Tensor | None],
-        ids: dict[str, Tensor | None],
-        attention_mask: Tensor | None,
-        attention_bias: Tensor | None,
-        scores: bool,
-        use_causal_mask: bool,
-    ) -> AttentionAxes:
-        """Refuse a call that cannot be computed here; `inputs` are query,
-        value and key."""
-        arguments.flag("return_attention_scores", scores)
-        arguments.flag("use_causal_mask", use_causal_mask)
-        attention_arguments.check_tensors(
-            inputs=inputs,
-            masks=masks,
-            ids=ids,
-            attention_mask=attention_mask,
-            attention_bias=attention_bias,
-        )
-        shapes = self._check_shapes(*(t.shape for t in inputs.values()))
-        axes = AttentionAxes.of(len(shapes[0]), self._attention_axes)
-        limits.check_scores(scores, self._flash_attention)
-        limits.check_ring(axes, scores, self._overridden())
-        return axes
-
     def compute_output_shape(
         self,
         query_shape: Shape,
         value_shape: Shape | None = None,
         key_shape: Shape | None = None,
     ) -> Shape:
-        query, _, _ = self._check_shapes(query_shape, value_shape, key_shape)
-        return query[:-1] + (self._output_shape or query[-1:])
+        query, _, _ = checked_shapes(
+            self._options, query_shape, value_shape, key_shape
+        )
+        return query[:-1] + (self._options.output_shape or query[-1:])
 
     def compute_output_spec(
         self,
@@ -629,52 +447,32 @@ class RingAttention(Projections, keras.layers.Layer):
         del training
         value = query if value is None else value
         key = value if key is None else key
-        axes = self._check_call(
-            {"query": query, "value": value, "key": key},
-            {
-                "query_mask": query_mask,
-                "value_mask": value_mask,
-                "key_mask": key_mask,
-            },
-            ids,
-            attention_mask,
-            attention_bias,
+        given = AttentionCall(
+            *(query, value, key),
+            *(query_mask, value_mask, key_mask, attention_mask),
             return_attention_scores,
             use_causal_mask,
+            attention_bias,
+            **ids,
         )
+        axes = given.check(self._options, self._overridden())
         output = keras.KerasTensor(
             self.compute_output_shape(query.shape, value.shape, key.shape),
             dtype=self.compute_dtype,
         )
         if not return_attention_scores:
             return output
-        shape = axes.scores_shape(query.shape, key.shape, self._num_heads)
+        shape = axes.scores_shape(
+            query.shape, key.shape, self._options.heads.query
+        )
         return output, keras.KerasTensor(shape, dtype=self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             **self._projection_config(),
-            "num_heads": self._num_heads,
-            "key_dim": self._key_dim,
-            "value_dim": self._value_dim,
-            "num_key_value_heads": self._num_key_value_heads,
-            "dropout": self._dropout,
-            "use_bias": self._use_bias,
-            "output_shape": self._output_shape,
-            "attention_axes": self._attention_axes,
-            "sliding_window": self._sliding_window,
-            "flash_attention": self._flash_attention,
-            "use_gate": self._use_gate,
-            "causal": self._causal,
-            "scale": self._scale,
-            "soft_cap": self._soft_cap,
-            "alibi": self._slopes,
-            "sinks": self._sinks,
+            **self._options.config(),
             "rotary": keras.saving.serialize_keras_object(self._rotary),
-            "empty_rows": self._empty_rows,
-            "strip_masks": self._strip_masks,
-            "seed": self.seed,
         }
 
     @classmethod
@@ -696,7 +494,7 @@ class RingAttention(Projections, keras.layers.Layer):
             NotImplementedError: for what the stock layer does and this one
                 does not.
         """
-        ours = cls(**keras_attention.config(layer))
+        ours = cls(**stock.config(layer))
         if layer.built:
-            keras_attention.copy_weights(layer, ours)
+            stock.copy_weights(layer, ours)
         return ours

@@ -8,7 +8,9 @@ from keras import ops
 
 from keras_ring import arguments, backends, random_bits, strategy
 from keras_ring.keras_internals import full_values, mask_of
-from keras_ring.layers import attention_arguments, dense_options
+from keras_ring.layers import dense_options
+from keras_ring.layers.attention import arguments as attention_arguments
+from keras_ring.layers.attention import options
 from keras_ring.layers.blockwise_feed_forward import BlockwiseFeedForward
 from keras_ring.layers.ring_attention import RingAttention
 from keras_ring.layers.rotary_embedding import rotary_of
@@ -145,7 +147,7 @@ class RingTransformerBlock(keras.layers.Layer):
         **kwargs: Any,
     ):
         # Here, though the parts are built later and would refuse it then.
-        heads = attention_arguments.heads(
+        heads = options.heads(
             num_heads,
             1 if key_dim is None else key_dim,
             None,
@@ -153,7 +155,7 @@ class RingTransformerBlock(keras.layers.Layer):
             None,
             None,
         )
-        optional_positive = attention_arguments.optional_positive
+        optional_positive = options.optional_positive
         if isinstance(rotary, dict):
             rotary = keras.saving.deserialize_keras_object(rotary)
         rotary_of(rotary, None)
@@ -180,8 +182,8 @@ class RingTransformerBlock(keras.layers.Layer):
         self.sliding_window = optional_positive(
             "sliding_window", sliding_window
         )
-        self.soft_cap = attention_arguments.soft_cap(soft_cap)
-        self.alibi = attention_arguments.alibi_slopes(alibi, heads.query)
+        self.soft_cap = options.soft_cap(soft_cap)
+        self.alibi = options.alibi_slopes(alibi, heads.query)
         self.sinks = arguments.flag("sinks", sinks)
         self.use_bias = arguments.flag("use_bias", use_bias)
         self.epsilon = arguments.not_negative("epsilon", epsilon)

@@ -1,16 +1,115 @@
-"""Arguments that an attention layer accepts: its constructor's values and its
-shapes."""
+"""Options of an attention layer, validated once."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_ring import arguments, tensor_arguments
+from keras_ring import arguments
 
-Shape = tuple[int | None, ...]
-Tensor = Any
+EMPTY_ROWS = ("zeros", "stock")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """Options of `RingAttention` that decide on its computation.
+
+    The names are those of the constructor, where they are described.
+
+    Attributes:
+        heads: numbers and sizes of heads.
+        slopes: of ALiBi, one for each query head; None for none.
+    """
+
+    heads: "Heads"
+    dropout: float
+    use_bias: bool
+    output_shape: tuple[int, ...] | None
+    attention_axes: tuple[int, ...] | None
+    sliding_window: int | None
+    flash_attention: bool | None
+    use_gate: bool
+    causal: bool
+    scale: float | None
+    soft_cap: float | None
+    slopes: tuple[float, ...] | None
+    sinks: bool
+    empty_rows: str
+    strip_masks: bool
+    seed: int | None
+
+    @classmethod
+    def checked(
+        cls,
+        *,
+        num_heads: Any,
+        key_dim: Any,
+        value_dim: Any,
+        num_key_value_heads: Any,
+        num_query_heads: Any,
+        head_dim: Any,
+        alibi: Any,
+        **given: Any,
+    ) -> "AttentionOptions":
+        """Make the options of what a user gave.
+
+        Args:
+            num_heads, key_dim, value_dim, num_key_value_heads,
+            num_query_heads, head_dim: see `heads`.
+            alibi: see `alibi_slopes`.
+            **given: all other attributes, by name.
+
+        Raises:
+            ValueError: naming the first argument that does not fit.
+        """
+        found = heads(
+            num_heads,
+            key_dim,
+            value_dim,
+            num_key_value_heads,
+            num_query_heads,
+            head_dim,
+        )
+        flash, dropout = given["flash_attention"], given["dropout"]
+        scale = given["scale"]
+        made = {
+            "heads": found,
+            "flash_attention": flash,
+            "dropout": dropout_rate(dropout, flash),
+            "scale": scale
+            if scale is None
+            else arguments.finite(
+                "scale", scale, ", or None for 1 / sqrt(key_dim)"
+            ),
+            "soft_cap": soft_cap(given["soft_cap"]),
+            "slopes": alibi_slopes(alibi, found.query),
+            "empty_rows": empty_rows(given["empty_rows"], given["sinks"]),
+            "sliding_window": optional_positive(
+                "sliding_window", given["sliding_window"]
+            ),
+            "output_shape": output_shape(given["output_shape"]),
+            "attention_axes": attention_axes(given["attention_axes"]),
+        }
+        flags = "use_bias", "use_gate", "causal", "sinks", "strip_masks"
+        made |= {name: arguments.flag(name, given[name]) for name in flags}
+        return cls(**made, seed=arguments.seed("seed", given["seed"]))
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that make the same options again."""
+        made = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+        }
+        sizes, slopes = made.pop("heads"), made.pop("slopes")
+        return {
+            "num_heads": sizes.query,
+            "key_dim": sizes.key_dim,
+            "value_dim": sizes.value_dim,
+            "num_key_value_heads": sizes.key_value,
+            "alibi": slopes,
+            **made,
+        }
 
 
 class Heads(NamedTuple):
@@ -185,105 +284,18 @@ def attention_axes(value: Any) -> tuple[int, ...] | None:
     )
 
 
-def check_shapes(
-    query: Sequence[int | None],
-    value: Sequence[int | None],
-    key: Sequence[int | None],
-    free_axes: tuple[int, ...] | None = None,
-) -> None:
-    """Refuse shapes that cannot attend to each other.
-
-    Args:
-        query: `(batch, query dims..., features)`; None for unknown sizes.
-        value: `(batch, key dims..., features)`.
-        key: `(batch, key dims..., features)`.
-        free_axes: axes that are neither batch, attended over, nor features,
-            where the layer's rank is known.
-
-    Raises:
-        ValueError: naming the shapes and the fix.
-    """
-    received = (
-        f"query_shape={tuple(query)}, value_shape={tuple(value)}, "
-        f"key_shape={tuple(key)}"
-    )
-    pairs = zip(value[1:-1], key[1:-1], strict=False)
-    if len(value) != len(key) or any(_differ(v, k) for v, k in pairs):
+def empty_rows(value: Any, sinks: Any) -> str:
+    """A choice of `EMPTY_ROWS`, refused where sinks rule it out."""
+    if value not in EMPTY_ROWS:
         raise ValueError(
-            "All dimensions of `value` and `key`, except the last one, must "
-            f"be equal. Received: {received}. Make both of one tensor."
+            f"`empty_rows` must be one of {', '.join(map(repr, EMPTY_ROWS))}. "
+            f"Received: empty_rows={value!r}."
         )
-    if len(query) < 3 or len(query) != len(value):
+    if value == "stock" and sinks:
         raise ValueError(
-            "`query`, `value` and `key` must have the same rank, 3 or more: "
-            f"(batch, length, features). Received: {received}. Add the "
-            "missing axes with keras.ops.expand_dims."
+            "Stock layers have no sinks, with which every query may attend "
+            "to something. Received: empty_rows='stock', sinks=True. Use "
+            "empty_rows='zeros'."
         )
-    for name, shape in (("query", query), ("value", value), ("key", key)):
-        if any(size == 0 for size in shape[1:]):
-            raise ValueError(
-                f"`{name}` must not be empty: its axes after the batch have "
-                f"sizes of 1 or more. Received: {received}. Leave the call "
-                "out where there is nothing to attend to."
-            )
-    if _differ(query[0], value[0]) or _differ(query[0], key[0]):
-        raise ValueError(
-            "`query`, `value` and `key` must have the same batch size. "
-            f"Received: {received}. Repeat the smaller one with "
-            "keras.ops.repeat(tensor, times, axis=0)."
-        )
-    for axis in free_axes or ():
-        if _differ(query[axis], value[axis]):
-            raise ValueError(
-                "Axes that are not attended over must have the same size in "
-                f"`query` and `value`. Received: {received}, which differ in "
-                f"axis {axis}. Add it to `attention_axes`."
-            )
-
-
-def check_tensors(
-    *,
-    inputs: dict[str, Tensor],
-    masks: dict[str, Tensor | None],
-    ids: dict[str, Tensor | None],
-    attention_mask: Tensor | None = None,
-    attention_bias: Tensor | None = None,
-) -> None:
-    """Refuse tensors of a call whose dtype says something else than is meant.
-
-    Args:
-        inputs: by name; floating point.
-        masks: by name, one value for each position; boolean.
-        ids: by name; integers, Python's own included.
-        attention_mask: boolean, one value for each score.
-        attention_bias: floating point, likewise.
-
-    Raises:
-        ValueError: naming the tensor and its dtype.
-    """
-    for name, value in inputs.items():
-        tensor_arguments.is_array(name, value)
-        tensor_arguments.floating(name, value)
-    for name, value in {**masks, "attention_mask": attention_mask}.items():
-        if value is None:
-            continue
-        tensor_arguments.is_array(name, value)
-        instead = ""
-        if name == "attention_mask":
-            instead = ", or give it as `attention_bias=`"
-        tensor_arguments.boolean(name, value, instead)
-    for name, value in ids.items():
-        if value is None:
-            continue
-        tensor_arguments.is_array(name, value)
-        tensor_arguments.integers(name, value)
-    if attention_bias is not None:
-        tensor_arguments.is_array("attention_bias", attention_bias)
-        tensor_arguments.floating("attention_bias", attention_bias)
-
-
-def _differ(first: int | None, second: int | None) -> bool:
-    """True if two sizes are known and not the same."""
-    return (
-        isinstance(first, int) and isinstance(second, int) and first != second
-    )
+    found: str = value
+    return found

@@ -12,28 +12,26 @@ from typing import Any
 
 from keras import ops
 
-from keras_ring.layers.attention_masks import AttentionMasks
+from keras_ring.layers.attention.axes import AttentionAxes
+from keras_ring.layers.attention.masks import AttentionMasks
+from keras_ring.layers.attention.options import AttentionOptions
 from keras_ring.ops.sequence import sequence_positions, true_length
 from keras_ring.ops.sequence_mean import sequence_mean
 
 Tensor = Any
 
-CHOICES = ("zeros", "stock")
 
-
-def check(empty_rows: Any, sinks: Any) -> None:
-    """Refuse what is no choice."""
-    if empty_rows not in CHOICES:
-        raise ValueError(
-            f"`empty_rows` must be one of {', '.join(map(repr, CHOICES))}. "
-            f"Received: empty_rows={empty_rows!r}."
-        )
-    if empty_rows == "stock" and sinks:
-        raise ValueError(
-            "Stock layers have no sinks, with which every query may attend "
-            "to something. Received: empty_rows='stock', sinks=True. Use "
-            "empty_rows='zeros'."
-        )
+def is_mean(
+    options: AttentionOptions, axes: AttentionAxes, masks: AttentionMasks
+) -> bool:
+    """True if some query of a call may attend to nothing and then gives the
+    mean of all values: where a stock layer would not write out the scores."""
+    return (
+        options.empty_rows == "stock"
+        and axes.plain
+        and not options.dropout
+        and may_be(masks)
+    )
 
 
 def may_be(masks: AttentionMasks) -> bool:

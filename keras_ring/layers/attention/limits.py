@@ -3,7 +3,7 @@
 from typing import Any
 
 from keras_ring import strategy
-from keras_ring.layers.attention_axes import AttentionAxes
+from keras_ring.layers.attention.axes import AttentionAxes
 
 
 def check_overridden(overridden: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from keras_ring.layers import dense_options
+from keras_ring.layers.attention.options import AttentionOptions
 
 Shape = tuple[int | None, ...]
 
@@ -13,7 +14,7 @@ Shape = tuple[int | None, ...]
 class Projections:
     """Gives a layer its query, key, value, gate and output projections.
 
-    A mixin of a `keras.layers.Layer` that has the sizes as attributes. The
+    A mixin of a `keras.layers.Layer` that has `AttentionOptions`. The
     names of attributes and weights, their shapes and their order are those
     of `keras.layers.MultiHeadAttention` and `GroupQueryAttention`.
     """
@@ -25,16 +26,7 @@ class Projections:
     _bias_regularizer: Any
     _kernel_constraint: Any
     _bias_constraint: Any
-    _num_heads: int
-    _num_key_value_heads: int
-    _key_dim: int
-    _value_dim: int
-    _dropout: float
-    _use_bias: bool
-    _use_gate: bool
-    _output_shape: tuple[int, ...] | None
-    _attention_axes: tuple[int, ...] | None
-    _sliding_window: int | None
+    _options: AttentionOptions
 
     def _set_projection_options(
         self,
@@ -73,13 +65,13 @@ class Projections:
     def _build_projections(
         self, query_shape: Shape, value_shape: Shape, key_shape: Shape
     ) -> None:
-        query = (self._num_heads, self._key_dim)
-        key = (self._num_key_value_heads, self._key_dim)
-        value = (self._num_key_value_heads, self._value_dim)
-        mixed = (self._num_heads, self._value_dim)
+        query = (self._options.heads.query, self._options.heads.key_dim)
+        key = (self._options.heads.key_value, self._options.heads.key_dim)
+        value = (self._options.heads.key_value, self._options.heads.value_dim)
+        mixed = (self._options.heads.query, self._options.heads.value_dim)
         self._query_dense = self._dense("query", query_shape, query)
         self._key_dense = self._dense("key", key_shape, key)
-        if self._use_gate:
+        if self._options.use_gate:
             self._gate_dense = self._dense(
                 "gate", query_shape, mixed, activation="sigmoid"
             )
@@ -87,7 +79,7 @@ class Projections:
         self._output_dense = self._dense(
             "attention_output",
             query_shape[:-1] + mixed,
-            self._output_shape or query_shape[-1:],
+            self._options.output_shape or query_shape[-1:],
             contracted=2,
         )
 
@@ -107,7 +99,7 @@ class Projections:
         layer = keras.layers.EinsumDense(
             f"{kept}{summed},{summed}{made}->{kept}{made}",
             output_shape=(None,) * (len(kept) - 1) + tuple(features),
-            bias_axes=made if self._use_bias else None,
+            bias_axes=made if self._options.use_bias else None,
             kernel_initializer=dense_options.copied(self._kernel_initializer),
             bias_initializer=dense_options.copied(self._bias_initializer),
             kernel_regularizer=self._kernel_regularizer,
@@ -151,44 +143,44 @@ class Projections:
 
     @property
     def num_heads(self) -> int:
-        return self._num_heads
+        return self._options.heads.query
 
     @property
     def num_query_heads(self) -> int:
-        return self._num_heads
+        return self._options.heads.query
 
     @property
     def num_key_value_heads(self) -> int:
-        return self._num_key_value_heads
+        return self._options.heads.key_value
 
     @property
     def key_dim(self) -> int:
-        return self._key_dim
+        return self._options.heads.key_dim
 
     @property
     def head_dim(self) -> int:
-        return self._key_dim
+        return self._options.heads.key_dim
 
     @property
     def value_dim(self) -> int:
-        return self._value_dim
+        return self._options.heads.value_dim
 
     @property
     def dropout(self) -> float:
-        return self._dropout
+        return self._options.dropout
 
     @property
     def use_bias(self) -> bool:
-        return self._use_bias
+        return self._options.use_bias
 
     @property
     def use_gate(self) -> bool:
-        return self._use_gate
+        return self._options.use_gate
 
     @property
     def attention_axes(self) -> tuple[int, ...] | None:
-        return self._attention_axes
+        return self._options.attention_axes
 
     @property
     def sliding_window(self) -> int | None:
-        return self._sliding_window
+        return self._options.sliding_window

@@ -12,6 +12,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_ring.layers.attention.axes import AttentionAxes
 from keras_ring.masks import (
     Causal,
     Explicit,
@@ -21,6 +22,7 @@ from keras_ring.masks import (
     Segments,
     SlidingWindow,
 )
+from keras_ring.ops.sequence import whole_length
 
 Tensor = Any
 
@@ -47,6 +49,48 @@ class AttentionMasks:
     sliding_window: int | None
     segments: tuple[Tensor, Tensor] | None = None
     prefix: Tensor | None = None
+
+    @classmethod
+    def of_call(
+        cls,
+        axes: AttentionAxes,
+        heads: int,
+        padding: dict[str, tuple[Tensor | None, Tensor]],
+        attention_mask: Tensor | None,
+        causal: bool,
+        sliding_window: int | None,
+        segment_ids: tuple[Tensor | None, Tensor | None],
+        prefix_length: Tensor | None,
+    ) -> "AttentionMasks":
+        """Fold and check the masks that a layer was called with.
+
+        Args:
+            axes: attended over.
+            heads: number of query heads.
+            padding: "query_mask", "value_mask" and "key_mask", each with the
+                tensor that it belongs to.
+            attention_mask: see the layer's call, as all that follow.
+            causal, sliding_window, prefix_length: likewise.
+            segment_ids: of the queries and of the keys.
+        """
+        folded = {
+            name: axes.fold_positions(ops.cast(mask, "bool"), like, name)
+            for name, (mask, like) in padding.items()
+            if mask is not None
+        }
+        query, key = padding["query_mask"][1], padding["key_mask"][1]
+        pairs = of_pairs(
+            axes, heads, attention_mask, query, key, name="attention_mask"
+        )
+        return cls(
+            queries=folded.pop("query_mask", None),
+            keys=tuple(folded.values()),
+            pairs=None if pairs is None else ops.cast(pairs, "bool"),
+            causal=bool(causal),
+            sliding_window=sliding_window,
+            segments=_segments(axes, *segment_ids, query, key),
+            prefix=prefix_length,
+        )
 
     def structured(self) -> Mask | None:
         """All masks but that of the queries, as functions of positions."""
@@ -91,3 +135,46 @@ class AttentionMasks:
         if self.sliding_window is not None:
             masks.append(SlidingWindow(self.sliding_window))
         return masks
+
+
+def of_pairs(
+    axes: AttentionAxes,
+    heads: int,
+    pairs: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    name: str,
+) -> Tensor | None:
+    """Bias or mask of each score, folded: `(batch, heads or 1, query_length,
+    all_keys)`."""
+    if pairs is None:
+        return None
+    return axes.fold_pairs(
+        pairs,
+        (*ops.shape(query)[:-1], heads),
+        tuple(whole_length(n) for n in axes.lengths(ops.shape(key))),
+        name,
+    )
+
+
+def _segments(
+    axes: AttentionAxes,
+    segment_ids: Tensor | None,
+    key_segment_ids: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """The ids of queries and keys, folded."""
+    if segment_ids is None:
+        if key_segment_ids is not None:
+            raise ValueError(
+                "`key_segment_ids` needs `segment_ids`, those of the queries. "
+                "Received: segment_ids=None. Pass both."
+            )
+        return None
+    if key_segment_ids is None:
+        key_segment_ids = segment_ids
+    return (
+        axes.fold_positions(segment_ids, query, "segment_ids"),
+        axes.fold_positions(key_segment_ids, key, "key_segment_ids"),
+    )

@@ -1,0 +1,1 @@
+"""Parts of `RingAttention`: its options, checks, masks and projections."""
