@@ -18,7 +18,7 @@ import keras
 from keras import ops
 
 from keras_ring import backends, padding, strategy
-from keras_ring.numerics import accumulation_dtype
+from keras_ring.precision import accumulation_dtype
 from keras_ring.shapes import sizes
 
 Tensor = Any

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_ring import numerics
+from keras_ring import numerics, precision
 from keras_ring.numerics import Partial
 from keras_ring.scoring import Scoring
 from keras_ring.shapes import sizes
@@ -182,7 +182,7 @@ class Kernel(abc.ABC):
             `numerics.row_delta` in the accumulation dtype, (B, H, Q), or what
             else this kernel wants to have in its place.
         """
-        dtype = numerics.accumulation_dtype(out.dtype)
+        dtype = precision.accumulation_dtype(out.dtype)
         return numerics.row_delta(
             *(ops.cast(tensor, dtype) for tensor in (out, grad_out, grad_lse))
         )
@@ -254,7 +254,7 @@ def summed(carry: Tensor | None, grads: Gradients) -> Gradients:
 
 def nothing(query: Tensor, value: Tensor) -> Partial:
     """The partial result over no keys at all: `out` 0 and `lse` `-inf`."""
-    dtype = numerics.accumulation_dtype(query.dtype)
+    dtype = precision.accumulation_dtype(query.dtype)
     rows = tuple(sizes(query)[:3])
     return Partial(
         ops.zeros((*rows, sizes(value)[3]), dtype=dtype),
@@ -267,7 +267,7 @@ def no_gradients(
 ) -> Gradients:
     """`Kernel.backward` of a block in which no pair counts."""
     query, key, value = inputs
-    dtype = numerics.accumulation_dtype(query.dtype)
+    dtype = precision.accumulation_dtype(query.dtype)
 
     def zeros(shape: Any) -> Tensor:
         return ops.zeros(tuple(shape), dtype=dtype)

@@ -18,12 +18,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ring import backends, config, numerics
+from keras_ring import backends, config, numerics, precision
 from keras_ring.kernel import Inputs, Kernel, Rows
 from keras_ring.masks import Causal, Mask, Padding
 from keras_ring.numerics import Partial
 from keras_ring.scoring import Scoring
 from keras_ring.visit import Visit
+from keras_ring.world import World
 
 Tensor = Any
 
@@ -64,6 +65,13 @@ def choose(dtype: str, device: str | None = None) -> Kernel:
         ):
             return kernel
     return reference
+
+
+def name_in_steps(world: World, dtype: str) -> str:
+    """Name of the kernel that `choose` gives to the steps of a world."""
+    device = world.devices[0].partition(":")[0]
+    with world.as_in_a_step():
+        return choose(dtype, device).name
 
 
 @functools.cache
@@ -112,7 +120,7 @@ def _differences(
 
     query, grad_out = tensor(QUERIES, HEADS), tensor(QUERIES, HEADS)
     inputs = Inputs(query, tensor(KEYS, KEY_HEADS), tensor(KEYS, KEY_HEADS))
-    accumulate = numerics.accumulation_dtype(dtype)
+    accumulate = precision.accumulation_dtype(dtype)
     grad_lse = ops.cast(grad_out[..., 0], accumulate)
     # Keys that nobody sees at the start leave the first rows without any.
     valid = ops.convert_to_tensor(np.arange(KEYS)[None] >= 20)

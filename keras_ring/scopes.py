@@ -8,23 +8,22 @@ with one than is meant here. It is kept for each thread, as Keras' is.
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from keras_ring.world import World
+from keras_ring.world import World
 
 _THREAD = threading.local()
 _HOME = "_keras_ring_home"
 
 
-def active() -> "World | None":
+def active() -> World | None:
     """The world whose scope this thread is in, or None."""
     world: World | None = getattr(_THREAD, "world", None)
     return world
 
 
 @contextlib.contextmanager
-def entered(world: "World") -> Iterator[bool]:
+def entered(world: World) -> Iterator[bool]:
     """Code in here is in the scope of a world.
 
     Yields:
@@ -47,14 +46,14 @@ def entered(world: "World") -> Iterator[bool]:
         _THREAD.world = previous
 
 
-def remember(part: Any, world: "World | None") -> None:
+def remember(part: Any, world: World | None) -> None:
     """Remember the world that a layer or model was made or used under."""
     if world is not None:
         # Not by Keras' own way, which tracks what a layer is given.
         part.__dict__[_HOME] = world
 
 
-def home(parts: Iterable[Any]) -> "World | None":
+def home(parts: Iterable[Any]) -> World | None:
     """The world that the first of some layers was made under that was made
     under any."""
     homes = (part.__dict__.get(_HOME) for part in parts)

@@ -6,22 +6,20 @@ hold the gathered sequence each for itself or do all the same with it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 from keras import ops, tree
 
 from keras_ring import backends, padding
-from keras_ring.numerics import accumulation_dtype
-
-if TYPE_CHECKING:
-    from keras_ring.transport import Transport
+from keras_ring.precision import accumulation_dtype
+from keras_ring.transport import Transport
 
 Tensor = Any
 
 
 def gather(
-    ring: "Transport", tensor: Tensor, axis: int, true: Any = None
+    ring: Transport, tensor: Tensor, axis: int, true: Any = None
 ) -> Tensor:
     """The whole sequence on every member, from everyone's shard.
 
@@ -58,7 +56,7 @@ def gather(
 
 
 def own_part(
-    ring: "Transport", tensor: Tensor, axis: int, length: Any = None
+    ring: Transport, tensor: Tensor, axis: int, length: Any = None
 ) -> Tensor:
     """This member's shard of a whole sequence, which copies of the last
     element fill up where the ring cannot split it equally.
@@ -89,7 +87,7 @@ def own_part(
 
 def of_whole(
     function: Callable[..., Any],
-    ring: "Transport",
+    ring: Transport,
     tensors: Sequence[Tensor],
     shared: Sequence[Tensor],
 ) -> Any:
@@ -113,7 +111,7 @@ def of_whole(
     )
 
 
-def _sum_of_own_part(ring: "Transport", grad: Tensor, axis: int) -> Tensor:
+def _sum_of_own_part(ring: Transport, grad: Tensor, axis: int) -> Tensor:
     """Every member's gradient of this device's chunk, summed."""
     dtype = keras.backend.standardize_dtype(grad.dtype)
     # Each member's gradient of this device's part, stacked on axis 0.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_ring import numerics, random_bits, schedule
+from keras_ring import numerics, precision, random_bits, schedule
 from keras_ring.masks import Carried
 from keras_ring.masks.by_tensor import columns
 from keras_ring.primitives import Primitives
@@ -58,7 +58,7 @@ class Tiling:
         self.rows = self.group * self.queries.tile
         self.scoring = visit.scoring
         self.primitives = primitives
-        self.dtype = numerics.accumulation_dtype(query.dtype)
+        self.dtype = precision.accumulation_dtype(query.dtype)
         self.some, self.every = self._relations()
         carried = self.scoring.carried()
         self.stores = Carried(

@@ -17,16 +17,14 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import keras
 
 from keras_ring.lengths import Lengths
 from keras_ring.mesh import BATCH, SEQUENCE, Mesh
+from keras_ring.settings import Settings
 from keras_ring.transport import LocalTransport, Transport
-
-if TYPE_CHECKING:
-    from keras_ring.strategy import DistributedStrategy
 
 Tensor = Any
 
@@ -42,7 +40,7 @@ class World(abc.ABC):
 
     layers_see_shards: ClassVar[bool]
 
-    strategy: "DistributedStrategy"
+    strategy: Settings
     layout: Mesh
     devices: tuple[str, ...]
     # The model whose fit, evaluate or predict runs now; see `training`.
@@ -171,6 +169,10 @@ class World(abc.ABC):
         return lambda tensors: self.run(
             function, tensors, keras.ops.convert_to_tensor
         )
+
+    @abc.abstractmethod
+    def kernel_name(self, dtype: str) -> str:
+        """Name of the kernel that its steps use for a dtype."""
 
     def as_in_a_step(self) -> contextlib.AbstractContextManager[None]:
         """Context in which kernels answer as in its steps."""

@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 import keras_ring
-from keras_ring import masks, numerics
+from keras_ring import masks, numerics, precision
 from keras_ring.numerics import Partial
 from tests import reference
 
@@ -64,7 +64,7 @@ def test_merge_is_attention_over_the_union():
     ],
 )
 def test_accumulation_dtype(dtype, expected):
-    assert numerics.accumulation_dtype(dtype) == expected
+    assert precision.accumulation_dtype(dtype) == expected
 
 
 POSITIONAL = {

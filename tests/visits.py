@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from keras import ops
 
-from keras_ring import masks, numerics
+from keras_ring import masks, precision
 from keras_ring.kernel import Inputs, Kernel, Rows
 from keras_ring.masks.by_position import Before
 from keras_ring.scoring import Scoring
@@ -167,7 +167,7 @@ class CheckedVisit:
             for shape in shapes
         ]
         arrays = [ops.convert_to_numpy(ops.cast(t, "float64")) for t in tensors]
-        accumulate = numerics.accumulation_dtype(case.dtype)
+        accumulate = precision.accumulation_dtype(case.dtype)
         grad_lse = draw.normal(size=arrays[0].shape[:3]) * pull
         mask, allowed = masked(case, draw)
         self.visit = Visit(
@@ -227,7 +227,7 @@ class CheckedVisit:
         ):
             for name, want in wanted.items():
                 have = ops.convert_to_numpy(found[name])
-                assert have.dtype == numerics.accumulation_dtype(
+                assert have.dtype == precision.accumulation_dtype(
                     self.case.dtype
                 )
                 if least > TOLERANCE[self.case.dtype]:

@@ -14,8 +14,8 @@ from keras_ring.layers.attention import options
 from keras_ring.layers.blockwise_feed_forward import BlockwiseFeedForward
 from keras_ring.layers.ring_attention import RingAttention
 from keras_ring.layers.rotary_embedding import rotary_of
-from keras_ring.numerics import accumulation_dtype
 from keras_ring.ops.positional_dropout import positional_dropout
+from keras_ring.precision import accumulation_dtype
 from keras_ring.rematerialised import rematerialised
 
 Shape = tuple[int | None, ...]

@@ -8,8 +8,8 @@ from keras import ops
 
 from keras_ring import arguments, strategy, tensor_arguments
 from keras_ring.layers.positions import checked_positions, checked_start
-from keras_ring.numerics import accumulation_dtype
 from keras_ring.ops.sequence import sequence_positions
+from keras_ring.precision import accumulation_dtype
 
 Tensor = Any
 

@@ -1,6 +1,6 @@
 """The whole batch, for code that sees a part of it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 from keras import ops
@@ -12,10 +12,8 @@ from keras_ring import (
     strategy,
     tensor_arguments,
 )
-from keras_ring.numerics import accumulation_dtype
-
-if TYPE_CHECKING:
-    from keras_ring.world import World
+from keras_ring.precision import accumulation_dtype
+from keras_ring.world import World
 
 Tensor = Any
 
@@ -85,7 +83,7 @@ def gather_batch(tensor: Tensor, sequence: bool = True) -> Tensor:
     return whole if true is None else padding.trim(whole, 1, true)
 
 
-def _joined(world: "World", own: Tensor, split: bool) -> Tensor:
+def _joined(world: World, own: Tensor, split: bool) -> Tensor:
     """Everyone's parts at their places, padding included."""
     groups, members = world.data_size, world.sequence_size
     rows, *rest = ops.shape(own)
@@ -102,7 +100,7 @@ def _joined(world: "World", own: Tensor, split: bool) -> Tensor:
     )
 
 
-def _own_part_of(world: "World", grad: Tensor, split: bool) -> Tensor:
+def _own_part_of(world: World, grad: Tensor, split: bool) -> Tensor:
     """The exact transpose of `_joined`: what all devices ask of this
     device's part, summed."""
     groups, members = world.data_size, world.sequence_size

@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_ring import arguments, tensor_arguments
 from keras_ring.chunked import map_chunks
-from keras_ring.numerics import accumulation_dtype
+from keras_ring.precision import accumulation_dtype
 
 Tensor = Any
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_ring import numerics, random_bits, trials
+from keras_ring import precision, random_bits, trials
 from keras_ring.scoring import Dropout, Scoring
 
 Tensor = Any
@@ -53,7 +53,7 @@ def dense_attention(
     key_length, key_heads = ops.shape(key)[1:3]
     group = heads // key_heads
     # Half precision would round what the softmax magnifies.
-    wide = numerics.accumulation_dtype(dtype)
+    wide = precision.accumulation_dtype(dtype)
     grouped = ops.reshape(
         ops.cast(query, wide) * scoring.scale,
         (batch, length, key_heads, group, key_dim),

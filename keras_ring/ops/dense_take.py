@@ -5,7 +5,7 @@ from typing import Any
 from keras import ops
 
 from keras_ring import backends
-from keras_ring.numerics import accumulation_dtype
+from keras_ring.precision import accumulation_dtype
 
 Tensor = Any
 

@@ -10,8 +10,8 @@ from keras_ring import (
     arguments,
     backends,
     kernels,
-    numerics,
     placement,
+    precision,
     sharing,
     strategy,
     tensor_arguments,
@@ -190,7 +190,7 @@ def _made_up(query: Tensor, value: Tensor) -> AttentionResult:
     out = ops.zeros((*shape, value.shape[3]), dtype=query.dtype)
     if query.shape[1] == value.shape[1]:
         out = out + ops.repeat(value, shape[2] // value.shape[2], axis=2)
-    lse = ops.zeros(shape, dtype=numerics.accumulation_dtype(query.dtype))
+    lse = ops.zeros(shape, dtype=precision.accumulation_dtype(query.dtype))
     return AttentionResult(out, lse)
 
 

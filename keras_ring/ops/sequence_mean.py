@@ -4,13 +4,13 @@ from typing import Any
 
 from keras import ops
 
-from keras_ring.numerics import accumulation_dtype
 from keras_ring.ops.sequence import (
     ring_sum,
     sequence_positions,
     shard_ring,
     true_length,
 )
+from keras_ring.precision import accumulation_dtype
 
 Tensor = Any
 

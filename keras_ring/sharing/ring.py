@@ -16,7 +16,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_ring import numerics, placement
+from keras_ring import placement, precision
 from keras_ring.kernel import (
     Gradients,
     Inputs,
@@ -182,7 +182,7 @@ class _Loop:
         the transfer and the compute do not wait for each other.
         """
         query, key, value = inputs
-        dtype = numerics.accumulation_dtype(query.dtype)
+        dtype = precision.accumulation_dtype(query.dtype)
         rows = Rows(
             partial.out,
             ops.cast(partial.lse, dtype),

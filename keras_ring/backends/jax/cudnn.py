@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from keras_ring import numerics
+from keras_ring import precision
 from keras_ring.backends.jax import local
 from keras_ring.backends.jax.fused import FusedKernel
 from keras_ring.kernel import Inputs, Rows
@@ -88,7 +88,7 @@ class CuDnnKernel(FusedKernel):
         for one, another kernel computes it."""
         query, _, value = inputs
         lse, delta = rows.lse, rows.delta
-        dtype = numerics.accumulation_dtype(str(query.dtype))
+        dtype = precision.accumulation_dtype(str(query.dtype))
         out, pull = rows.out.astype(dtype), rows.grad_out.astype(dtype)
         products = pull * out
         # The sum that delta was made of may have been added up in another

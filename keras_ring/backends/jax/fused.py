@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from keras_ring import numerics
+from keras_ring import precision
 from keras_ring.kernel import (
     FallbackKernel,
     Gradients,
@@ -157,7 +157,7 @@ class FusedKernel(FallbackKernel):
     def _forward(self, inputs: Inputs, visit: Visit) -> Partial:
         """The partial result of one part of a visit."""
         query = inputs.query
-        dtype = jnp.dtype(numerics.accumulation_dtype(str(query.dtype)))
+        dtype = jnp.dtype(precision.accumulation_dtype(str(query.dtype)))
         shape = query.shape[:3]
 
         def nothing() -> Partial:
@@ -183,7 +183,7 @@ class FusedKernel(FallbackKernel):
     def _backward(self, inputs: Inputs, rows: Rows, visit: Visit) -> Gradients:
         """The gradients of one part of a visit."""
         name = str(inputs.query.dtype)
-        dtype = jnp.dtype(numerics.accumulation_dtype(name))
+        dtype = jnp.dtype(precision.accumulation_dtype(name))
 
         def nothing() -> Gradients:
             return Gradients(

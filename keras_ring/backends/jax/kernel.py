@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from keras_ring import numerics
+from keras_ring import precision
 from keras_ring.backends.jax import local
 from keras_ring.backends.jax.by_head import ByHeadKernel
 from keras_ring.backends.jax.cudnn import CuDnnKernel
@@ -52,7 +52,7 @@ class Kernel(BlockwiseKernel):
     def product(
         self, equation: str, left: jax.Array, right: jax.Array
     ) -> jax.Array:
-        dtype = numerics.accumulation_dtype(left.dtype)
+        dtype = precision.accumulation_dtype(left.dtype)
         return jnp.einsum(
             equation,
             left.astype(dtype),

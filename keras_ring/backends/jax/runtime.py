@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from keras import tree
 
-from keras_ring import batches, numerics, scopes, training, world
+from keras_ring import batches, kernels, precision, scopes, training, world
 from keras_ring.backends.jax import compilation_cache
 from keras_ring.backends.jax.transport import RingTransport, at, place
 from keras_ring.keras_internals import (
@@ -191,6 +191,9 @@ class World(world.World):
 
         return program
 
+    def kernel_name(self, dtype: str) -> str:
+        return kernels.name_in_steps(self, dtype)
+
     def prepare(self, model: Any) -> None:
         compilation_cache.leave_out(self.mesh.devices.flat)
         devices = set(self.mesh.devices.flat)
@@ -323,7 +326,7 @@ def _summed_widely(tensor: jax.Array) -> jax.Array:
     gradients is exact enough; on a CPU, XLA ends the process when it meets
     that sum in bfloat16."""
     if jnp.issubdtype(tensor.dtype, jnp.floating):
-        return tensor.astype(numerics.accumulation_dtype(tensor.dtype))
+        return tensor.astype(precision.accumulation_dtype(tensor.dtype))
     return tensor
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_ring import blockwise, numerics, tiling
+from keras_ring import blockwise, precision, tiling
 from keras_ring.backends.tensorflow.native import TensorFlowNativeKernel
 from keras_ring.blockwise import BlockwiseKernel
 from keras_ring.kernel import Gradients, Inputs, Rows
@@ -134,7 +134,7 @@ class Kernel(BlockwiseKernel):
     def product(
         self, equation: str, left: tf.Tensor, right: tf.Tensor
     ) -> tf.Tensor:
-        dtype = numerics.accumulation_dtype(left.dtype)
+        dtype = precision.accumulation_dtype(left.dtype)
         left, right = tf.cast(left, dtype), tf.cast(right, dtype)
         inputs, output = equation.split("->")
         first, second = inputs.split(",")

@@ -18,7 +18,7 @@ from typing import Any
 import tensorflow as tf
 from keras import tree
 
-from keras_ring import padding, scopes, shards, step, world
+from keras_ring import kernels, padding, scopes, shards, step, world
 from keras_ring.backends.tensorflow import (
     hooks,
     native,
@@ -336,6 +336,9 @@ class World(world.World):
         if self.workers == 1:
             return list(local)
         return tf.unstack(local[0])
+
+    def kernel_name(self, dtype: str) -> str:
+        return kernels.name_in_steps(self, dtype)
 
     def prepare(self, model: Any) -> None:
         training.prepare(self, model)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from keras_ring import numerics
+from keras_ring import precision
 from keras_ring.backends.torch.pieces import (
     Grain,
     Piece,
@@ -462,5 +462,5 @@ def added(mask: torch.Tensor | None, dtype: torch.dtype) -> Any:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> Any:
-    """`numerics.accumulation_dtype`, as PyTorch has it."""
-    return getattr(torch, numerics.accumulation_dtype(dtype))
+    """`precision.accumulation_dtype`, as PyTorch has it."""
+    return getattr(torch, precision.accumulation_dtype(dtype))

@@ -6,7 +6,7 @@ import datetime
 import functools
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import keras
 import torch
@@ -17,11 +17,9 @@ from keras_ring.backends.torch.failures import Failures
 from keras_ring.backends.torch.shared_memory import SharedMemory
 from keras_ring.backends.torch.transport import Reporting, RingTransport
 from keras_ring.mesh import AXES, SEQUENCE, Mesh
+from keras_ring.settings import Settings
+from keras_ring.transport import Transport
 from keras_ring.world import LOCAL
-
-if TYPE_CHECKING:
-    from keras_ring.strategy import DistributedStrategy
-    from keras_ring.transport import Transport
 
 
 class Groups(NamedTuple):
@@ -34,8 +32,8 @@ class Groups(NamedTuple):
         resets: how often there had been new groups when these were made.
     """
 
-    everyone: "Transport"
-    ring: "Transport"
+    everyone: Transport
+    ring: Transport
     failures: Failures | None = None
     resets: int = 0
 
@@ -59,7 +57,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def mesh(strategy: "DistributedStrategy") -> Mesh:
+def mesh(strategy: Settings) -> Mesh:
     """The mesh of these processes.
 
     Raises:
@@ -90,7 +88,7 @@ def mesh(strategy: "DistributedStrategy") -> Mesh:
     return strategy.mesh(started)
 
 
-def device_names(strategy: "DistributedStrategy") -> tuple[str, ...]:
+def device_names(strategy: Settings) -> tuple[str, ...]:
     """Names of the device of each process of the mesh.
 
     Raises:
@@ -112,7 +110,7 @@ def device_names(strategy: "DistributedStrategy") -> tuple[str, ...]:
     return strategy.devices
 
 
-def _named_device(strategy: "DistributedStrategy") -> torch.device:
+def _named_device(strategy: Settings) -> torch.device:
     """The device that `devices` names for this process."""
     name = (strategy.devices or ("cpu",))[rank()]
     try:
@@ -129,7 +127,7 @@ def keras_device() -> torch.device:
     return keras.ops.zeros(()).device
 
 
-def connect(strategy: "DistributedStrategy", mesh: Mesh) -> Groups:
+def connect(strategy: Settings, mesh: Mesh) -> Groups:
     """Join the process groups of a mesh; every process calls this.
 
     The default group is made if the program has none. Groups made from it

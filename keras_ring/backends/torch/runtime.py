@@ -18,7 +18,7 @@ import keras
 import torch
 from keras import tree
 
-from keras_ring import padding, scopes, shards, training, world
+from keras_ring import kernels, padding, scopes, shards, training, world
 from keras_ring import step as steps
 from keras_ring.backends.torch import agreement, hooks, launch
 from keras_ring.backends.torch.training import Step
@@ -139,6 +139,9 @@ class World(world.World):
                 lambda result: self._joined(result, own.rows, own.lengths),
                 results,
             )
+
+    def kernel_name(self, dtype: str) -> str:
+        return kernels.name_in_steps(self, dtype)
 
     def prepare(self, model: Any) -> None:
         if model.jit_compile:
