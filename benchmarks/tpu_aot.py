@@ -103,7 +103,7 @@ def ring_over(devices):
     import numpy as np
 
     import keras_ring
-    from keras_ring.mesh import AXES, Mesh
+    from keras_ring.distribution.mesh import AXES, Mesh
 
     strategy = keras_ring.DistributedStrategy(sequence_parallel=1)
     world = strategy.world

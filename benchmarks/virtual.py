@@ -13,11 +13,13 @@ from keras import ops
 
 from benchmarks import contestants
 from benchmarks.child import accelerators
-from keras_ring import backends, kernels, masks, placement
-from keras_ring.kernel import Inputs, Rows
-from keras_ring.scoring import Scoring
-from keras_ring.tiling import TILE
-from keras_ring.visit import Side, Visit, relations
+from keras_ring import backends, masks
+from keras_ring.attention import selection
+from keras_ring.attention.blockwise.tiles import TILE
+from keras_ring.attention.kernel import Inputs, Rows
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.visit import Side, Visit, relations
+from keras_ring.distribution import placement
 
 PLACEMENTS = ("contiguous", "balanced")
 
@@ -213,12 +215,12 @@ def ring_kernel(dtype):
         for kernel in backends.load().kernel.KERNELS:
             if kernel.name == "native" and kernel.available():
                 return kernel
-    return kernels.choose(dtype, device())
+    return selection.choose(dtype, device())
 
 
 def device():
     """The kind of device that tensors are on by default, for
-    `kernels.choose`."""
+    `selection.choose`."""
     kernel = backends.load().kernel.KERNEL
     return kernel.device(ops.zeros(()))
 

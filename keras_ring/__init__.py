@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from keras_ring import config, layers, losses, masks, ops
-from keras_ring.strategy import DistributedStrategy
+from keras_ring.distribution.strategy import DistributedStrategy
 from keras_ring.version import __version__
 
 __all__ = [

@@ -161,18 +161,19 @@ def on_devices():
 @pytest.fixture
 def automatic():
     """The kernel is chosen as by default, and nothing is proven yet."""
-    from keras_ring import config, kernels
+    from keras_ring import config
+    from keras_ring.attention import selection
 
-    kernels.agrees.cache_clear()
+    selection.agrees.cache_clear()
     config.set_kernel("auto")
     yield
     config.set_kernel("auto")
-    kernels.agrees.cache_clear()
+    selection.agrees.cache_clear()
 
 
 @pytest.fixture
 def without_native(monkeypatch):
     """There is no C++ library."""
-    from keras_ring.native.kernel import NativeKernel
+    from keras_ring.attention.native.kernel import NativeKernel
 
     monkeypatch.setattr(NativeKernel, "loads", lambda self: False)

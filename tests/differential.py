@@ -16,7 +16,9 @@ import numpy as np
 from keras import ops
 
 import keras_ring
-from keras_ring import config, masks, placement, tiling
+from keras_ring import config, masks
+from keras_ring.attention.blockwise import tiles
+from keras_ring.distribution import placement
 from tests import reference, rounding, worlds
 from tests.gradients import vjp
 
@@ -38,7 +40,7 @@ HEADS = [(1, 1), (2, 2), (2, 1), (4, 2), (6, 2)]
 DIMS = [(8, 8), (16, 16), (8, 4), (4, 12), (32, 32)]
 DTYPES = ["float32"] * 4 + ["float64", "bfloat16", "bfloat16", "float16"]
 # Positions of a tile; the package's own holds most chunks of here whole.
-TILES = [16, 64, tiling.TILE]
+TILES = [16, 64, tiles.TILE]
 # Positions that travel together, where the backend cuts what travels (None is
 # for its own number, more than there are here).
 PORTIONS = [None, 5, 16] if keras.backend.backend() == "torch" else [None]
@@ -474,7 +476,7 @@ def check_dtype(name, tensor, dtype):
 def computed(program):
     """With tiles and portions of the program's size and the kernel that it
     names."""
-    tile, kernel = tiling.TILE, config.kernel()
+    tile, kernel = tiles.TILE, config.kernel()
     portions, bands = placement.portions, placement.bands
 
     def smaller(cut):
@@ -482,13 +484,13 @@ def computed(program):
             length, parts, most and (program.portion or most)
         )
 
-    tiling.TILE = program.tile
+    tiles.TILE = program.tile
     placement.portions, placement.bands = smaller(portions), smaller(bands)
     config.set_kernel(program.kernel)
     try:
         yield
     finally:
-        tiling.TILE = tile
+        tiles.TILE = tile
         placement.portions, placement.bands = portions, bands
         config.set_kernel(kernel)
 

@@ -1,6 +1,6 @@
 """PyTorch's fused kernels for GPUs, by name."""
 
-from keras_ring.backends.torch import cuda, fused
+from keras_ring.backends.torch.kernels import cuda, fused
 
 OPERATIONS = {
     "cudnn": cuda.CuDnn,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from keras_ring.native import library
+from keras_ring.attention.native import library
 
 
 def needed(load):
@@ -36,6 +36,6 @@ BUILDING = [
     "package = types.ModuleType('keras_ring')\n"
     f"package.__path__ = [{str(Path(library.__file__).parent.parent)!r}]\n"
     "sys.modules['keras_ring'] = package\n"
-    "from keras_ring.native import library\n"
+    "from keras_ring.attention.native import library\n"
     "print(library.build('small', [pathlib.Path(sys.argv[1])]))\n",
 ]

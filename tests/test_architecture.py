@@ -17,103 +17,29 @@ PACKAGE = ROOT / "keras_ring"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FRAMEWORKS = ("jax", "tensorflow", "torch")
 
-# What each part of the package may import of the others. Parts are the
-# modules and folders directly under keras_ring/; "a backend" is a folder
-# under backends/, which the loader in backends/__init__.py finds by name, so
-# that nothing but the loader stands between it and the code above. A new
-# part needs a line.
-LEAVES = {
-    *("arguments", "backends", "errors", "keras_internals", "lengths"),
-    "mesh",
-    *("numerics", "padding", "placement", "primitives", "random_bits"),
-    *("schedule", "scopes", "scratch", "shapes", "transport", "version"),
-}
+# What each part of the package may import of the others, from the bottom to
+# the top. Parts are the folders of keras_ring/; "basics" are the modules that
+# stand beside them. "a backend" is a folder under backends/, which the loader
+# in backends/__init__.py finds by name, so that nothing but the loader stands
+# between it and the code above. A new part needs a line.
 MAY_IMPORT: dict[str, set[str]] = {
-    **{leaf: set() for leaf in LEAVES},
-    "tensor_arguments": {"arguments"},
-    "masks": {"arguments", "tensor_arguments"},
-    "scoring": {"masks"},
-    "visit": {"masks", "scoring"},
-    "tiling": {
-        *("masks", "numerics", "primitives", "random_bits", "schedule"),
-        *("scoring", "visit"),
-    },
-    "kernel": {"numerics", "scoring", "shapes", "visit"},
-    "native": {"kernel", "masks", "numerics", "scratch", "visit"},
-    "blockwise": {"kernel", "numerics", "primitives", "tiling", "visit"},
-    "sharing": {
-        *("backends", "kernel", "masks", "numerics", "placement"),
-        *("scoring", "shapes", "transport", "visit"),
-    },
-    "config": {"backends"},
-    "kernels": {
-        *("backends", "config", "kernel", "masks", "numerics", "scoring"),
-        "visit",
-    },
-    "world": {"lengths", "mesh", "transport"},
-    "strategy": {
-        *("arguments", "backends", "errors", "kernels", "mesh"),
-        *("placement", "tensor_arguments", "world"),
-    },
-    "batches": {"lengths", "padding", "world"},
-    "step": {"batches", "keras_internals", "padding", "world"},
-    "position_wise": set(),
-    "whole_batch": {
-        *("keras_internals", "ops", "position_wise", "step", "strategy"),
-    },
-    "counting": {
-        *("keras_internals", "position_wise", "step", "whole_batch", "world"),
-    },
-    "chunked": {"backends", "numerics", "padding", "shapes", "strategy"},
-    "shards": {"backends", "numerics", "padding", "transport"},
-    "rematerialised": {"backends"},
-    "ops": {
-        *("arguments", "backends", "chunked", "kernel", "sharing"),
-        *("kernels", "masks", "numerics", "padding", "placement"),
-        *("random_bits", "scoring", "shapes", "shards", "strategy"),
-        *("tensor_arguments", "transport", "trials", "world"),
-    },
+    "basics": set(),
+    "masks": {"basics"},
+    "distribution": {"basics"},
+    "attention": {"basics", "distribution", "masks"},
+    "recompute": {"basics", "distribution"},
+    "ops": {"attention", "basics", "distribution", "masks", "recompute"},
     "layers": {
-        *("arguments", "backends", "keras_internals", "masks", "numerics"),
-        *("ops", "padding", "placement", "random_bits", "rematerialised"),
-        *("scoring", "strategy", "tensor_arguments", "trials", "world"),
+        *("attention", "basics", "distribution", "masks", "ops", "recompute"),
     },
-    "losses": {
-        *("arguments", "keras_internals", "layers", "masks", "numerics"),
-        *("ops", "placement", "strategy", "tensor_arguments", "world"),
-    },
-    "trials": {"transport"},
-    "indexing": {"keras_internals", "lengths", "ops", "strategy"},
-    "guard": {
-        *("batches", "indexing", "keras_internals", "layers", "lengths"),
-        *("ops", "strategy", "trials", "world"),
-    },
-    "checkpoints": {"keras_internals", "strategy"},
-    "training": {
-        *(
-            "backends",
-            "checkpoints",
-            "batches",
-            "counting",
-            "errors",
-            "guard",
-            "indexing",
-            "keras_internals",
-            "scopes",
-        ),
-        *("strategy", "whole_batch", "world"),
-    },
+    "losses": {"basics", "distribution", "layers", "masks", "ops"},
+    "training": {"basics", "distribution", "layers", "ops"},
     "a backend": {
-        *("batches", "blockwise", "counting", "errors", "kernel"),
-        *("keras_internals", "masks", "mesh", "native"),
-        *("numerics", "padding", "step"),
-        *("primitives", "random_bits", "scopes", "scoring", "scratch"),
-        *("tiling", "placement", "shards", "strategy", "training"),
-        *("transport", "visit", "world"),
+        *("attention", "basics", "distribution", "masks", "training"),
     },
 }
 # The facade names everything.
-MAY_IMPORT["__init__"] = set(MAY_IMPORT) - {"a backend"}
+FACADE = set(MAY_IMPORT) - {"a backend"}
 
 PRIVATE = (
     "keras.src",
@@ -143,9 +69,21 @@ def parse(path: Path) -> ast.Module:
 
 
 def part(path: Path) -> str:
-    """The module or folder under keras_ring/ that a file belongs to."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return "a backend" if framework_of(path) else parts[0]
+    """The part of the package that a file belongs to."""
+    first, *rest = path.relative_to(PACKAGE).parts
+    if first == "backends":
+        return "a backend" if len(rest) > 1 else "basics"
+    return first if rest else "basics"
+
+
+def part_of(name: str) -> str:
+    """The part that a dotted name under keras_ring belongs to."""
+    names = name.split(".")
+    folder = PACKAGE / names[1]
+    if names[1] == "backends":
+        loader = len(names) < 3 or not (folder / names[2]).is_dir()
+        return "basics" if loader else "a backend"
+    return names[1] if folder.is_dir() else "basics"
 
 
 def framework_of(path: Path) -> str | None:
@@ -158,22 +96,10 @@ def identify(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def running_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those that only a type checker reads."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(
-            node.test
-        ):
-            for other in node.orelse:
-                yield from running_nodes(other)
-            continue
-        yield node
-        yield from running_nodes(node)
-
-
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Dotted names of everything that a file imports, anywhere in it."""
-    for node in running_nodes(tree):
+    """Dotted names of everything that a file imports, anywhere in it, for a
+    type checker alone too."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -183,30 +109,62 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=identify)
 def test_imports_point_one_way(path):
-    """layers, losses -> ops -> attention -> leaves; strategy -> backends."""
-    own = part(path)
-    assert own in MAY_IMPORT, f"say in MAY_IMPORT what {own} may import"
+    """layers, losses -> ops -> attention -> distribution -> basics."""
+    if path == PACKAGE / "__init__.py":
+        own, may = "the facade", FACADE
+    else:
+        own = part(path)
+        assert own in MAY_IMPORT, f"say in MAY_IMPORT what {own} may import"
+        may = MAY_IMPORT[own] | {own}
     for name in imported(parse(path)):
-        if not name.startswith("keras_ring."):
-            continue
-        names = name.split(".")
-        in_backend = names[1] == "backends" and names[2:3] != ["load"]
-        target = "a backend" if in_backend and names[2:] else names[1]
-        assert target == own or target in MAY_IMPORT[own], (
-            f"{identify(path)} imports {name}"
-        )
+        if name.startswith("keras_ring."):
+            assert part_of(name) in may, f"{identify(path)} imports {name}"
 
 
 def test_no_part_imports_another_in_a_circle():
     """The table itself points one way."""
-    done: set[str] = set()
-    left = dict(MAY_IMPORT)
+    assert in_order(MAY_IMPORT)
+
+
+def test_no_module_imports_another_in_a_circle():
+    """Not for a type checker alone either, nor inside of a function."""
+    modules = {module_of(path): path for path in FILES}
+    assert in_order(
+        {
+            name: {
+                found
+                for target in imported(parse(path))
+                for found in (target, target.rpartition(".")[0])
+                if found in modules and found != name
+            }
+            # `from package import module` asks for the module.
+            - {
+                target.rpartition(".")[0]
+                for target in imported(parse(path))
+                if target in modules
+            }
+            for name, path in modules.items()
+        }
+    )
+
+
+def module_of(path: Path) -> str:
+    """The dotted name of a file."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def in_order(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes of a graph, each behind all that it needs."""
+    done: list[str] = []
+    left = dict(graph)
     while left:
-        ready = [name for name, needs in left.items() if needs - {name} <= done]
+        ready = [name for name, needs in left.items() if needs <= set(done)]
         assert ready, f"a circle among {sorted(left)}"
         for name in ready:
-            done.add(name)
+            done.append(name)
             del left[name]
+    return done
 
 
 @pytest.mark.parametrize("path", FILES, ids=identify)

@@ -11,9 +11,9 @@ from keras import ops
 
 import keras_ring
 from keras_ring import backends, masks
-from keras_ring.scoring import Scoring
-from keras_ring.tiling import Tiling
-from keras_ring.visit import Visit
+from keras_ring.attention.blockwise.tiles import Tiling
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.visit import Visit
 from tests import reference, worlds
 from tests.gradients import vjp
 

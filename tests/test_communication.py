@@ -8,15 +8,16 @@ import pytest
 from keras import ops
 
 import keras_ring
-from keras_ring import backends, placement, strategy
-from keras_ring.kernel import Inputs, Kernel
+from keras_ring import backends
+from keras_ring.attention.kernel import Inputs, Kernel
+from keras_ring.attention.numerics import Partial
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.sharing import balance
+from keras_ring.attention.sharing.ring import Ring
+from keras_ring.distribution import placement, strategy
+from keras_ring.distribution.transport import Transport
 from keras_ring.masks import BlockCausal, Causal, Padding, PrefixLM
 from keras_ring.masks import SlidingWindow as Window
-from keras_ring.numerics import Partial
-from keras_ring.scoring import Scoring
-from keras_ring.sharing import balance
-from keras_ring.sharing.ring import Ring
-from keras_ring.transport import Transport
 from tests import worlds
 from tests.thinning import extra_on
 

@@ -10,7 +10,7 @@ import pytest
 from keras import ops
 
 import keras_ring as kr
-from keras_ring import guard
+from keras_ring.training import guard
 from tests import fixed_cases
 
 BACKEND = keras.backend.backend()

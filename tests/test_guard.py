@@ -10,7 +10,8 @@ import pytest
 from keras import ops
 
 import keras_ring as kr
-from keras_ring import guard, trials
+from keras_ring.distribution import trials
+from keras_ring.training import guard
 
 L = keras.layers
 

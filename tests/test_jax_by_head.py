@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 import keras_ring
-from keras_ring import kernels, masks, tiling
-from keras_ring.backends.jax.by_head import ByHeadKernel
+from keras_ring import masks
+from keras_ring.attention import selection
+from keras_ring.attention.blockwise import tiles
+from keras_ring.attention.blockwise.tiles import Tiling
 from keras_ring.backends.jax.kernel import CacheKernel
-from keras_ring.tiling import Tiling
+from keras_ring.backends.jax.kernels.by_head import ByHeadKernel
 from tests.kernel_choice import tensors
 from tests.visits import CASES, Case, CheckedVisit, Refusing
 
@@ -51,22 +53,24 @@ def test_one_head_at_a_time_in_small_tiles(monkeypatch):
             super().__init__(*arguments)
             seen.add((self.pairs, self.heads, self.queries.tile))
 
-    monkeypatch.setattr("keras_ring.blockwise.Tiling", Watching)
+    monkeypatch.setattr(
+        "keras_ring.attention.blockwise.kernel.Tiling", Watching
+    )
     case = Case("causal", queries=512, keys=512, batch=3, heads=4, key_heads=2)
     CheckedVisit(case).check(by_head(Refusing()))
     assert seen == {(1, 2, 256)}
-    assert tiling.TILE > 256
+    assert tiles.TILE > 256
 
 
 def test_it_is_for_cpus_that_stand_for_several_devices(
     automatic, without_native, monkeypatch
 ):
-    kernel = kernels.choose("float32", "cpu")
+    kernel = selection.choose("float32", "cpu")
     assert kernel.name == "by_head"
     assert not kernel.preferred("gpu", "float32")
     one = jax.devices("cpu")[:1]
     monkeypatch.setattr(jax, "devices", lambda *kind: one)
-    assert kernels.choose("float32", "cpu").name == "blockwise"
+    assert selection.choose("float32", "cpu").name == "blockwise"
 
 
 def test_it_is_used_around_a_ring(automatic, without_native, monkeypatch):
@@ -95,4 +99,4 @@ def test_it_is_used_around_a_ring(automatic, without_native, monkeypatch):
     np.testing.assert_allclose(*results, atol=2e-6)
     # The others are of the proof that the kernel agrees with the reference.
     assert (1, 1) in calls
-    assert set(calls) <= {(1, 1), (1, kernels.HEADS // kernels.KEY_HEADS)}
+    assert set(calls) <= {(1, 1), (1, selection.HEADS // selection.KEY_HEADS)}

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from keras_ring import backends, config, kernels, masks
-from keras_ring.backends.jax import cudnn
-from keras_ring.kernel import Gradients, Kernel, merged, summed
+from keras_ring import backends, config, masks
+from keras_ring.attention import selection
+from keras_ring.attention.kernel import Gradients, Kernel, merged, summed
+from keras_ring.attention.numerics import Partial
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.visit import Visit
+from keras_ring.backends.jax.kernels import cudnn
 from keras_ring.masks.by_position import Before
-from keras_ring.numerics import Partial
-from keras_ring.scoring import Scoring
-from keras_ring.visit import Visit
 from tests.visits import CASES, Case, CheckedVisit, Refusing
 
 TOLERANCE = {"float16": 4e-3, "bfloat16": 3e-2}
@@ -153,7 +154,7 @@ def test_it_is_for_gpus_and_half_precision(automatic):
     assert not kernel.preferred("cpu", "bfloat16")
     assert not kernel.preferred("gpu", "float32")
     assert kernel.preferred("gpu", "float16") == (cudnn.FORWARD is not None)
-    assert kernels.choose("bfloat16", "cpu").name != "cudnn"
+    assert selection.choose("bfloat16", "cpu").name != "cudnn"
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match="must be that of a kernel"):
             config.set_kernel("cudnn")

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 import keras_ring
-from keras_ring import backends, kernels, masks
-from keras_ring.backends.jax import cudnn
-from keras_ring.kernel import Inputs
-from keras_ring.scoring import Scoring
-from keras_ring.visit import Visit
+from keras_ring import backends, masks
+from keras_ring.attention import selection
+from keras_ring.attention.kernel import Inputs
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.visit import Visit
+from keras_ring.backends.jax.kernels import cudnn
 from tests.kernel_choice import tensors
 from tests.test_jax_cudnn import TOLERANCE, traced
 from tests.visits import CASES, CheckedVisit, Refusing
@@ -58,7 +59,7 @@ def test_it_agrees_with_the_reference(dtype, automatic, recwarn):
 
     @jax.jit
     def attend(*arrays):
-        chosen.append(kernels.choose(dtype, "gpu"))
+        chosen.append(selection.choose(dtype, "gpu"))
         return keras_ring.ops.ring_attention(*arrays, mask=masks.Causal())
 
     attend(*tensors(dtype))

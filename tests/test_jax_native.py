@@ -9,18 +9,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from keras import ops
 
 import keras_ring
-from keras_ring import kernels, masks
-from keras_ring.backends.jax import native
+from keras_ring import masks
+from keras_ring.attention import selection
+from keras_ring.attention.kernel import Inputs, Rows
+from keras_ring.attention.native import library
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.visit import Visit
 from keras_ring.backends.jax.kernel import KERNEL, KERNELS
-from keras_ring.backends.jax.native import (
+from keras_ring.backends.jax.kernels import native
+from keras_ring.backends.jax.kernels.native import (
     BACKWARD,
     FORWARD,
     JaxNativeKernel,
 )
-from keras_ring.kernel import Inputs, Rows
-from keras_ring.native import library
-from keras_ring.scoring import Scoring
-from keras_ring.visit import Visit
 from tests import reference
 from tests.kernel_choice import tensors
 from tests.native_library import needed
@@ -118,14 +119,14 @@ def test_what_is_no_band_or_not_float32_is_left_to_another_kernel(name):
 
 @built
 def test_it_is_for_cpus_that_stand_for_several_devices(automatic, monkeypatch):
-    kernel = kernels.choose("float32", "cpu")
+    kernel = selection.choose("float32", "cpu")
     assert kernel.name == "native"
     assert kernel.fallback.name == "by_head"
-    assert kernels.choose("bfloat16", "cpu").name == "by_head"
+    assert selection.choose("bfloat16", "cpu").name == "by_head"
     assert not kernel.preferred("gpu", "float32")
     one = jax.devices("cpu")[:1]
     monkeypatch.setattr(jax, "devices", lambda *kind: one)
-    assert kernels.choose("float32", "cpu").name == "blockwise"
+    assert selection.choose("float32", "cpu").name == "blockwise"
 
 
 @pytest.mark.parametrize("gone", ["include_dir", "register_ffi_target"])
@@ -138,7 +139,7 @@ def test_other_releases_of_jax_may_lack_what_it_needs(
         warnings.simplefilter("ignore")
         assert not KERNELS[0].preferred("cpu", "float32")
         assert not KERNELS[0].available()
-    assert kernels.choose("float32", "cpu").name == "by_head"
+    assert selection.choose("float32", "cpu").name == "by_head"
 
 
 @built

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 import keras_ring
-from keras_ring import backends, config, kernels, masks
-from keras_ring.backends.jax import local, splash
-from keras_ring.kernel import Inputs
-from keras_ring.scoring import Scoring
-from keras_ring.visit import Visit
+from keras_ring import backends, config, masks
+from keras_ring.attention import selection
+from keras_ring.attention.kernel import Inputs
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.visit import Visit
+from keras_ring.backends.jax.kernels import local, splash
 from tests.gradients import vjp
 from tests.visits import Case, CheckedVisit, Refusing
 
@@ -112,7 +113,7 @@ def test_it_is_there_by_name_only(automatic, monkeypatch):
     assert not there.preferred("tpu", "bfloat16")
     assert not there.preferred(None, "bfloat16")
     assert "splash" in [k.name for k in backends.load().kernel.KERNELS]
-    assert kernels.choose("bfloat16", "cpu").name != "splash"
+    assert selection.choose("bfloat16", "cpu").name != "splash"
 
 
 def test_the_names_are_there():

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 import keras_ring
-from keras_ring import backends, config, kernels, masks
-from keras_ring.backends.jax import local, triton, triton_programs
-from keras_ring.kernel import Inputs, Rows
+from keras_ring import backends, config, masks
+from keras_ring.attention import selection
+from keras_ring.attention.kernel import Inputs, Rows
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.visit import Visit
+from keras_ring.backends.jax.kernels import local, triton, triton_programs
 from keras_ring.masks.by_position import Before
-from keras_ring.scoring import Scoring
-from keras_ring.visit import Visit
 from tests.gradients import vjp
 from tests.visits import Case, CheckedVisit, Refusing
 
@@ -252,7 +253,7 @@ def test_it_is_there_by_name_only(automatic, monkeypatch):
     assert not there.preferred("gpu", "float32")
     assert not there.preferred(None, "float32")
     assert "triton" in [k.name for k in backends.load().kernel.KERNELS]
-    assert kernels.choose("float32", "cpu").name != "triton"
+    assert selection.choose("float32", "cpu").name != "triton"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

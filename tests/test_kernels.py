@@ -6,8 +6,9 @@ import pytest
 from keras import ops
 
 import keras_ring
-from keras_ring import backends, config, kernels, masks
-from keras_ring.kernel import Kernel
+from keras_ring import backends, config, masks
+from keras_ring.attention import selection
+from keras_ring.attention.kernel import Kernel
 from tests.kernel_choice import tensors
 
 
@@ -87,7 +88,7 @@ def offer(monkeypatch, kernel):
 
 def test_the_first_kernel_that_agrees_is_used(automatic, monkeypatch):
     other = offer(monkeypatch, Other())
-    assert kernels.choose("float32") is other
+    assert selection.choose("float32") is other
     visits = other.visits
     keras_ring.ops.ring_attention(*tensors(), mask=masks.Causal())
     assert other.visits > visits
@@ -97,7 +98,7 @@ def test_visits_that_a_kernel_leaves_to_others_need_no_proof(
     automatic, monkeypatch
 ):
     leaving = offer(monkeypatch, Leaving())
-    assert kernels.choose("float32") is leaving
+    assert selection.choose("float32") is leaving
     assert leaving.visits == 1
 
 
@@ -119,7 +120,7 @@ def test_a_kernel_that_does_not_agree_is_not(
         for _ in range(2):
             keras_ring.ops.ring_attention(*tensors(), mask=masks.Causal())
     device = kernel.kernel.device(tensors()[0])
-    assert kernels.choose("float32", device) is kernel.kernel
+    assert selection.choose("float32", device) is kernel.kernel
     found = [w for w in found if w.category is RuntimeWarning]
     assert len(found) == 1
     assert why in str(found[0].message)
@@ -130,9 +131,9 @@ def test_a_kernel_that_is_named_is_used_as_it_is(automatic, monkeypatch):
     wrong = offer(monkeypatch, Wrong())
     config.set_kernel("wrong")
     assert config.kernel() == "wrong"
-    assert kernels.choose("float32") is wrong
+    assert selection.choose("float32") is wrong
     config.set_kernel("blockwise")
-    assert kernels.choose("float32") is backends.load().kernel.KERNEL
+    assert selection.choose("float32") is backends.load().kernel.KERNEL
 
 
 def test_names_that_are_not_there_are_refused(automatic):

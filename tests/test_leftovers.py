@@ -98,9 +98,10 @@ def test_what_no_lock_tells_of_goes_when_it_is_old(tmp_path, monkeypatch):
 def test_a_save_that_is_killed_leaves_the_file_whole(
     tmp_path, monkeypatch, name
 ):
-    from keras_ring.backends.torch import launch, saving
+    from keras_ring.backends.torch import saving
+    from keras_ring.backends.torch.processes import groups
 
-    monkeypatch.setattr(launch, "process_count", lambda: 2)
+    monkeypatch.setattr(groups, "process_count", lambda: 2)
     inputs = keras.Input((None, 2))
     model = keras.Model(inputs, keras.layers.Dense(2)(inputs))
     kind = keras.Model.save if name.endswith(".keras") else None

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from keras_ring.native import library
-from keras_ring.native.trust import distrust
+from keras_ring.attention.native import library
+from keras_ring.attention.native.trust import distrust
 from keras_ring.scratch import PREFIX
 from tests.native_library import BUILDING, NEEDED
 

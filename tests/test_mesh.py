@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import keras_ring
-from keras_ring.mesh import AXES, BATCH, MODEL, SEQUENCE, Mesh
+from keras_ring.distribution.mesh import AXES, BATCH, MODEL, SEQUENCE, Mesh
 
 pytestmark = pytest.mark.once
 SHAPES = [(1, 1, 1), (2, 3, 1), (4, 1, 1), (2, 3, 2), (1, 2, 5)]

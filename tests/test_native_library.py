@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from keras import ops
 
+from keras_ring.attention.native import kernel, library
 from keras_ring.masks import Causal, Padding, SlidingWindow
 from keras_ring.masks.band import FAR
 from keras_ring.masks.by_position import Before
-from keras_ring.native import kernel, library
 from tests.native_library import BUILDING, NEEDED
 
 pytestmark = pytest.mark.once

@@ -9,8 +9,9 @@ import pytest
 from keras import ops
 
 import keras_ring
-from keras_ring import masks, numerics, precision
-from keras_ring.numerics import Partial
+from keras_ring import masks, precision
+from keras_ring.attention import numerics
+from keras_ring.attention.numerics import Partial
 from tests import reference
 
 

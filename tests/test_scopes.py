@@ -15,7 +15,7 @@ from keras import ops
 from keras.utils import clear_session
 
 import keras_ring
-from keras_ring import strategy as strategy_module
+from keras_ring.distribution import strategy as strategy_module
 
 WORDS, WIDTH = 11, 8
 X = np.arange(4 * 8).reshape(4, 8) * 7 % WORDS

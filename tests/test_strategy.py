@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 import keras_ring
-from keras_ring import strategy as strategy_module
+from keras_ring.distribution import strategy as strategy_module
 
 REFUSED = {
     "zero": ({"sequence_parallel": 0}, "positive integer"),

@@ -8,17 +8,18 @@ import pytest
 import tensorflow as tf
 
 import keras_ring
-from keras_ring import backends, config, kernels, masks
+from keras_ring import backends, config, masks
+from keras_ring.attention import selection
+from keras_ring.attention.kernel import Inputs, Rows
+from keras_ring.attention.native import library
+from keras_ring.attention.native.library import UnavailableError
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.visit import Visit
 from keras_ring.backends.tensorflow import kernel as tensorflow_kernel
-from keras_ring.backends.tensorflow import native
-from keras_ring.backends.tensorflow.native import TensorFlowNativeKernel
-from keras_ring.kernel import Inputs, Rows
+from keras_ring.backends.tensorflow.kernels import native
+from keras_ring.backends.tensorflow.kernels.native import TensorFlowNativeKernel
 from keras_ring.masks.band import Band
 from keras_ring.masks.by_position import Before
-from keras_ring.native import library
-from keras_ring.native.library import UnavailableError
-from keras_ring.scoring import Scoring
-from keras_ring.visit import Visit
 from tests import reference
 from tests.native_library import needed
 from tests.visits import CASES, TOLERANCE, CheckedVisit, Refusing
@@ -394,7 +395,7 @@ def test_the_summary_names_what_replicas_use(size, automatic):
     )
     name = {1: "blockwise", 2: "native"}[size]
     assert f"  kernel             {name}" in lines
-    assert kernels.choose("float32") is backends.load().kernel.KERNEL
+    assert selection.choose("float32") is backends.load().kernel.KERNEL
 
 
 def test_threads_are_shared_by_the_replicas(monkeypatch):
@@ -495,5 +496,5 @@ def test_its_proof_needs_no_program(automatic, monkeypatch):
     """Tracing took five times as long as the proof itself."""
     programs = {}
     monkeypatch.setattr(tensorflow_kernel, "_PROGRAMS", programs)
-    assert kernels.agrees(*tensorflow_kernel.KERNELS, "float32", None)
+    assert selection.agrees(*tensorflow_kernel.KERNELS, "float32", None)
     assert not programs

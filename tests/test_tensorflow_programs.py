@@ -118,7 +118,7 @@ def language_model(seen, optimizer):
     """A small model that notes the programs of its replicas."""
 
     def note(features):
-        world = keras_ring.strategy.current()
+        world = keras_ring.distribution.strategy.current()
         if world is not None and world.inside():
             seen.append(tf.compat.v1.get_default_graph())
         return features

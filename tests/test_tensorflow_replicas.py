@@ -7,7 +7,8 @@ import pytest
 import tensorflow as tf
 
 import keras_ring
-from keras_ring import masks, strategy
+from keras_ring import masks
+from keras_ring.distribution import strategy
 from tests import reference
 from tests.language_model import batch, initial_weights, language_model
 

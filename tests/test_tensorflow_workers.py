@@ -123,7 +123,7 @@ def endless(folder):
     array = np.arange(8, dtype="float32").reshape(1, 8)
 
     def turn(shard):
-        world = keras_ring.strategy.current()
+        world = keras_ring.distribution.strategy.current()
         return world.per_shard(lambda t, s: t.shift([s])[0], [shard])
 
     result = ring.run(turn, array)

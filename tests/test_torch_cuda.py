@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import keras_ring
-from keras_ring import backends, config, kernels, masks
+from keras_ring import backends, config, masks
+from keras_ring.attention import selection
 from tests.fused_kernels import DTYPES, OPERATIONS, TOLERANCE, kernel_of
 from tests.kernel_choice import tensors
 from tests.visits import CASES, Calls, CheckedVisit, Refusing
@@ -70,14 +71,14 @@ def test_they_agree_with_the_reference(name, dtype, automatic, recwarn):
     kernel = next(k for k in backends.load().kernel.KERNELS if k.name == name)
     reference = backends.load().kernel.KERNEL
     assert kernel.preferred("cuda", dtype)
-    assert kernels.agrees(kernel, reference, dtype, "cuda"), [
+    assert selection.agrees(kernel, reference, dtype, "cuda"), [
         str(w.message) for w in recwarn
     ]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_attention_takes_a_fused_kernel(dtype, automatic, calls):
-    chosen = kernels.choose(dtype, "cuda")
+    chosen = selection.choose(dtype, "cuda")
     assert chosen.name in DTYPES
     assert dtype in DTYPES[chosen.name]
     results = {}

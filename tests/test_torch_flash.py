@@ -8,10 +8,11 @@ import pytest
 from keras import ops
 
 import keras_ring
-from keras_ring import backends, config, kernels, masks, numerics
-from keras_ring.kernel import Inputs, Kernel, Rows
-from keras_ring.scoring import Dropout, Scoring
-from keras_ring.visit import Visit
+from keras_ring import backends, config, masks
+from keras_ring.attention import numerics, selection
+from keras_ring.attention.kernel import Inputs, Kernel, Rows
+from keras_ring.attention.scoring import Dropout, Scoring
+from keras_ring.attention.visit import Visit
 from tests.kernel_choice import tensors
 from tests.visits import CASES, TOLERANCE, Calls, Case, CheckedVisit, Refusing
 
@@ -21,7 +22,7 @@ def operations(monkeypatch):
     """Counts of the fused operations: forward, backward."""
     import torch
 
-    from keras_ring.backends.torch import flash
+    from keras_ring.backends.torch.kernels import flash
 
     counts = []
     for name in (flash.FORWARD, flash.BACKWARD):
@@ -31,8 +32,8 @@ def operations(monkeypatch):
 
 
 def flash(fallback: Kernel):
-    from keras_ring.backends.torch.flash import CpuFlash
-    from keras_ring.backends.torch.fused import FusedKernel
+    from keras_ring.backends.torch.kernels.flash import CpuFlash
+    from keras_ring.backends.torch.kernels.fused import FusedKernel
 
     return FusedKernel("flash", fallback, CpuFlash())
 
@@ -123,7 +124,7 @@ def test_attention_takes_the_fused_kernel(
 ):
     """By default, forward and backward, and with the reference's results."""
     results = {}
-    kernels.choose(dtype, "cpu")
+    selection.choose(dtype, "cpu")
     for name in ("auto", "blockwise"):
         config.set_kernel(name)
         before = [spy.count for spy in operations]
@@ -147,7 +148,7 @@ def test_attention_takes_the_fused_kernel(
 def test_a_wrong_operation_is_dropped(automatic, without_native, monkeypatch):
     import torch
 
-    from keras_ring.backends.torch import flash
+    from keras_ring.backends.torch.kernels import flash
 
     operation = getattr(torch.ops.aten, flash.FORWARD)
 
@@ -157,18 +158,18 @@ def test_a_wrong_operation_is_dropped(automatic, without_native, monkeypatch):
 
     monkeypatch.setattr(torch.ops.aten, flash.FORWARD, broken)
     with pytest.warns(RuntimeWarning, match="'flash' is not used for float32"):
-        assert kernels.choose("float32", "cpu").name == "blockwise"
+        assert selection.choose("float32", "cpu").name == "blockwise"
 
 
 def test_an_operation_that_is_not_there_is_not_offered(
     automatic, without_native, monkeypatch
 ):
-    from keras_ring.backends.torch import flash
+    from keras_ring.backends.torch.kernels import flash
 
     monkeypatch.setattr(flash, "FORWARD", "_an_operation_of_another_release")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert kernels.choose("float32", "cpu").name == "blockwise"
+        assert selection.choose("float32", "cpu").name == "blockwise"
     with pytest.raises(ValueError, match="one of 'auto', 'blockwise'"):
         config.set_kernel("flash")
 
@@ -178,4 +179,4 @@ def test_it_is_for_cpus(device, automatic):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # It is not even tried.
         # Of float64 no kernel for GPUs takes anything.
-        assert kernels.choose("float64", device).name == "blockwise"
+        assert selection.choose("float64", device).name == "blockwise"

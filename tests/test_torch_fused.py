@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from keras_ring import backends, config, masks
-from keras_ring.backends.torch import cuda, fused
-from keras_ring.backends.torch.flash import CpuFlash
-from keras_ring.backends.torch.pieces import COARSE, pieces
-from keras_ring.scoring import Scoring
-from keras_ring.visit import Visit
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.visit import Visit
+from keras_ring.backends.torch.kernels import cuda, fused
+from keras_ring.backends.torch.kernels.flash import CpuFlash
+from keras_ring.backends.torch.kernels.pieces import COARSE, pieces
 from tests.fused_kernels import OPERATIONS, TOLERANCE, kernel_of
 from tests.visits import CASES, CheckedVisit, Refusing
 

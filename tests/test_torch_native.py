@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import keras_ring
-from keras_ring import config, kernels, masks
-from keras_ring.backends.torch import native
-from keras_ring.backends.torch.native import TorchNativeKernel
-from keras_ring.kernel import Inputs, Rows
-from keras_ring.native import library
-from keras_ring.scoring import Scoring
-from keras_ring.visit import Visit
+from keras_ring import config, masks
+from keras_ring.attention import selection
+from keras_ring.attention.kernel import Inputs, Rows
+from keras_ring.attention.native import library
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.visit import Visit
+from keras_ring.backends.torch.kernels import native
+from keras_ring.backends.torch.kernels.native import TorchNativeKernel
 from tests import reference
 from tests.kernel_choice import tensors
 from tests.native_library import needed
@@ -294,8 +295,8 @@ def test_attention_by_name(automatic, threads):
 def test_it_is_chosen_for_float32_on_cpus(automatic):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # It agrees.
-        assert kernels.choose("float32", "cpu").name == "native"
-    assert kernels.choose("float64", "cpu").name == "flash"
+        assert selection.choose("float32", "cpu").name == "native"
+    assert selection.choose("float64", "cpu").name == "flash"
     assert not TorchNativeKernel(Refusing()).preferred("cuda", "float32")
     lines = []
     keras_ring.DistributedStrategy().summary(print_fn=lines.append)
@@ -307,7 +308,7 @@ def test_without_a_compiler_the_next_is_chosen(automatic, monkeypatch):
     monkeypatch.setattr(native, "loaded", library.Once(native._load))
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # Nothing to tell of.
-        assert kernels.choose("float32", "cpu").name == "flash"
+        assert selection.choose("float32", "cpu").name == "flash"
     with pytest.raises(ValueError, match="must be that of a kernel"):
         config.set_kernel("native")
 
@@ -317,10 +318,10 @@ def test_a_forked_process_has_threads_of_its_own():
     code = """
 import os, signal, torch
 from keras_ring.backends.torch import native
-from keras_ring.backends.torch.native import TorchNativeKernel
-from keras_ring.kernel import Inputs
-from keras_ring.scoring import Scoring
-from keras_ring.visit import Visit
+from keras_ring.backends.torch.kernels.native import TorchNativeKernel
+from keras_ring.attention.kernel import Inputs
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.visit import Visit
 native.loaded().keras_ring_use_threads(None)
 torch.set_num_threads(2)
 tensor, visit = torch.ones((1, 4, 300, 8)), Visit((0,), (0,), Scoring(scale=1))

@@ -7,13 +7,14 @@ import pytest
 import torch
 from keras import ops
 
-from keras_ring import backends, masks, numerics
-from keras_ring.backends.torch.flash import CpuFlash
-from keras_ring.backends.torch.fused import FusedKernel
-from keras_ring.backends.torch.pieces import COARSE, FINE, pieces
-from keras_ring.kernel import Inputs, Rows
-from keras_ring.scoring import Scoring
-from keras_ring.visit import Visit
+from keras_ring import backends, masks
+from keras_ring.attention import numerics
+from keras_ring.attention.kernel import Inputs, Rows
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.visit import Visit
+from keras_ring.backends.torch.kernels.flash import CpuFlash
+from keras_ring.backends.torch.kernels.fused import FusedKernel
+from keras_ring.backends.torch.kernels.pieces import COARSE, FINE, pieces
 from tests.visits import Case, CheckedVisit, Refusing
 
 FAR = 10_000

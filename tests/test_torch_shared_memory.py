@@ -16,8 +16,8 @@ import torch
 from torch import distributed
 
 import keras_ring
-from keras_ring.backends.torch import shared_memory
-from keras_ring.backends.torch.shared_memory import Inbox, Outbox
+from keras_ring.backends.torch.processes import shared_memory
+from keras_ring.backends.torch.processes.shared_memory import Inbox, Outbox
 
 pytestmark = pytest.mark.skipif(
     not shared_memory._possible(),

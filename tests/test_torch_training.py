@@ -13,8 +13,8 @@ import torch
 from keras import ops
 
 import keras_ring
-from keras_ring import padding
 from keras_ring.backends.torch import runtime
+from keras_ring.distribution import padding
 from tests.language_model import batch, language_model
 
 LENGTH = 8
@@ -442,7 +442,7 @@ def test_custom_gradient_of_several_outputs():
 
 def check_no_silent_gradient():
     with pair().scope():
-        ring = keras_ring.strategy.current().ring()
+        ring = keras_ring.distribution.strategy.current().ring()
         tensor = torch.ones(2, 2, requires_grad=True)
         for move in (
             lambda: ring.shift([tensor]),

@@ -1,4 +1,5 @@
-"""The laws of `keras_ring.transport`, on real devices of each backend."""
+"""The laws of transports, on real devices of each backend: see
+`keras_ring.distribution.transport`."""
 
 import keras
 import numpy as np
@@ -6,8 +7,9 @@ import pytest
 from keras import ops
 
 import keras_ring
-from keras_ring import backends, strategy
-from keras_ring.transport import LocalTransport, check_permutation
+from keras_ring import backends
+from keras_ring.distribution import strategy
+from keras_ring.distribution.transport import LocalTransport, check_permutation
 from tests import worlds
 
 SIZES = [size for size in (1, 2, 3, 4, 8) if size <= worlds.DEVICES]

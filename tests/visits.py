@@ -6,10 +6,10 @@ import numpy as np
 from keras import ops
 
 from keras_ring import masks, precision
-from keras_ring.kernel import Inputs, Kernel, Rows
+from keras_ring.attention.kernel import Inputs, Kernel, Rows
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.visit import Visit
 from keras_ring.masks.by_position import Before
-from keras_ring.scoring import Scoring
-from keras_ring.visit import Visit
 from tests import reference
 
 # Largest error, absolute and relative. Sums of some hundred products of

@@ -1,7 +1,7 @@
 """One folder per framework, with the same three files in each.
 
 - `transport.py`: the ring of this framework, a
-  `keras_ring.transport.Transport`.
+  `keras_ring.distribution.transport.Transport`.
 - `kernel.py`: `KERNELS`, which compute attention over one visiting chunk, by
   preference; the last is `KERNEL`, the blockwise reference, with the control
   flow it is written in.

@@ -4,7 +4,8 @@ from typing import Any
 
 import keras
 
-from keras_ring import arguments, random_bits, strategy, tensor_arguments
+from keras_ring import arguments, random_bits, tensor_arguments
+from keras_ring.distribution import strategy
 from keras_ring.layers import dense_options
 from keras_ring.ops.blockwise_feed_forward import blockwise_feed_forward
 from keras_ring.ops.positional_dropout import positional_dropout

@@ -7,7 +7,8 @@ from typing import Any
 import keras
 from keras import tree
 
-from keras_ring import arguments, strategy
+from keras_ring import arguments
+from keras_ring.distribution import strategy
 from keras_ring.keras_internals import sublayers
 from keras_ring.ops.sequence import gather_sequence, own_chunk, shard_ring
 

@@ -5,7 +5,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import arguments, strategy, tensor_arguments
+from keras_ring import arguments, tensor_arguments
+from keras_ring.distribution import strategy
 from keras_ring.layers import dense_options
 from keras_ring.layers.attention import options
 

@@ -5,7 +5,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import arguments, padding, placement, strategy
+from keras_ring import arguments
+from keras_ring.distribution import padding, placement, strategy
 from keras_ring.keras_internals import in_symbolic_scope, without_values
 from keras_ring.layers import dense_options
 from keras_ring.layers.positions import checked_positions, checked_start

@@ -6,7 +6,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import random_bits, strategy
+from keras_ring import random_bits
+from keras_ring.distribution import strategy
 from keras_ring.keras_internals import attach_mask
 from keras_ring.layers.attention import empty_rows as empty
 from keras_ring.layers.attention import limits, stock

@@ -6,7 +6,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import arguments, backends, random_bits, strategy
+from keras_ring import arguments, backends, random_bits
+from keras_ring.distribution import strategy
 from keras_ring.keras_internals import full_values, mask_of
 from keras_ring.layers import dense_options
 from keras_ring.layers.attention import arguments as attention_arguments
@@ -16,7 +17,7 @@ from keras_ring.layers.ring_attention import RingAttention
 from keras_ring.layers.rotary_embedding import rotary_of
 from keras_ring.ops.positional_dropout import positional_dropout
 from keras_ring.precision import accumulation_dtype
-from keras_ring.rematerialised import rematerialised
+from keras_ring.recompute.rematerialised import rematerialised
 
 Shape = tuple[int | None, ...]
 Tensor = Any

@@ -6,7 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_ring import arguments, strategy, tensor_arguments
+from keras_ring import arguments, tensor_arguments
+from keras_ring.distribution import strategy
 from keras_ring.layers.positions import checked_positions, checked_start
 from keras_ring.ops.sequence import sequence_positions
 from keras_ring.precision import accumulation_dtype

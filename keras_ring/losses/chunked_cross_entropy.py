@@ -73,7 +73,7 @@ class ChunkedCrossEntropy(keras.losses.Loss):
         https://arxiv.org/abs/1604.06174
     """
 
-    # One value for each position; see `keras_ring.position_wise`.
+    # One value for each position; see `keras_ring.training.position_wise`.
     sequence_parallel_safe = True
 
     def __init__(

@@ -5,15 +5,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import (
-    arguments,
-    backends,
-    padding,
-    strategy,
-    tensor_arguments,
-)
+from keras_ring import arguments, backends, tensor_arguments
+from keras_ring.distribution import padding, strategy
+from keras_ring.distribution.world import World
 from keras_ring.precision import accumulation_dtype
-from keras_ring.world import World
 
 Tensor = Any
 

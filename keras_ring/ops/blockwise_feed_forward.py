@@ -7,13 +7,13 @@ import keras
 from keras import ops
 
 from keras_ring import arguments, tensor_arguments
-from keras_ring.chunked import map_chunks
 from keras_ring.ops.positional_dropout import (
     batch_rows,
     check_seed,
     dropped,
 )
 from keras_ring.ops.sequence import sequence_positions
+from keras_ring.recompute.chunked import map_chunks
 
 Tensor = Any
 

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_ring import arguments, tensor_arguments
-from keras_ring.chunked import map_chunks
 from keras_ring.precision import accumulation_dtype
+from keras_ring.recompute.chunked import map_chunks
 
 Tensor = Any
 

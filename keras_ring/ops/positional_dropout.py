@@ -4,7 +4,8 @@ from typing import Any
 
 from keras import ops
 
-from keras_ring import arguments, random_bits, strategy, tensor_arguments
+from keras_ring import arguments, random_bits, tensor_arguments
+from keras_ring.distribution import strategy
 from keras_ring.ops.sequence import sequence_positions
 
 Tensor = Any

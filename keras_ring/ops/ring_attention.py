@@ -6,27 +6,19 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_ring import (
-    arguments,
-    backends,
-    kernels,
-    placement,
-    precision,
-    sharing,
-    strategy,
-    tensor_arguments,
-    trials,
-)
-from keras_ring.kernel import Inputs
+from keras_ring import arguments, backends, precision, tensor_arguments
+from keras_ring.attention import selection, sharing
+from keras_ring.attention.dense import dense_attention
+from keras_ring.attention.kernel import Inputs
+from keras_ring.attention.scoring import Dropout, Scoring
+from keras_ring.distribution import placement, strategy, trials
+from keras_ring.distribution.transport import Transport
+from keras_ring.distribution.world import LOCAL, World
 from keras_ring.masks import Carried, Mask
 from keras_ring.masks.by_position import Before
 from keras_ring.ops import attention_checks as checks
-from keras_ring.ops.dense_attention import dense_attention
 from keras_ring.ops.sequence import true_length, whole_length
-from keras_ring.scoring import Dropout, Scoring
 from keras_ring.shapes import sizes
-from keras_ring.transport import Transport
-from keras_ring.world import LOCAL, World
 
 Tensor = Any
 
@@ -240,7 +232,7 @@ def _attend(
     inputs, carried = tensors[:3], iter(tensors[3:])
     sides = (tuple(itertools.islice(carried, n)) for n in counts)
     reference = backends.load().kernel.KERNEL
-    kernel = kernels.choose(inputs[0].dtype, reference.device(inputs[0]))
+    kernel = selection.choose(inputs[0].dtype, reference.device(inputs[0]))
     query_length, key_length = (sizes(tensor)[1] for tensor in inputs[:2])
     shared = sharing.choose(
         transport, kernel, scoring.mask, query_length, key_length, balanced

@@ -6,17 +6,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import (
-    arguments,
-    backends,
-    padding,
-    placement,
-    shards,
-    strategy,
-    tensor_arguments,
-    trials,
-)
-from keras_ring.transport import Transport
+from keras_ring import arguments, backends, tensor_arguments
+from keras_ring.distribution import padding, placement, shards, strategy, trials
+from keras_ring.distribution.transport import Transport
 
 Tensor = Any
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from keras_ring import precision
-from keras_ring.backends.jax import local
-from keras_ring.backends.jax.by_head import ByHeadKernel
-from keras_ring.backends.jax.cudnn import CuDnnKernel
-from keras_ring.backends.jax.native import JaxNativeKernel
-from keras_ring.backends.jax.splash import SplashKernel
-from keras_ring.backends.jax.triton import TritonKernel
-from keras_ring.blockwise import BlockwiseKernel
+from keras_ring.attention.blockwise.kernel import BlockwiseKernel
+from keras_ring.backends.jax.kernels import local
+from keras_ring.backends.jax.kernels.by_head import ByHeadKernel
+from keras_ring.backends.jax.kernels.cudnn import CuDnnKernel
+from keras_ring.backends.jax.kernels.native import JaxNativeKernel
+from keras_ring.backends.jax.kernels.splash import SplashKernel
+from keras_ring.backends.jax.kernels.triton import TritonKernel
 
 
 class Kernel(BlockwiseKernel):

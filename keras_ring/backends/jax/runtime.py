@@ -17,18 +17,21 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from keras import tree
 
-from keras_ring import batches, kernels, precision, scopes, training, world
+from keras_ring import precision
+from keras_ring.attention import selection
 from keras_ring.backends.jax import compilation_cache
 from keras_ring.backends.jax.transport import RingTransport, at, place
+from keras_ring.distribution import scopes, world
+from keras_ring.distribution.mesh import AXES, BATCH, SEQUENCE
+from keras_ring.distribution.strategy import DistributedStrategy
+from keras_ring.distribution.world import LOCAL
 from keras_ring.keras_internals import (
     compiled_variables,
     defining,
     in_symbolic_scope,
     without_values,
 )
-from keras_ring.mesh import AXES, BATCH, SEQUENCE
-from keras_ring.strategy import DistributedStrategy
-from keras_ring.world import LOCAL
+from keras_ring.training import batches, wrappers
 
 
 class Distribution(keras.distribution.ModelParallel):
@@ -74,7 +77,7 @@ class World(world.World):
             if not outermost:
                 yield
                 return
-            training.install()
+            wrappers.install()
             self.keep()
             compilation_cache.leave_out(self.mesh.devices.flat)
             try:
@@ -192,7 +195,7 @@ class World(world.World):
         return program
 
     def kernel_name(self, dtype: str) -> str:
-        return kernels.name_in_steps(self, dtype)
+        return selection.name_in_steps(self, dtype)
 
     def prepare(self, model: Any) -> None:
         compilation_cache.leave_out(self.mesh.devices.flat)

@@ -8,7 +8,11 @@ from typing import Any
 import jax
 from jax import lax
 
-from keras_ring.transport import Pending, Transport, check_permutation
+from keras_ring.distribution.transport import (
+    Pending,
+    Transport,
+    check_permutation,
+)
 
 _PLACE: ContextVar[jax.Array | None] = ContextVar(
     "keras_ring_place", default=None

@@ -12,8 +12,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_ring import training
 from keras_ring.keras_internals import scales_losses
+from keras_ring.training import wrappers
 
 Function = Callable[..., Any]
 
@@ -36,7 +36,7 @@ def apply(original: Function) -> Function:
             # It may be gone through once only.
             trainable_variables = list(trainable_variables)
         variables = trainable_variables or self._trainable_variables
-        training.check_overwritten(world, variables)
+        wrappers.check_overwritten(world, variables)
         # Optimizers nest, also in threads of their own: what was averaged is
         # not averaged again.
         place = world.place()

@@ -12,9 +12,9 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from keras_ring import counting, step
 from keras_ring.backends.tensorflow import gradients, updates
 from keras_ring.keras_internals import defining, sublayers
+from keras_ring.training import counting, step
 
 
 def install() -> None:

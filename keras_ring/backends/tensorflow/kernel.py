@@ -7,14 +7,16 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_ring import blockwise, precision, tiling
-from keras_ring.backends.tensorflow.native import TensorFlowNativeKernel
-from keras_ring.blockwise import BlockwiseKernel
-from keras_ring.kernel import Gradients, Inputs, Rows
+from keras_ring import precision
+from keras_ring.attention.blockwise import kernel as blockwise
+from keras_ring.attention.blockwise import tiles
+from keras_ring.attention.blockwise.kernel import BlockwiseKernel
+from keras_ring.attention.kernel import Gradients, Inputs, Rows
+from keras_ring.attention.numerics import Partial
+from keras_ring.attention.scoring import Scoring
+from keras_ring.attention.visit import Visit
+from keras_ring.backends.tensorflow.kernels.native import TensorFlowNativeKernel
 from keras_ring.masks import Carried
-from keras_ring.numerics import Partial
-from keras_ring.scoring import Scoring
-from keras_ring.visit import Visit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +212,7 @@ class _WrittenOut(Kernel):
 
     def takes(self, inputs: Inputs, scoring: Scoring) -> bool:
         """True if a visit has few tiles, and a number for each."""
-        most = _OfOneDevice.unrolled * tiling.TILE
+        most = _OfOneDevice.unrolled * tiles.TILE
         return all(
             length and length <= most
             for length in (inputs.query.shape[2], inputs.key.shape[2])

@@ -18,23 +18,20 @@ from typing import Any
 import tensorflow as tf
 from keras import tree
 
-from keras_ring import kernels, padding, scopes, shards, step, world
-from keras_ring.backends.tensorflow import (
-    hooks,
-    native,
-    programs,
-    scope,
-    training,
-)
+from keras_ring.attention import selection
+from keras_ring.backends.tensorflow import hooks, programs, scope, training
+from keras_ring.backends.tensorflow.kernels import native
 from keras_ring.backends.tensorflow.transport import (
     InstanceKeys,
     RingTransport,
     after,
 )
+from keras_ring.distribution import padding, scopes, shards, world
+from keras_ring.distribution.mesh import AXES, SEQUENCE
+from keras_ring.distribution.strategy import DistributedStrategy
+from keras_ring.distribution.world import LOCAL
 from keras_ring.keras_internals import in_symbolic_scope
-from keras_ring.mesh import AXES, SEQUENCE
-from keras_ring.strategy import DistributedStrategy
-from keras_ring.world import LOCAL
+from keras_ring.training import step
 
 _KEYS = InstanceKeys()
 # Calls of `strategy.run` with a function from which on it should be compiled.
@@ -146,7 +143,7 @@ class World(world.World):
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
         # Here and not above: it imports this package.
-        from keras_ring import training as wrappers
+        from keras_ring.training import wrappers
 
         wrappers.install()
         if tf.distribute.has_strategy():
@@ -338,7 +335,7 @@ class World(world.World):
         return tf.unstack(local[0])
 
     def kernel_name(self, dtype: str) -> str:
-        return kernels.name_in_steps(self, dtype)
+        return selection.name_in_steps(self, dtype)
 
     def prepare(self, model: Any) -> None:
         training.prepare(self, model)

@@ -18,14 +18,15 @@ import numpy as np
 import tensorflow as tf
 from keras import tree
 
-from keras_ring import batches, counting, padding, random_bits, step
-from keras_ring import training as wrappers
+from keras_ring import random_bits
 from keras_ring.backends.tensorflow import scope
 from keras_ring.backends.tensorflow.open_sizes import OpenSizes, announced
 from keras_ring.backends.tensorflow.programs import compiled
+from keras_ring.distribution import padding
+from keras_ring.distribution.mesh import BATCH, SEQUENCE
+from keras_ring.distribution.padding import PaddedAxis
 from keras_ring.keras_internals import compiled_variables
-from keras_ring.mesh import BATCH, SEQUENCE
-from keras_ring.padding import PaddedAxis
+from keras_ring.training import batches, counting, step, wrappers
 
 if TYPE_CHECKING:
     from keras_ring.backends.tensorflow.runtime import World

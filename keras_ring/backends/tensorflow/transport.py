@@ -20,7 +20,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_ring.transport import Pending, Transport, check_permutation
+from keras_ring.distribution.transport import (
+    Pending,
+    Transport,
+    check_permutation,
+)
 
 # Groups of Keras and TensorFlow are numbered from 1 up; those of a ring
 # start here, and those whose tensors have sizes known at run time only at

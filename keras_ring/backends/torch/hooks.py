@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import keras
 import torch
 
-from keras_ring import counting
 from keras_ring.backends.torch import saving
 from keras_ring.keras_internals import defining, scales_losses
+from keras_ring.training import counting
 
 if TYPE_CHECKING:
     from keras_ring.backends.torch.runtime import World
@@ -177,7 +177,7 @@ def _symbolic_build(
         self: Any, iterator: Any = None, data_batch: Any = None
     ) -> Any:
         from keras_ring.backends.torch import training
-        from keras_ring.training import built
+        from keras_ring.training.wrappers import built
 
         world = current()
         if (

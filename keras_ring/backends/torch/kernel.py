@@ -5,14 +5,17 @@ from typing import Any
 
 import torch
 
-from keras_ring.backends.torch.cuda import CudaFlash, CuDnn, Efficient
-from keras_ring.backends.torch.flash import CpuFlash
-from keras_ring.backends.torch.fused import FusedKernel, accumulation_dtype
-from keras_ring.backends.torch.native import TorchNativeKernel
-from keras_ring.blockwise import BlockwiseKernel
-from keras_ring.kernel import Inputs
-from keras_ring.numerics import Partial
-from keras_ring.visit import Visit
+from keras_ring.attention.blockwise.kernel import BlockwiseKernel
+from keras_ring.attention.kernel import Inputs
+from keras_ring.attention.numerics import Partial
+from keras_ring.attention.visit import Visit
+from keras_ring.backends.torch.kernels.cuda import CudaFlash, CuDnn, Efficient
+from keras_ring.backends.torch.kernels.flash import CpuFlash
+from keras_ring.backends.torch.kernels.fused import (
+    FusedKernel,
+    accumulation_dtype,
+)
+from keras_ring.backends.torch.kernels.native import TorchNativeKernel
 
 
 class Kernel(BlockwiseKernel):

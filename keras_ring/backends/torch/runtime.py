@@ -18,15 +18,18 @@ import keras
 import torch
 from keras import tree
 
-from keras_ring import kernels, padding, scopes, shards, training, world
-from keras_ring import step as steps
-from keras_ring.backends.torch import agreement, hooks, launch
+from keras_ring.attention import selection
+from keras_ring.backends.torch import hooks
+from keras_ring.backends.torch.processes import agreement, groups
 from keras_ring.backends.torch.training import Step
+from keras_ring.distribution import padding, scopes, shards, world
+from keras_ring.distribution.padding import PaddedAxis
+from keras_ring.distribution.strategy import DistributedStrategy
+from keras_ring.distribution.transport import Transport
+from keras_ring.distribution.world import LOCAL
 from keras_ring.keras_internals import without_values
-from keras_ring.padding import PaddedAxis
-from keras_ring.strategy import DistributedStrategy
-from keras_ring.transport import Transport
-from keras_ring.world import LOCAL
+from keras_ring.training import step as steps
+from keras_ring.training import wrappers
 
 
 class World(world.World):
@@ -40,13 +43,13 @@ class World(world.World):
 
     def __init__(self, strategy: DistributedStrategy):
         self.strategy = strategy
-        self.layout = launch.mesh(strategy)
+        self.layout = groups.mesh(strategy)
         self.size = self.layout.size()
-        self.devices = launch.device_names(strategy)
-        self.rank = launch.rank()
+        self.devices = groups.device_names(strategy)
+        self.rank = groups.rank()
         self.agreement = agreement.Agreement(self)
         self.step: Step | None = None
-        self._groups: launch.Groups | None = None
+        self._groups: groups.Groups | None = None
         self._depth = 0
         self._applying = 0
 
@@ -59,7 +62,7 @@ class World(world.World):
     def scope(self) -> Iterator[None]:
         with scopes.entered(self) as outermost:
             if outermost:
-                training.install()
+                wrappers.install()
                 self._connected()
                 # Of no use on PyTorch: it would be taken for this one.
                 other = keras.distribution.distribution()
@@ -141,7 +144,7 @@ class World(world.World):
             )
 
     def kernel_name(self, dtype: str) -> str:
-        return kernels.name_in_steps(self, dtype)
+        return selection.name_in_steps(self, dtype)
 
     def prepare(self, model: Any) -> None:
         if model.jit_compile:
@@ -200,9 +203,9 @@ class World(world.World):
             return self.mean(result)
         return self.unshard(result, result.ndim > 1, rows, lengths)
 
-    def _connected(self) -> launch.Groups:
+    def _connected(self) -> groups.Groups:
         if self._groups is None or not self._groups.valid:
-            self._groups = launch.connect(self.strategy, self.layout)
+            self._groups = groups.connect(self.strategy, self.layout)
         return self._groups
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from keras_ring.backends.torch import launch
+from keras_ring.backends.torch.processes import groups
 from keras_ring.scratch import scratch
 
 
@@ -27,7 +27,7 @@ def whole_files(method: Callable[..., Any]) -> Callable[..., Any]:
     def save(
         self: Any, filepath: Any, overwrite: bool = True, **kwargs: Any
     ) -> Any:
-        if launch.process_count() == 1:
+        if groups.process_count() == 1:
             return method(self, filepath, overwrite=overwrite, **kwargs)
         single = (
             isinstance(filepath, str | os.PathLike)
@@ -36,7 +36,7 @@ def whole_files(method: Callable[..., Any]) -> Callable[..., Any]:
             and kwargs.get("max_shard_size") is None
         )
         if not single:
-            if launch.rank() != 0:
+            if groups.rank() != 0:
                 return None
             return method(self, filepath, overwrite=overwrite, **kwargs)
         target = Path(filepath)

@@ -17,9 +17,9 @@ import keras
 import torch
 from keras import tree
 
-from keras_ring import batches, counting, step, training
+from keras_ring.distribution.padding import PaddedAxis
 from keras_ring.keras_internals import sublayers
-from keras_ring.padding import PaddedAxis
+from keras_ring.training import batches, counting, step, wrappers
 
 if TYPE_CHECKING:
     from keras_ring.backends.torch.runtime import World
@@ -203,7 +203,7 @@ def reduced_gradients(
     """Everyone's mean gradient of each variable (the sum, if the losses have
     been divided by the number of processes), in one transfer per dtype; None
     where there is none."""
-    training.check_overwritten(world, variables)
+    wrappers.check_overwritten(world, variables)
     present = [g is not None for g in gradients]
     world.agreement.check_gradients(present, variables)
     sums = iter(_summed(world, [g for g in gradients if g is not None]))
@@ -216,7 +216,7 @@ def run_step(
 ) -> Any:
     """A step of fit or evaluate on this process's part of a batch; gives
     the global logs."""
-    training.ready(world, model, batch)
+    wrappers.ready(world, model, batch)
     world.agreement.check(model, batch)
     own = Step.of_batch(world, model, batch)
     counting.check(world, model, padded=own.padded)
@@ -241,7 +241,7 @@ def predict_step(
     world: "World", model: Any, function: Callable[..., Any], batch: Any
 ) -> Any:
     """The global predictions for a global batch."""
-    training.ready(world, model, batch)
+    wrappers.ready(world, model, batch)
     world.agreement.check(model, batch)
     own = Step.of_batch(world, model, batch)
     with world.stepping(), step.run(own), world.agreement.own_seeds(model):

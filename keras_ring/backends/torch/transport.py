@@ -10,8 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from keras_ring.backends.torch.shared_memory import Note, SharedMemory
-from keras_ring.transport import Pending, Transport, check_permutation
+from keras_ring.backends.torch.processes.shared_memory import Note, SharedMemory
+from keras_ring.distribution.transport import (
+    Pending,
+    Transport,
+    check_permutation,
+)
 
 # Positions that travel together. The memory of transfers is bounded by it, and
 # not by the chunk; a GPU wants more work for each call than a CPU.

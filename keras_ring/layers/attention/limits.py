@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from keras_ring import strategy
+from keras_ring.distribution import strategy
 from keras_ring.layers.attention.axes import AttentionAxes
 
 

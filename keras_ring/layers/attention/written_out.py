@@ -4,11 +4,11 @@ from typing import Any
 
 from keras import ops
 
+from keras_ring.attention.dense import Dense, dense_attention
+from keras_ring.attention.scoring import Dropout, Scoring
 from keras_ring.layers.attention.axes import AttentionAxes
 from keras_ring.layers.attention.masks import AttentionMasks
 from keras_ring.layers.attention.options import AttentionOptions
-from keras_ring.ops.dense_attention import Dense, dense_attention
-from keras_ring.scoring import Dropout, Scoring
 
 Tensor = Any
 

@@ -1,0 +1,1 @@
+"""The reference kernel, tile by tile."""

@@ -1,0 +1,1 @@
+"""Processes of PyTorch: their groups, memory, failures and agreement."""

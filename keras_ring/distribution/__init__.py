@@ -1,0 +1,1 @@
+"""Devices: the strategy, its mesh, what moves between them and what pads."""

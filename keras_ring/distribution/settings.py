@@ -1,0 +1,146 @@
+"""Settings of a strategy: what a user asks for, checked."""
+
+import dataclasses
+import numbers
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_ring import arguments
+from keras_ring.distribution.mesh import BATCH, SEQUENCE, Mesh
+from keras_ring.distribution.placement import Choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The arguments of `DistributedStrategy`, where they are described."""
+
+    sequence_parallel: int = -1
+    data_parallel: int = 1
+    model_parallel: int = 1
+    devices: tuple[str, ...] | None = None
+    balance: Choice = "auto"
+    timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_parallel", "data_parallel", "model_parallel"):
+            value = getattr(self, name)
+            other = ""
+            if name == "sequence_parallel":
+                other = ", or -1 for all the devices that are left"
+                if isinstance(value, numbers.Integral) and value == -1:
+                    self._keep(name, -1)
+                    continue
+            self._keep(name, arguments.integer(name, value, other=other))
+        if self.model_parallel != 1:
+            raise NotImplementedError(
+                "Sharding the weights over devices is not supported yet. "
+                f"Received: model_parallel={self.model_parallel}. Use 1."
+            )
+        if self.devices is not None:
+            self._keep("devices", self._device_names())
+        if not isinstance(self.balance, (bool, np.bool_)) and not (
+            isinstance(self.balance, str) and self.balance == "auto"
+        ):
+            raise ValueError(
+                '`balance` must be True, False or "auto". Received: '
+                f"balance={arguments.shown(self.balance)}. Pass one of these."
+            )
+        self._keep("timeout", arguments.positive("timeout", self.timeout))
+
+    def _keep(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _device_names(self) -> tuple[str, ...]:
+        """The names that were given, checked."""
+        given: Any = self.devices
+        if (
+            not isinstance(given, (list, tuple))
+            or not given
+            or not all(isinstance(name, str) and name for name in given)
+        ):
+            raise ValueError(
+                "`devices` must be a list or tuple of device names, in mesh "
+                f"order. Received: devices={arguments.shown(given)}. Pass "
+                "names such as ('gpu:0', 'gpu:1'), or None for all devices."
+            )
+        names = tuple(map(str, given))
+        if len(set(names)) != len(names) and not self._shared_names():
+            raise ValueError(
+                "`devices` must not name a device twice. Received: "
+                f"devices={names}. Leave out the second one."
+            )
+        return names
+
+    @staticmethod
+    def _shared_names() -> bool:
+        """On PyTorch every process may call its own device 'cpu'."""
+        return keras.backend.backend() == "torch"
+
+    def mesh_shape(self, available: int) -> tuple[int, int]:
+        """Return the sizes of the data and the sequence axis.
+
+        Args:
+            available: number of devices there are.
+
+        Returns:
+            `(data_size, sequence_size)`; -1 has become a number.
+
+        Raises:
+            ValueError: if the mesh does not fit.
+        """
+        mesh = self.mesh(available)
+        return mesh.size(BATCH), mesh.size(SEQUENCE)
+
+    def mesh(self, available: int) -> Mesh:
+        """Lay the strategy out over devices.
+
+        Args:
+            available: number of devices there are.
+
+        Returns:
+            The mesh; -1 has become a number.
+
+        Raises:
+            ValueError: if the mesh does not fit.
+        """
+        available = arguments.integer("available", available)
+        data, sequence = self.data_parallel, self.sequence_parallel
+        if sequence == -1:
+            if available % data:
+                raise ValueError(
+                    "The devices must divide evenly into `data_parallel` "
+                    f"groups. Received: data_parallel={data} with "
+                    f"{available} devices. Choose a divisor of {available}, "
+                    "or set `sequence_parallel` to use fewer devices."
+                )
+            sequence = available // data
+        needed = data * sequence * self.model_parallel
+        if needed > available:
+            backend = keras.backend.backend()
+            raise ValueError(
+                "A strategy cannot use more devices than there are: "
+                f"data_parallel={data} x sequence_parallel={sequence} x "
+                f"model_parallel={self.model_parallel} = {needed} devices. "
+                f"Received: {available} device{'s' * (available != 1)} on the "
+                f"backend {backend!r}. Lower the sizes"
+                f"{_HOW_TO_GET_DEVICES.get(backend, '')}."
+            )
+        return Mesh((data, sequence, self.model_parallel))
+
+
+_HOW_TO_GET_DEVICES = {
+    "jax": (
+        ", or simulate N devices on a CPU with XLA_FLAGS="
+        "--xla_force_host_platform_device_count=N, set before JAX starts"
+    ),
+    "tensorflow": (
+        ", or simulate devices on a CPU: call "
+        "tf.config.set_logical_device_configuration before TensorFlow starts"
+    ),
+    "torch": (
+        ", or start one process for each device with "
+        "`torchrun --nproc-per-node N`"
+    ),
+}

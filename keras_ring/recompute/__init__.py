@@ -1,0 +1,1 @@
+"""Functions that are computed chunk by chunk or once more, to save memory."""

@@ -1,0 +1,1 @@
+"""Between Keras' trainers and a strategy: checks, batches, steps, counts."""
