@@ -2,7 +2,6 @@
 
 import jax
 import numpy as np
-import pytest
 
 import keras_ring
 from keras_ring import masks
@@ -11,6 +10,7 @@ from keras_ring.attention.blockwise import tiles
 from keras_ring.attention.blockwise.tiles import Tiling
 from keras_ring.backends.jax.kernel import CacheKernel
 from keras_ring.backends.jax.kernels.by_head import ByHeadKernel
+from tests.conformance import KernelConformance
 from tests.kernel_choice import tensors
 from tests.visits import CASES, Case, CheckedVisit, Refusing
 
@@ -27,22 +27,16 @@ def by_head(fallback):
     return ByHeadKernel(CacheKernel(), fallback)
 
 
-@pytest.mark.mostly(options={"rest": 40}, every=3)
-@pytest.mark.parametrize("name", ALONE)
-@pytest.mark.parametrize(
-    "options",
-    [{"rest": 40}, {"pull": True}],
-    ids=["in-a-ring", "lse-has-a-gradient"],
-)
-def test_visits_are_exact(name, options):
-    CheckedVisit(CASES[name], **options).check(by_head(Refusing()))
+class TestByHead(KernelConformance):
+    """Masks with tensors are left to another kernel."""
 
+    cases = {name: CASES[name] for name in ALONE}  # noqa: RUF012
+    left = {  # noqa: RUF012
+        name: CASES[name] for name in ("padding", "segments", "pairs-per-head")
+    }
 
-@pytest.mark.parametrize("name", ["padding", "segments", "pairs-per-head"])
-def test_masks_with_tensors_are_left_to_another_kernel(name):
-    visit = CheckedVisit(CASES[name])
-    with pytest.raises(AssertionError, match="not fused"):
-        visit.check(by_head(Refusing()))
+    def make(self, fallback):
+        return by_head(fallback)
 
 
 def test_one_head_at_a_time_in_small_tiles(monkeypatch):

@@ -23,6 +23,7 @@ from keras_ring.backends.jax.kernels.native import (
     JaxNativeKernel,
 )
 from tests import reference
+from tests.conformance import KernelConformance
 from tests.kernel_choice import tensors
 from tests.native_library import needed
 from tests.visits import CASES, CheckedVisit, Refusing
@@ -43,15 +44,19 @@ def draw(*shape):
 
 
 @built
-@pytest.mark.mostly(options={"rest": 40}, every=3)
-@pytest.mark.parametrize("name", BANDS)
-@pytest.mark.parametrize(
-    "options",
-    [{"rest": 40}, {"pull": True}],
-    ids=["in-a-ring", "lse-has-a-gradient"],
-)
-def test_visits_are_exact(name, options):
-    CheckedVisit(CASES[name], **options).check(JaxNativeKernel(Refusing()))
+class TestNative(KernelConformance):
+    """Of float32, with the pairs of a band."""
+
+    cases = {name: CASES[name] for name in BANDS}  # noqa: RUF012
+    left = {  # noqa: RUF012
+        name: CASES[name]
+        for name in (
+            *("padding", "segments", "pairs-per-head", "prefix", "bfloat16"),
+        )
+    }
+
+    def make(self, fallback):
+        return JaxNativeKernel(fallback)
 
 
 @built
@@ -105,16 +110,6 @@ def test_visits_go_on_from_parts_whose_places_are_traced(kind):
     assert np.isneginf(wanted.lse[:, :5]).all()
     for have, want in zip(results, wanted, strict=True):
         np.testing.assert_allclose(np.swapaxes(have, 1, 2), want, 2e-5, 2e-5)
-
-
-@built
-@pytest.mark.parametrize(
-    "name", ["padding", "segments", "pairs-per-head", "prefix", "bfloat16"]
-)
-def test_what_is_no_band_or_not_float32_is_left_to_another_kernel(name):
-    visit = CheckedVisit(CASES[name])
-    with pytest.raises(AssertionError, match="not fused"):
-        visit.check(JaxNativeKernel(Refusing()))
 
 
 @built

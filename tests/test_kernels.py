@@ -9,7 +9,9 @@ import keras_ring
 from keras_ring import backends, config, masks
 from keras_ring.attention import selection
 from keras_ring.attention.kernel import Kernel
+from tests.conformance import KernelConformance
 from tests.kernel_choice import tensors
+from tests.visits import CASES
 
 
 class Other(Kernel):
@@ -78,6 +80,18 @@ class Raising(Other):
 
     def forward(self, *arguments):
         raise TypeError("unexpected argument")
+
+
+class TestReference(KernelConformance):
+    """The blockwise kernel, which leaves nothing to others."""
+
+    cases = {  # noqa: RUF012
+        name: CASES[name]
+        for name in ("full-cross", "causal-grouped", "padding-causal")
+    }
+
+    def make(self, fallback):
+        return backends.load().kernel.KERNEL
 
 
 def offer(monkeypatch, kernel):

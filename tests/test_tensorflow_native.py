@@ -21,8 +21,9 @@ from keras_ring.backends.tensorflow.kernels.native import TensorFlowNativeKernel
 from keras_ring.masks.band import Band
 from keras_ring.masks.by_position import Before
 from tests import reference
+from tests.conformance import KernelConformance
 from tests.native_library import needed
-from tests.visits import CASES, TOLERANCE, CheckedVisit, Refusing
+from tests.visits import CASES, TOLERANCE, Refusing
 
 KERNEL = TensorFlowNativeKernel(Refusing())
 pytestmark = needed(native.loaded)
@@ -35,22 +36,14 @@ def fits(case):
     return case.kind in FIT and case.dtype == "float32"
 
 
-@pytest.mark.mostly(options={"rest": 40}, every=3)
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if fits(c)])
-@pytest.mark.parametrize(
-    "options",
-    [{"rest": 40}, {"pull": True}],
-    ids=["in-a-ring", "lse-has-a-gradient"],
-)
-def test_visits_are_exact(name, options):
-    CheckedVisit(CASES[name], **options).check(KERNEL)
+class TestNative(KernelConformance):
+    """Of float32, with the pairs of a band."""
 
+    cases = {n: c for n, c in CASES.items() if fits(c)}  # noqa: RUF012
+    left = {n: c for n, c in CASES.items() if not fits(c)}  # noqa: RUF012
 
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if not fits(c)])
-def test_other_visits_go_elsewhere(name):
-    visit = CheckedVisit(CASES[name])
-    with pytest.raises(AssertionError, match="not fused"):
-        visit.check(KERNEL)
+    def make(self, fallback):
+        return TensorFlowNativeKernel(fallback)
 
 
 def drawn(*shapes):

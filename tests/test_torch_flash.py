@@ -13,6 +13,7 @@ from keras_ring.attention import numerics, selection
 from keras_ring.attention.kernel import Inputs, Kernel, Rows
 from keras_ring.attention.scoring import Dropout, Scoring
 from keras_ring.attention.visit import Visit
+from tests.conformance import KernelConformance
 from tests.kernel_choice import tensors
 from tests.visits import CASES, TOLERANCE, Calls, Case, CheckedVisit, Refusing
 
@@ -52,6 +53,23 @@ def test_fused_calls_are_exact(name, options, operations):
     assert forward == backward
     if case.calls is not None:
         assert forward == case.calls
+
+
+class TestFlash(KernelConformance):
+    """All cases are above, with the calls they take."""
+
+    cases = {"one-key": CASES["one-key"]}  # noqa: RUF012
+
+    def make(self, fallback):
+        return flash(fallback)
+
+    def test_what_does_not_fit_is_left_to_the_fallback(self, operations):
+        visit = CheckedVisit(CASES["causal"])
+        negative = dataclasses.replace(visit.visit.scoring, scale=-0.3)
+        visit.visit = dataclasses.replace(visit.visit, scoring=negative)
+        with pytest.raises(AssertionError, match="not fused"):
+            visit.check(flash(Refusing()))
+        assert operations[0].count == 0
 
 
 @pytest.mark.parametrize("name", ["causal", "padding-grouped", "bfloat16"])

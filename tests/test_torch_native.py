@@ -20,6 +20,7 @@ from keras_ring.attention.visit import Visit
 from keras_ring.backends.torch.kernels import native
 from keras_ring.backends.torch.kernels.native import TorchNativeKernel
 from tests import reference
+from tests.conformance import KernelConformance
 from tests.kernel_choice import tensors
 from tests.native_library import needed
 from tests.visits import CASES, TOLERANCE, Case, CheckedVisit, Refusing
@@ -82,11 +83,17 @@ def test_visits_are_exact(name, options, threads):
     visit_of(name, **options).check(TorchNativeKernel(Refusing()))
 
 
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_other_dtypes_are_left_to_another_kernel(dtype):
-    visit = CheckedVisit(dataclasses.replace(CASES["causal"], dtype=dtype))
-    with pytest.raises(AssertionError, match="not fused"):
-        visit.check(TorchNativeKernel(Refusing()))
+class TestNative(KernelConformance):
+    """All cases are above, with several numbers of threads."""
+
+    cases = {"one-key": CASES["one-key"]}  # noqa: RUF012
+    left = {  # noqa: RUF012
+        dtype: dataclasses.replace(CASES["causal"], dtype=dtype)
+        for dtype in ("float64", "bfloat16")
+    }
+
+    def make(self, fallback):
+        return TorchNativeKernel(fallback)
 
 
 def test_what_has_no_memory_is_left_to_another_kernel():
