@@ -2,7 +2,7 @@
 
 from keras_ring import backends
 
-__all__ = ["kernel", "set_kernel"]
+__all__ = ["kernel", "kernels", "set_kernel"]
 
 # The one setting of the process; `set_kernel` is the only place that writes.
 _SETTINGS = {"kernel": "auto"}
@@ -17,6 +17,26 @@ def kernel() -> str:
     return _SETTINGS["kernel"]
 
 
+def kernels() -> dict[str, str]:
+    """Return the kernels that this process can use.
+
+    To ask may take long the first time: one may have to be compiled.
+
+    Returns:
+        What each is and where it runs, by name, in the order in which "auto"
+        prefers them.
+
+    Example:
+
+    ```python
+    for name, description in keras_ring.config.kernels().items():
+        print(f"{name}: {description}")
+    ```
+    """
+    there = (k for k in backends.load().kernel.KERNELS if k.available())
+    return {k.name: k.description for k in there}
+
+
 def set_kernel(name: str) -> None:
     """Choose the kernel that computes attention.
 
@@ -24,18 +44,9 @@ def set_kernel(name: str) -> None:
 
     Args:
         name: "auto" for the fastest kernel that is there and agrees with
-            "blockwise" on a small problem; or the name of one, which is then
-            used without that check. "blockwise" is there on every backend.
-            Fused kernels leave to it what they cannot compute. "native" is
-            this package's own for CPUs, in float32: on PyTorch, and on JAX
-            and TensorFlow where a CPU stands for several devices. It is
-            there if this machine has a C++ compiler. PyTorch has "flash" on
-            CPUs, and on CUDA devices "cudnn" and "cuda_flash" in half
-            precision and "efficient" in float32 as well. JAX has "by_head" on
-            a CPU that stands for several devices, "cudnn" on GPUs in half
-            precision, and by name only "triton" on GPUs, which is slower in
-            causal attention than what "auto" takes, and "splash" on TPUs,
-            which has not been measured.
+            "blockwise" on a small problem; or the name of one of `kernels()`,
+            which is then used without that check. "blockwise" is there on
+            every backend. Others leave to it what they cannot compute.
 
     Returns:
         None.
@@ -49,12 +60,10 @@ def set_kernel(name: str) -> None:
     keras_ring.config.set_kernel("blockwise")
     ```
     """
-    kernels = backends.load().kernel.KERNELS
-    # To ask may take long: one that has to be compiled first is.
-    asked = [k for k in kernels if k.name == name]
+    # Of the others nobody asks: one may have to be compiled first.
+    asked = [k for k in backends.load().kernel.KERNELS if k.name == name]
     if name != "auto" and not any(k.available() for k in asked):
-        names = ["auto"] + [k.name for k in kernels if k.available()]
-        known = ", ".join(repr(known) for known in names)
+        known = ", ".join(repr(known) for known in ["auto", *kernels()])
         why = next((k.reason() for k in asked), "")
         raise ValueError(
             "`name` must be that of a kernel of the running backend "

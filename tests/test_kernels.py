@@ -158,6 +158,15 @@ def test_names_that_are_not_there_are_refused(automatic):
     assert config.kernel() == "auto"
 
 
+def test_the_kernels_describe_themselves(automatic, monkeypatch):
+    offer(monkeypatch, Other())
+    found = config.kernels()
+    assert found["other"] == "hands everything on"
+    assert list(found) == ["other", "blockwise"]
+    monkeypatch.setattr(Other, "available", lambda self: False)
+    assert list(config.kernels()) == ["blockwise"]
+
+
 def check_summary(name):
     config.set_kernel(name)
     lines = []

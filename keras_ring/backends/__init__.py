@@ -2,7 +2,7 @@
 
 - `transport.py`: the ring of this framework, a
   `keras_ring.distribution.transport.Transport`.
-- `kernel.py`: `KERNELS`, which compute attention over one visiting chunk, by
+- `kernel.py`: `KERNELS`, which compute attention over one K/V block, by
   preference; the last is `KERNEL`, the blockwise reference, with the control
   flow it is written in.
 - `runtime.py`: `World`, `current()`, `custom_gradient()` and `install()`: how
