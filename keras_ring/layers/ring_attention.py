@@ -328,9 +328,7 @@ class RingAttention(Projections, keras.layers.Layer):
                 limits.check_overridden(self._overridden())
                 more["attention_bias"] = bias
             out, scores = self._compute_attention(
-                query,
-                key,
-                value,
+                *(query, key, value),
                 masks.dense(ops.shape(query)[1], ops.shape(key)[1]),
                 training,
                 **more,
@@ -338,9 +336,7 @@ class RingAttention(Projections, keras.layers.Layer):
         else:
             seed = self._dropout_seed(training)
             out, lse = ring_attention(
-                query,
-                key,
-                value,
+                *(query, key, value),
                 mask=masks.structured(),
                 scale=options.scale,
                 soft_cap=options.soft_cap,

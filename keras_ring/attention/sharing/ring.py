@@ -248,7 +248,7 @@ class _Loop:
             key, value: see `backward`.
 
         Returns:
-            The gradients of the own keys and values in the portion.
+            The gradients of the local keys and values in the portion.
         """
         first, last = hops
         length = sizes(key)[2]
@@ -300,7 +300,7 @@ class _Loop:
         visiting = self._first_visit(first, portion, key, value)
         home: list[Tensor] = []
         if first == 0 < last and self.transport.eager:
-            # The own chunk is at home: its gradients wait for the others'.
+            # The local chunk is at home: its gradients wait for the others'.
             arriving = self.transport.start_shift(visiting)
             home = meet(first, visiting, staying)
             visiting, first = arriving.wait(), 1
