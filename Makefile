@@ -12,6 +12,8 @@ DEMO := .venv-demo-$(DEMO_BACKEND)
 TEST := .venv-test
 PEERS := .venv-peers
 DOCS := .venv-docs
+# Keras' development release, unpacked; it goes before the one of $(TEST).
+NIGHTLY := .keras-nightly
 CODE := keras_ring tests examples benchmarks
 
 # The first Python on the path that every backend has releases for, or else
@@ -25,6 +27,9 @@ PYTHON ?= $(shell \
     done; \
   done)
 
+# `make test KERAS=nightly` runs all tests on the development release.
+KERAS ?=
+
 # Random cases of `make fuzz`, and the seed they follow from (any if empty).
 N ?= 1000
 SEED ?=
@@ -36,6 +41,7 @@ help: ## List the commands
 	  | awk -F'\t' '{ printf "make %-11s %s\n", $$1, $$2 }'
 	@echo "demo, test, test-all, fuzz and bench take BACKEND=jax, BACKEND=tensorflow or"
 	@echo "BACKEND=torch, and bench-peers the first and the last of them."
+	@echo "test and test-all take KERAS=nightly, Keras' development release."
 
 demo: known-backend $(DEMO)/ready ## Train a small language model over simulated devices
 ifeq ($(DEMO_BACKEND),torch)
@@ -46,16 +52,36 @@ else
 	  examples/byte_language_model.py
 endif
 
+# Where the development release cannot be had the quick tests on it are left
+# out, and the others run: the network is no part of the project.
 test: known-backend $(TEST)/ready ## Lint, check types, and test on each backend
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
-	$(TEST)/bin/python -m tests $(ALL) $(TEST_BACKENDS) || status=1; \
+	$(MAKE) --no-print-directory nightly && have=1 || have=; \
+	case "$(KERAS):$$have" in \
+	  :1) keras="--also $(NIGHTLY)";; \
+	  :) keras=; echo "keras-nightly cannot be installed (see above): the" \
+	    "quick tests on it are left out.";; \
+	  nightly:1) keras="--keras $(NIGHTLY)";; \
+	  *) echo "make test: FAILED: no keras-nightly (see above)"; exit 1;; \
+	esac; \
+	$(TEST)/bin/python -m tests $$keras $(ALL) $(TEST_BACKENDS) || status=1; \
 	if [ $$status = 0 ]; then echo "make test: passed"; \
 	else echo "make test: FAILED (see above)"; fi; \
 	exit $$status
 
 test-all: ALL := --all
 test-all: test ## The same with every combination of the tests' parameters
+
+# A new one each day. What it needs beside Keras is in $(TEST).
+.PHONY: nightly
+nightly: $(TEST)/ready
+	@test -n "$$(find $(NIGHTLY)/keras -maxdepth 0 -mtime -1 2>/dev/null)" \
+	|| { rm -rf $(NIGHTLY).new; $(TEST)/bin/python -m pip install --quiet \
+	  --disable-pip-version-check --retries 1 --no-deps --pre \
+	  --target $(NIGHTLY).new keras-nightly \
+	  && touch $(NIGHTLY).new/keras && rm -rf $(NIGHTLY) \
+	  && mv $(NIGHTLY).new $(NIGHTLY); }
 
 fuzz: known-backend $(TEST)/ready ## Compare N=1000 random cases with the oracle (SEED=...)
 	@status=0; for backend in $(TEST_BACKENDS); do \
@@ -83,12 +109,15 @@ docs: $(DOCS)/ready ## Build the documentation as a site: out/site/index.html
 	PYTHONDONTWRITEBYTECODE=1 $(DOCS)/bin/python -m mkdocs build --strict
 
 clean: ## Remove the environments and everything that was made
-	rm -rf .venv-* build dist out *.egg-info
+	rm -rf .venv-* $(NIGHTLY)* build dist out *.egg-info
 	rm -rf .pytest_cache .ruff_cache .mypy_cache
 	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
 
 .PHONY: known-backend
 known-backend:
+	@case "$(KERAS)" in ''|nightly) ;; *) \
+	  echo "KERAS must be nightly, or left out. Received: $(KERAS)."; exit 2;; \
+	esac
 	@for name in $(BACKEND); do case " $(KNOWN) " in *" $$name "*) ;; *) \
 	  echo "BACKEND must be one of: $(KNOWN). Received: $$name."; exit 2;; \
 	esac; done

@@ -4,7 +4,8 @@ The layers that a layer is made of, the calls that made a functional model,
 the operations that index a tensor in one, whether only shapes are inferred,
 the masks of tensors and the full values of variables. All have been in every
 Keras 3 release; what cannot be done without one names the release in its
-error. Private names that only one backend needs are in that backend's folder.
+error, and `NEWEST_TESTED`. Private names that only one backend needs are in
+that backend's folder.
 """
 
 import importlib
@@ -13,6 +14,24 @@ from typing import Any
 
 import keras
 from keras import tree
+
+# The newest Keras with which the tests have passed on every backend; a
+# development release while there is no newer one.
+NEWEST_TESTED = "3.16.0.dev2026102704"
+
+
+def unknown_keras(what: str, received: object) -> NotImplementedError:
+    """The error for a release of Keras that has moved a private name.
+
+    Args:
+        what: the release does, as the rest of "This release of Keras ...".
+        received: what was looked for in vain.
+    """
+    return NotImplementedError(
+        f"This release of Keras {what}. Received: keras {keras.__version__}, "
+        f"{received}. Use Keras 3.15, or a release up to {NEWEST_TESTED}, the "
+        "newest that keras_ring was tested with."
+    )
 
 
 def sublayers(layer: Any, *, recursive: bool) -> list[Any]:
@@ -27,10 +46,10 @@ def sublayers(layer: Any, *, recursive: bool) -> list[Any]:
     """
     flatten = getattr(layer, "_flatten_layers", None)
     if flatten is None:
-        raise NotImplementedError(
-            "This release of Keras does not list the layers of a layer in a "
-            f"way that keras_ring knows. Received: keras {keras.__version__}, "
-            f"{type(layer).__name__}. Use Keras 3.15."
+        raise unknown_keras(
+            "does not list the layers of a layer in a way that keras_ring "
+            "knows",
+            type(layer).__name__,
         )
     return list(flatten(include_self=False, recursive=recursive))
 
@@ -172,9 +191,8 @@ def _common(module: str, name: str) -> Any:
         where = f"keras.src.backend.common.{module}"
         return getattr(importlib.import_module(where), name)
     except (ImportError, AttributeError) as error:
-        raise NotImplementedError(
-            "This release of Keras has no name that keras_ring needs. "
-            f"Received: keras {keras.__version__}, {error}. Use Keras 3.15."
+        raise unknown_keras(
+            "lacks a name that keras_ring needs", error
         ) from error
 
 

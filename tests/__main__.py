@@ -4,9 +4,13 @@ Keras runs on one backend per process, so each gets a process of its own. A
 failure on one does not keep the others from running; a backend that ran no
 test, or skipped every one, has failed. What no backend has a part in runs on
 the first of them.
+
+`--keras FOLDER` runs the tests on the Keras in that folder, and `--also FOLDER`
+the quick ones, after all tests have run on the one that is installed.
 """
 
 import argparse
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -24,6 +28,9 @@ DISTRIBUTION = {"jax": "worksteal", "tensorflow": "worksteal"}
 # TensorFlow keeps every program with a gradient of its own for as long as the
 # process lives: its tests are run by several processes, one after the other.
 PARTS = {"tensorflow": 3}
+# Private names of Keras are looked up when a scope is entered, and used by
+# fit, evaluate and predict.
+QUICK = ["tests/test_training.py::test_a_small_model_from_fit_to_predict"]
 
 
 class Outcome(NamedTuple):
@@ -46,13 +53,48 @@ class Outcome(NamedTuple):
         return ""
 
 
-def run(backend: str, arguments: list[str]) -> Outcome:
+def environment(backend: str, folder: Path | None) -> dict[str, str]:
+    """The environment of tests on a backend, and on the Keras in a folder."""
+    own = os.environ | {"KERAS_BACKEND": backend}
+    if folder is not None:
+        paths = (str(folder), own.get("PYTHONPATH"))
+        own["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return own
+
+
+def release(folder: Path) -> str:
+    """The name and version of the Keras in a folder.
+
+    Raises:
+        ValueError: if there is none, or it is not what Python would import.
+    """
+    found = [
+        f"{own.name} {own.version}"
+        for own in importlib.metadata.distributions(path=[str(folder)])
+        if own.name.startswith("keras")
+    ]
+    code = "import importlib.util as u; print(u.find_spec('keras').origin)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment("jax", folder),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if not found or not Path(done.stdout.strip()).is_relative_to(folder):
+        raise ValueError(f"no Keras to test with is in {folder}")
+    return found[0]
+
+
+def run(
+    backend: str, arguments: list[str], folder: Path | None = None
+) -> Outcome:
     """Run pytest on one backend and count."""
     parts = PARTS.get(backend, 1)
     files = [files_of(backend)[part::parts] for part in range(parts)]
     outcomes = [
         # A file that is named is collected in any case, GPU or not.
-        run_part(backend, arguments, own if parts > 1 else ["tests"])
+        run_part(backend, arguments, own if parts > 1 else ["tests"], folder)
         for own in files
     ]
     return Outcome(
@@ -72,9 +114,21 @@ def files_of(backend: str) -> list[str]:
     ]
 
 
-def run_part(backend: str, arguments: list[str], files: list[str]) -> Outcome:
+def run_quick(backend: str, folder: Path | None) -> Outcome:
+    """Run the quick tests of a backend, in one process: to import frameworks
+    is most of their time."""
+    return run_part(backend, ["--numprocesses=0"], QUICK, folder)
+
+
+def run_part(
+    backend: str,
+    arguments: list[str],
+    files: list[str],
+    folder: Path | None = None,
+) -> Outcome:
     """Run pytest on some files."""
-    print(f"\n==== {backend} ====", flush=True)
+    suffix = f", the Keras in {folder.name}" if folder else ""
+    print(f"\n==== {backend}{suffix} ====", flush=True)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -86,7 +140,7 @@ def run_part(backend: str, arguments: list[str], files: list[str]) -> Outcome:
                 f"--junit-xml={report}",
                 *arguments,
             ],
-            env=os.environ | {"KERAS_BACKEND": backend},
+            env=environment(backend, folder),
             cwd=Path(__file__).parent.parent,
             check=False,
         )
@@ -117,17 +171,39 @@ def main() -> int:
     parser.add_argument(
         "--pytest", default="", help="further arguments for pytest"
     )
+    parser.add_argument(
+        "--quick", action="store_true", help="only some tests of the trainer"
+    )
+    for name, text in (
+        ("--keras", "a folder with the Keras to test with"),
+        ("--also", "one with another, for the quick tests afterwards"),
+    ):
+        parser.add_argument(name, type=Path, metavar="FOLDER", help=text)
     options = parser.parse_args()
     unknown = set(options.backends) - set(BACKENDS)
     if unknown:
         parser.error(f"unknown backends: {', '.join(sorted(unknown))}")
     backends = options.backends or BACKENDS
     arguments = options.pytest.split() + ["--all"] * options.all
+    folder, also = (x and x.resolve() for x in (options.keras, options.also))
+    names = {x: release(x) for x in (folder, also) if x is not None}
     outcomes = [
-        run(backend, arguments + ["--without-once"] * (number > 0))
+        run_quick(backend, folder)
+        if options.quick
+        else run(backend, arguments + ["--without-once"] * (number > 0), folder)
         for number, backend in enumerate(backends)
     ]
-    print("\n==== all backends ====")
+    others = [run_quick(backend, also) for backend in backends if also]
+    if others:
+        summarise(f"{names[also]}, quick tests", others)
+    suffix = f" on {names[folder]}" if folder else ""
+    summarise(f"all backends{suffix}", outcomes)
+    return int(any(outcome.complaint for outcome in outcomes + others))
+
+
+def summarise(title: str, outcomes: list[Outcome]) -> None:
+    """Print what some backends' tests came to."""
+    print(f"\n==== {title} ====")
     for outcome in outcomes:
         print(
             f"{outcome.backend}: {outcome.passed} passed, "
@@ -136,7 +212,6 @@ def main() -> int:
     for outcome in outcomes:
         verdict = outcome.complaint or "passed"
         print(f"{outcome.backend} took {outcome.seconds:.0f} s: {verdict}.")
-    return int(any(outcome.complaint for outcome in outcomes))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import keras
 import pytest
 
 import keras_ring
+from keras_ring import keras_internals
+from tests import __main__ as runner
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "keras_ring"
@@ -88,11 +90,39 @@ def test_the_root_shows_the_backends():
     assert link.resolve() == PACKAGE / "backends"
 
 
+@pytest.mark.once
+def test_the_keras_that_was_tested_is_named(monkeypatch):
+    newest = keras_internals.NEWEST_TESTED
+    assert newest in (ROOT / "README.md").read_text(encoding="utf-8")
+    monkeypatch.delattr("keras.src.backend.common.masking.get_keras_mask")
+    with pytest.raises(NotImplementedError) as caught:
+        keras_internals.mask_of(keras.ops.ones(1))
+    for part in ("get_keras_mask", f"keras {keras.__version__}", newest):
+        assert part in str(caught.value)
+
+
+@pytest.mark.once
+def test_tests_on_another_keras_are_on_that_one(tmp_path):
+    with pytest.raises(ValueError, match="no Keras to test with"):
+        runner.release(tmp_path)
+    (tmp_path / "keras_x-9.9.dist-info").mkdir()
+    metadata = tmp_path / "keras_x-9.9.dist-info" / "METADATA"
+    metadata.write_text("Name: keras-x\nVersion: 9.9\n")
+    # It is named there, and another one would be imported.
+    with pytest.raises(ValueError, match="no Keras to test with"):
+        runner.release(tmp_path)
+    (tmp_path / "keras").mkdir()
+    (tmp_path / "keras" / "__init__.py").touch()
+    assert runner.release(tmp_path) == "keras-x 9.9"
+
+
 def run_python(code: str) -> str:
     """What a fresh interpreter prints, on the backend of these tests."""
+    # There may be another Keras, see `python -m tests --keras`.
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         cwd=ROOT,
         capture_output=True,
         text=True,

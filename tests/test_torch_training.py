@@ -409,6 +409,105 @@ def test_every_rank_resumes_from_the_backup_of_rank_0(on_devices, tmp_path):
     on_devices(2, check_restore, str(tmp_path))
 
 
+# What Keras' own trainer does with several processes, from 3.16 on.
+
+
+class Spare(keras.layers.Layer):
+    """Has a weight that no step uses."""
+
+    def build(self, shape):
+        self.spare = self.add_weight(shape=(2,), name="spare")
+
+    def call(self, x):
+        return x
+
+
+def check_own_trainer():
+    strategy = pair()
+    x = np.linspace(-1, 1, 4 * 6, dtype="float32").reshape(4, 6, 1)
+    y = (x > 0).astype("float32")
+    with strategy.scope():
+        inputs = keras.Input((None, 1))
+        dense = keras.layers.Dense(
+            1, "sigmoid", use_bias=False, kernel_initializer="ones"
+        )
+        model = keras.Model(inputs, dense(Spare()(inputs)))
+        hits = keras.metrics.TruePositives(name="hits")
+        model.compile("sgd", "binary_crossentropy", metrics=[hits])
+        # A wrapper that waits for all gradients says so at the second step.
+        history = model.fit(x, y, batch_size=2, epochs=2, verbose=0)
+        logs = model.evaluate(x, y, verbose=0, return_dict=True)
+    assert getattr(model, "ddp_model", None) is None
+    counted = int(y.sum())
+    assert history.history["hits"] == [counted, counted]
+    assert logs["hits"] == counted
+    # One process alone may ask, and outside of the scope.
+    if rank() == 0:
+        assert model.get_metrics_result()["hits"] == counted
+
+
+def test_keras_neither_wraps_nor_counts_once_more(on_devices):
+    on_devices(2, check_own_trainer)
+
+
+def check_one_process_alone():
+    """Without a strategy a model is one of its process, as before one."""
+    strategy = pair()
+    x = np.linspace(-1, 1, 4, dtype="float32").reshape(4, 1)
+    y = np.ones_like(x)
+    with strategy.scope():
+        pass
+    assert torch.distributed.is_initialized()
+    if rank() == 0:
+        inputs = keras.Input((1,))
+        dense = keras.layers.Dense(
+            1, "sigmoid", use_bias=False, kernel_initializer="ones"
+        )
+        model = keras.Model(inputs, dense(Spare()(inputs)))
+        hits = keras.metrics.TruePositives(name="hits")
+        model.compile("sgd", "mse", metrics=[hits])
+        history = model.fit(x, y, epochs=2, verbose=0)
+        assert history.history["hits"] == [2, 2]
+    everyone(strategy, None)
+
+
+def test_a_model_without_a_strategy_waits_for_no_other_process(on_devices):
+    on_devices(2, check_one_process_alone)
+
+
+def check_several_batches():
+    strategy = pair()
+    x, y, _ = batch(6, LENGTH)
+    batches = [(x[i : i + 2], y[i : i + 2]) for i in (0, 2, 4)]
+    with strategy.scope():
+        one, several = (language_model("ring") for _ in range(2))
+        several.set_weights(one.get_weights())
+        history = one.fit(x, y, batch_size=2, shuffle=False, verbose=0)
+        strategy.world.prepare(several)
+        several.make_train_function()
+        # As for `steps_per_execution=2`, with the rest at the end.
+        several.train_function(batches[:2])
+        logs = several.train_function(batches[2:])
+        several.make_test_function()
+        several.make_predict_function()
+        several.reset_metrics()
+        tested = several.test_function(batches)
+        predicted = several.predict_function([(x,) for x, _ in batches])
+        want = (
+            one.evaluate(x, y, batch_size=2, verbose=0, return_dict=True),
+            one.predict(x, verbose=0),
+        )
+    assert float(logs["loss"]) == pytest.approx(
+        history.history["loss"][0], rel=1e-6
+    )
+    assert float(tested["loss"]) == pytest.approx(want[0]["loss"], rel=1e-6)
+    np.testing.assert_allclose(predicted, want[1], rtol=1e-5, atol=1e-6)
+
+
+def test_several_batches_in_one_execution(on_devices):
+    on_devices(2, check_several_batches)
+
+
 # The native gradient.
 
 

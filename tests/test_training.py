@@ -143,6 +143,43 @@ def test_loss_is_the_same_on_every_backend(on_devices, size):
     on_devices(size, check_same_loss, size)
 
 
+def check_small_model():
+    """All that Keras' trainer is used for, in as few and small programs as
+    can be."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(6, 5, 2)).astype("float32")
+    y = (draw.normal(size=(6, 5, 1)) > 0).astype("float32")
+
+    def outcome():
+        inputs = keras.Input((None, 2))
+        h = keras_ring.layers.RingAttention(1, 2, causal=True)(inputs, inputs)
+        outputs = keras.layers.Dense(1, "sigmoid")(h)
+        model = keras.Model(inputs, outputs)
+        model.set_weights(initial_weights(model))
+        hits = keras.metrics.TruePositives(name="hits")
+        model.compile("sgd", "binary_crossentropy", metrics=[hits])
+        history = model.fit(
+            x, y, batch_size=3, epochs=2, verbose=0, validation_data=(x, y)
+        )
+        logs = [history.history[name][-1] for name in sorted(history.history)]
+        predicted = model.predict(x, batch_size=6, verbose=0)
+        return [logs, predicted, *model.get_weights()]
+
+    keras.utils.set_random_seed(7)
+    want = outcome()
+    keras.utils.set_random_seed(7)
+    with keras_ring.DistributedStrategy(sequence_parallel=2).scope():
+        got = outcome()
+    for have, target in zip(got, want, strict=True):
+        np.testing.assert_allclose(have, target, rtol=1e-5, atol=1e-6)
+
+
+# One of those that `python -m tests --quick` runs.
+@pytest.mark.extra
+def test_a_small_model_from_fit_to_predict(on_devices):
+    on_devices(2, check_small_model)
+
+
 def sources(data):
     """The same batches from everything that `fit` takes."""
     import tensorflow as tf

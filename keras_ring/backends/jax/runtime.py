@@ -29,6 +29,7 @@ from keras_ring.keras_internals import (
     compiled_variables,
     defining,
     in_symbolic_scope,
+    unknown_keras,
     without_values,
 )
 from keras_ring.training import batches, wrappers
@@ -410,10 +411,9 @@ def install() -> None:
         owner = defining(keras.Model, "_get_jax_state")
         detach = owner._get_jax_state  # type: ignore[attr-defined]
     except (ImportError, AttributeError) as error:
-        raise NotImplementedError(
-            "This version of Keras feeds its JAX trainer in a way that "
-            f"keras_ring does not know. Received: keras {keras.__version__}, "
-            f"{error}. Use Keras 3.15."
+        raise unknown_keras(
+            "feeds its JAX trainer in a way that keras_ring does not know",
+            error,
         ) from error
     if getattr(distribute, _MARK, False):
         return

@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras import tree
 
 from keras_ring.backends.tensorflow import gradients, updates
-from keras_ring.keras_internals import defining, sublayers
+from keras_ring.keras_internals import defining, sublayers, unknown_keras
 from keras_ring.training import counting, step
 
 
@@ -97,10 +97,9 @@ def install() -> None:
             ]
         )
     except (ImportError, AttributeError) as error:
-        raise NotImplementedError(
-            "This version of Keras has other losses, metrics or optimizers "
-            f"than keras_ring knows. Received: keras {keras.__version__}, "
-            f"{error}. Use Keras 3.15."
+        raise unknown_keras(
+            "has other losses, metrics or optimizers than keras_ring knows",
+            error,
         ) from error
 
 

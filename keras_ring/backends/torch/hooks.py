@@ -16,7 +16,9 @@ import keras
 import torch
 
 from keras_ring.backends.torch import saving
-from keras_ring.keras_internals import defining, scales_losses
+from keras_ring.backends.torch.processes import groups
+from keras_ring.distribution import scopes
+from keras_ring.keras_internals import defining, scales_losses, unknown_keras
 from keras_ring.training import counting
 
 if TYPE_CHECKING:
@@ -62,6 +64,9 @@ def install(current: Current) -> None:
             (keras.Model, "save", _save),
             (keras.Model, "save_weights", _save),
         ]
+        if hasattr(keras.Model, "_initialize_ddp"):  # From Keras 3.16 on.
+            owner = defining(keras.Model, "_initialize_ddp")
+            targets.append((owner, "_initialize_ddp", _initialize_ddp))
         shared: list[counting.Target] = [
             (
                 defining(keras.Model, "compute_loss"),
@@ -104,10 +109,8 @@ def install(current: Current) -> None:
             ]
         )
     except (ImportError, AttributeError) as error:
-        raise NotImplementedError(
-            "This version of Keras has another trainer on PyTorch than "
-            f"keras_ring knows. Received: keras {keras.__version__}, {error}. "
-            "Use Keras 3.15."
+        raise unknown_keras(
+            "has another trainer on PyTorch than keras_ring knows", error
         ) from error
 
 
@@ -153,8 +156,9 @@ def _step(
                 "model itself inside `train_step`, not its fit, evaluate, "
                 "predict or *_on_batch."
             )
-        (batch,) = data
-        return run(world, model, function, batch)
+        # Several, where a model has `steps_per_execution`.
+        results = [run(world, model, function, batch) for batch in data]
+        return training.joined(results) if kind == "predict" else results[-1]
 
     setattr(step, _MARK, True)
     return step
@@ -209,15 +213,55 @@ def _symbolic_build(
 def _metrics_result(
     original: Callable[..., Any], current: Current
 ) -> Callable[..., Any]:
-    """Inside a step, sum the metrics over all processes first."""
+    """Inside a step, sum the metrics over all processes first.
+
+    After a step they are those of all processes. From Keras 3.16 on its
+    trainer on PyTorch would add them up again, so the method that it overrides
+    is called; also where Keras has no part in the processes, see `_alone`.
+    """
+    of_every_backend = [
+        vars(owner)["get_metrics_result"]
+        for owner in keras.Model.__mro__
+        if "get_metrics_result" in vars(owner)
+    ][-1]
 
     def get_metrics_result(self: Any) -> Any:
-        step = _running_step(current)
-        if step is not None and step.model is self:
-            step.read_metrics()
-        return original(self)
+        world: Any = current() or scopes.home([self])
+        if world is None or world.size == 1:
+            return (of_every_backend if _alone() else original)(self)
+        if world.step is not None and world.step.model is self:
+            world.step.read_metrics()
+        return of_every_backend(self)
 
     return get_metrics_result
+
+
+def _initialize_ddp(
+    original: Callable[..., Any], current: Current
+) -> Callable[..., Any]:
+    """No wrapper of PyTorch's around a model that a strategy trains.
+
+    From Keras 3.16 on its trainer wraps every model of a program that has a
+    process group. That would average gradients once more, and refuse weights
+    that a step does not use.
+    """
+
+    def initialize_ddp(self: Any) -> Any:
+        world = current()
+        if world is None and not _alone():
+            return original(self)
+        # One of a `fit` before the strategy; PyTorch would register it.
+        object.__setattr__(self, "ddp_model", None)
+        return None
+
+    return initialize_ddp
+
+
+def _alone() -> bool:
+    """True if a model without a strategy is one of this process alone: where
+    the process group is that of the strategies, and Keras was not asked to
+    distribute anything. Keras 3.16 would train it on all processes."""
+    return groups.made_group() and keras.distribution.distribution() is None
 
 
 def _apply(
@@ -291,11 +335,6 @@ def _save(original: Callable[..., Any], current: Current) -> Callable[..., Any]:
     """One whole file, whichever processes save."""
     del current
     return saving.whole_files(original)
-
-
-def _running_step(current: Current) -> Any:
-    world = current()
-    return None if world is None else world.step
 
 
 def _seed_state() -> torch.Tensor | None:

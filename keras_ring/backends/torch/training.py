@@ -256,6 +256,13 @@ def predict_step(
     )
 
 
+def joined(outputs: Sequence[Any]) -> Any:
+    """The predictions for several batches in one."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return tree.map_structure(lambda *parts: torch.cat(parts), *outputs)
+
+
 def mixed(model: Any) -> bool:
     """True if some layer computes in another dtype than its variables."""
     layers = [model, *sublayers(model, recursive=True)]

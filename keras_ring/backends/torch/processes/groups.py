@@ -150,6 +150,7 @@ def connect(strategy: Settings, mesh: Mesh) -> Groups:
     with Reporting(strategy.timeout):
         if not dist.is_initialized():
             dist.init_process_group(kind, timeout=limit)
+            _made_groups().append(dist.group.WORLD)
             atexit.register(_end)
         failures = _failures(dist.group.WORLD)
         everyone, own_ring = _process_groups(
@@ -165,6 +166,22 @@ def connect(strategy: Settings, mesh: Mesh) -> Groups:
     failures.transports += transports
     ring = transports[1] if mesh.size(SEQUENCE) > 1 else LOCAL
     return Groups(transports[0], ring, failures, failures.resets)
+
+
+def made_group() -> bool:
+    """True if the program's default group was made here, and so is there for
+    strategies alone."""
+    return (
+        dist.is_available()
+        and dist.is_initialized()
+        and any(dist.group.WORLD is group for group in _made_groups())
+    )
+
+
+@functools.cache
+def _made_groups() -> list[dist.ProcessGroup]:
+    """The default groups that `connect` has made."""
+    return []
 
 
 @functools.cache
