@@ -6,7 +6,7 @@ by its module and name, its arguments and the result are pickled. Whatever
 goes wrong in one process ends the whole pool of that size: what the others
 still wait for will never come.
 
-All are forks of one process that has imported the package and no more:
+All are forks of one process that has imported what they need and no more:
 importing takes ten seconds of a core, and there are some twenty of them.
 """
 
@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
+# What is imported before any is forked: the package, and what `fit` imports.
+IMPORTED = ("keras_ring.training", "keras_ring.backends.torch", "tensorflow")
 # Seconds that a call may take, and that the others get to finish theirs
 # after one has failed.
 LIMIT = 300.0
@@ -41,7 +43,7 @@ class Pool:
         self.processes = []
         port = free_port()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["keras_ring"])
+        context.set_forkserver_preload(list(IMPORTED))
         for rank in range(size):
             ours, theirs = multiprocessing.Pipe()
             environment = launch_environment(rank, size, port)

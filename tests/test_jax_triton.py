@@ -175,7 +175,7 @@ def offered(monkeypatch):
 @pytest.mark.parametrize("data", [1, 2])
 def test_around_a_ring(data, offered, monkeypatch):
     """Balanced causal chunks, a padded length, and batches split by XLA."""
-    if len(jax.devices()) < 4 * data:
+    if len(jax.devices()) < 2 * data:
         pytest.skip("needs as many devices")
     shapes = []
     forward = triton_programs.Program.forward
@@ -187,10 +187,10 @@ def test_around_a_ring(data, offered, monkeypatch):
     monkeypatch.setattr(triton_programs.Program, "forward", spy)
     draw = np.random.default_rng(0)
     arrays = [
-        draw.normal(size=(2, 126, heads, 16)).astype("float32")
+        draw.normal(size=(2, 62, heads, 16)).astype("float32")
         for heads in (4, 2, 2, 4)
     ]
-    valid = draw.random((2, 126)) > 0.2
+    valid = draw.random((2, 62)) > 0.2
 
     def attend(query, key, value, pull, valid):
         def function(*inputs):
@@ -203,7 +203,7 @@ def test_around_a_ring(data, offered, monkeypatch):
 
     results = {}
     strategy = keras_ring.DistributedStrategy(
-        sequence_parallel=4, data_parallel=data, balance=True
+        sequence_parallel=2, data_parallel=data, balance=True
     )
     for name in ("triton", "blockwise"):
         config.set_kernel(name)

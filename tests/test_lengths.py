@@ -121,6 +121,7 @@ def check_language_model(mesh, sizes):
 
 
 # Programs of open lengths: tests/test_tensorflow_programs.py has a small one.
+# Both ways at once, in batches of two sizes: tests/test_global_counts.py.
 COVERED = extra_on("tensorflow")
 
 
@@ -128,12 +129,12 @@ COVERED = extra_on("tensorflow")
     ("mesh", "sizes"),
     [
         pytest.param((1, 2), [(2, 7)], marks=pytest.mark.extra),
-        pytest.param((1, 3), [(2, 7)], marks=COVERED),
+        pytest.param((1, 3), [(2, 7)], marks=pytest.mark.extra),
         pytest.param((1, 4), [(2, 7)], marks=pytest.mark.extra),
         pytest.param((1, 4), [(2, 2)], marks=pytest.mark.extra),
         ((1, 3), [(2, 1)]),
         pytest.param((1, 3), [(2, 12), (2, 7)], marks=COVERED),
-        ((2, 2), [(4, 7), (3, 7), (1, 7)]),
+        pytest.param((2, 2), [(4, 7), (3, 7), (1, 7)], marks=COVERED),
     ],
     ids=lambda value: str(value).replace(" ", ""),
 )
