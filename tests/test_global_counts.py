@@ -286,8 +286,8 @@ def check_model(name, mesh):
 
 
 # Each by itself with `--all`. On TensorFlow open sizes of a mask that only the
-# blockwise kernel knows are long to trace: tests/test_attention.py has pairs of
-# lengths that a program knows.
+# blockwise kernel knows are long to trace, and on JAX losses see whole tensors:
+# there tests/test_attention.py has pairs of lengths that cannot be split.
 INSIDE_SEVERAL = {
     *("ignoring", "weighted_mean", "summed", "two_outputs", "flat"),
     "classifier",
@@ -303,7 +303,7 @@ INSIDE_SEVERAL = {
             name,
             marks=[pytest.mark.extra]
             if name in INSIDE_SEVERAL
-            else extra_on("tensorflow")
+            else extra_on("jax", "tensorflow")
             if name == "pairwise"
             else [],
         )

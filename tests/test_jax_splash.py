@@ -33,6 +33,7 @@ def kernel(otherwise=None):
     return splash.SplashKernel(otherwise or Refusing(), interpret=not ON_TPU)
 
 
+@pytest.mark.mostly(pull=False, every=2)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("pull", [False, True], ids=["in-a-ring", "pulled"])
 def test_it_is_right(name, pull):

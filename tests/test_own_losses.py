@@ -243,7 +243,11 @@ FEW = ("masked", "shifted", "between", "safe", "stock", "along_length")
         pytest.param(
             *((1, 2), 2, 8, True, FEW), id="sequence", marks=extra_on("jax")
         ),
-        pytest.param((2, 1), 3, 5, False, FEW, id="batch-padded"),
+        pytest.param(
+            *((2, 1), 3, 5, False, FEW),
+            id="batch-padded",
+            marks=extra_on("jax"),
+        ),
         pytest.param((2, 2), 3, 7, True, FEW, id="both-padded"),
     ],
 )

@@ -83,7 +83,9 @@ def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"from_{request.param}")
     subprocess.run(
         [sys.executable, "-m", "tests.test_saving", str(folder)],
-        env=os.environ | {"KERAS_BACKEND": request.param},
+        # More threads would wait for one another for longer than they work.
+        env=os.environ
+        | {"KERAS_BACKEND": request.param, "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         check=True,
         timeout=300,
