@@ -97,6 +97,8 @@ def compare(got, want):
 def check(mesh, make, batches, valid=None, **options):
     """Train `make(kind)` on one device and over a mesh."""
     alone = make("stock")
+    # It runs a few steps, which take TensorFlow less than a program of them.
+    alone.run_eagerly = keras.backend.backend() == "tensorflow"
     weights = initial_weights(alone)
     alone.set_weights(weights)
     want = outcome(alone, batches, valid, **options)
