@@ -41,9 +41,9 @@ MARKS = {
         "runs all with one value, few with the others; all with --all"
     ),
     "extra": "runs with --all",
-    "dealt(tests=False)": (
-        "its parameters, or the tests of a class, are dealt out among the "
-        "backends; all with --all"
+    "dealt(tests=False, by=None)": (
+        "its combinations, the values of a parameter, or the tests of a class, "
+        "are dealt out among the backends; all with --all"
     ),
 }
 

@@ -302,7 +302,7 @@ def check_uneven(mesh, length, rows):
         pytest.param((1, 4), 7, 2 * BATCH, marks=pytest.mark.extra),
         pytest.param((1, 4), 3, 2 * BATCH, marks=extra_on("tensorflow")),
         # In the last batch half of the devices have nothing.
-        ((2, 2), 7, BATCH + 1),
+        pytest.param((2, 2), 7, BATCH + 1, marks=extra_on("tensorflow")),
     ],
     ids=lambda value: str(value).replace(" ", ""),
 )

@@ -9,6 +9,7 @@ import pytest
 import keras_ring
 from tests.language_model import initial_weights
 
+BACKEND = keras.backend.backend()
 ROWS, BATCHES, EPOCHS = 2, 5, 3
 # The order of sums differs; another batch differs in the second digit.
 TOLERANCE = 1e-5
@@ -65,7 +66,7 @@ FEEDS = {
     "jax": (arrays, py_dataset, workers, generator),
     "tensorflow": (arrays, py_dataset, workers, generator, tf_data),
     "torch": (arrays, py_dataset, workers, generator, loader),
-}[keras.backend.backend()]
+}[BACKEND]
 
 
 class Losses(keras.callbacks.Callback):
@@ -93,6 +94,9 @@ def fitted(strategy):
             model.compile(
                 keras.optimizers.SGD(0.5),
                 keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                # One device needs no program, which takes TensorFlow longer
+                # to trace than these few steps to run.
+                run_eagerly=not strategy and BACKEND == "tensorflow",
             )
             model.set_weights(weights)
             losses = Losses()

@@ -113,7 +113,7 @@ def check_training_with_dropout(data_size, sequence_size):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.mostly(mesh=(2, 2), every=2)
+@pytest.mark.mostly(mesh=(2, 2))
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"{m[0]}x{m[1]}")
 def test_training_with_dropout_equals_one_device(on_devices, mesh):
     on_devices(mesh[0] * mesh[1], check_training_with_dropout, *mesh)
@@ -164,6 +164,7 @@ def check_stock_dropout(size):
         assert (one != other).any(), "shards share one dropout mask"
 
 
+@pytest.mark.mostly(size=2)
 @pytest.mark.parametrize("size", [2, 4])
 def test_hidden_dropout_differs_between_shards(on_devices, size):
     on_devices(size, check_stock_dropout, size)

@@ -75,6 +75,7 @@ def close(have, want, name=""):
     )
 
 
+@pytest.mark.dealt
 @pytest.mark.mostly(chunk_size=5, every=2)
 @pytest.mark.parametrize("chunk_size", [1, 5, 12, 100])
 @pytest.mark.parametrize("name", CASES)

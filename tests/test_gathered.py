@@ -119,6 +119,7 @@ def check(errors):
     assert not wrong, wrong
 
 
+@pytest.mark.dealt(by="kind")
 @pytest.mark.mostly(size=4, every=4)
 @pytest.mark.parametrize("size", RINGS)
 @pytest.mark.parametrize("kind", SEQUENCE)
@@ -128,6 +129,7 @@ def test_a_layer_over_the_sequence(on_devices, kind, size):
     check(on_devices(size, run_kind, size, "SEQUENCE", kind, x, options, False))
 
 
+@pytest.mark.dealt(by="kind")
 @pytest.mark.mostly(size=4, every=3)
 @pytest.mark.parametrize("size", RINGS)
 @pytest.mark.parametrize("kind", POOLED)

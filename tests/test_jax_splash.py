@@ -35,6 +35,7 @@ def kernel(fallback=None):
     return splash.SplashKernel(fallback or Refusing(), interpret=not ON_TPU)
 
 
+@pytest.mark.mostly(pull=False, every=2)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("pull", [False, True], ids=["in-a-ring", "pulled"])
 def test_it_is_right(name, pull):
@@ -61,8 +62,8 @@ def test_what_does_not_fit_is_left_to_the_reference(length, dtype, width, mask):
 
 def test_around_a_ring(monkeypatch):
     """Balanced causal chunks: every branch of a visit, and XLA's batches."""
-    if len(jax.devices()) < 8:
-        pytest.skip("needs 8 devices")
+    if len(jax.devices()) < 4:
+        pytest.skip("needs 4 devices")
     module = backends.load().kernel
     found = kernel(module.KERNEL)
     monkeypatch.setattr(module, "KERNELS", (found, module.KERNEL))
@@ -76,7 +77,7 @@ def test_around_a_ring(monkeypatch):
     monkeypatch.setattr(splash.SplashKernel, "call_forward", spy)
     draw = np.random.default_rng(0)
     arrays = [
-        draw.normal(size=(2, 1024, heads, 16)).astype("float32")
+        draw.normal(size=(2, 512, heads, 16)).astype("float32")
         for heads in (2, 1, 1, 2)
     ]
 
@@ -91,7 +92,7 @@ def test_around_a_ring(monkeypatch):
 
     results = {}
     strategy = keras_ring.DistributedStrategy(
-        sequence_parallel=4, data_parallel=2, balance=True
+        sequence_parallel=2, data_parallel=2, balance=True
     )
     try:
         for name in ("splash", "blockwise"):

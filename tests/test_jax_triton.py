@@ -178,7 +178,7 @@ def offered(monkeypatch):
 @pytest.mark.parametrize("data", [1, 2])
 def test_around_a_ring(data, offered, monkeypatch):
     """Balanced causal chunks, a padded length, and batches split by XLA."""
-    if len(jax.devices()) < 4 * data:
+    if len(jax.devices()) < 2 * data:
         pytest.skip("needs as many devices")
     shapes = []
     forward = triton_programs.Program.forward
@@ -206,13 +206,13 @@ def test_around_a_ring(data, offered, monkeypatch):
 
     results = {}
     strategy = keras_ring.DistributedStrategy(
-        sequence_parallel=4, data_parallel=data, balance=True
+        sequence_parallel=2, data_parallel=data, balance=True
     )
     for name in ("triton", "blockwise"):
         config.set_kernel(name)
         results[name] = strategy.run(attend, *arrays, valid)
-        # Every device has its own samples: two parts of 16 positions.
-        assert set(shapes) == {(2 // data, 4, 16, 16)}
+        # Every device has its own samples: two parts of 32 positions.
+        assert set(shapes) == {(2 // data, 4, 32, 16)}
     for have, want in zip(*results.values(), strict=True):
         np.testing.assert_allclose(have, want, 2e-5, 2e-5)
 

@@ -193,6 +193,7 @@ CASES = {
 }
 
 
+@pytest.mark.dealt
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_stock_layer(name):
     options, inputs, call_options = CASES[name]
@@ -271,6 +272,7 @@ def test_a_masked_query_is_finite_and_the_bias_alone():
     compare(have, np.ones_like(X), "output")
 
 
+@pytest.mark.dealt
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     # The rounding of a result of order one: 2^-8, 2^-11, 2^-53.

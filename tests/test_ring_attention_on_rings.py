@@ -99,6 +99,7 @@ def attended(layer, inputs, masks):
     return call(layer, inputs, weights, {**masks, "training": True})
 
 
+@pytest.mark.dealt(by="name")
 @pytest.mark.mostly(size=3, every=4)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", RING_CASES)
@@ -106,6 +107,7 @@ def test_a_ring_equals_one_device(on_devices, size, name):
     on_devices(size, check_ring, size, name)
 
 
+@pytest.mark.dealt
 @pytest.mark.parametrize("name", ["pairs", "soft-cap-bias", "cross-segments"])
 def test_an_odd_length(on_devices, name):
     on_devices(3, check_ring, 3, name, 7)
@@ -168,7 +170,7 @@ def check_ring_gradients(size):
         )
 
 
-@pytest.mark.mostly(size=3, every=2)
+@pytest.mark.mostly(size=3)
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients_on_a_ring_equal_one_device(on_devices, size):
     on_devices(size, check_ring_gradients, size)

@@ -66,3 +66,23 @@ def test_only_what_is_marked_is_thinned():
     assert {len(own) for own in dealt} == {len(ROWS) // 3}
     few = {"every": 4, "size": 3}
     assert left({"mostly": few}) == every - set(thinning.mostly(ROWS, **few))
+
+
+def test_values_are_dealt_out_with_all_of_their_combinations():
+    """Whichever values the other parameters have on a backend."""
+    marks = {"dealt": {"by": "name"}, "mostly": {"every": 4, "size": 3}}
+    whole = thinning.mostly(ROWS, **marks["mostly"])
+    for sizes in ((1, 2, 3), (1, 3)):
+        rows = [row for row in ROWS if row["size"] in sizes]
+        names = []
+        for backend in thinning.BACKENDS:
+            left = thinning.left_out(
+                [("test", marks, row) for row in rows], backend
+            )
+            kept = [row for i, row in enumerate(rows) if i not in left]
+            names.append("".join(sorted({row["name"] for row in kept})))
+            if sizes == (1, 2, 3):
+                assert kept == [
+                    ROWS[i] for i in whole if ROWS[i]["name"] in names[-1]
+                ]
+        assert names == ["adg", "be", "cf"]

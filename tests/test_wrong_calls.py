@@ -1134,6 +1134,7 @@ RIGHT = {
 }
 
 
+@pytest.mark.dealt
 @pytest.mark.parametrize("name", RIGHT)
 def test_numbers_of_numpy_work(name):
     assert np.isfinite(ops.convert_to_numpy(RIGHT[name]())).all()

@@ -12,7 +12,9 @@ Marks beside `pytest.mark.parametrize` say how a test may be thinned:
   runs with `--all` alone.
 - `pytest.mark.dealt`: what is left is dealt out among the backends, one to each
   in turn, for code that all of them share; `dealt(tests=True)` does so with
-  the tests of a class.
+  the tests of a class. `dealt(by=name)` deals out the values of a parameter,
+  each with all that is left of its combinations: so they go to the same
+  backend whichever values the others have on each.
 
 What runs is decided by the order in which parameters are written down, so it
 is the same each time and on each worker. A test that is named by its id
@@ -47,6 +49,7 @@ def left_out(tests, backend="jax"):
     Returns:
         Set of places in `tests`.
     """
+    first, step = BACKENDS.index(backend), len(BACKENDS)
     groups: dict = {}
     for place, (test, *_) in enumerate(tests):
         groups.setdefault(test, []).append(place)
@@ -60,17 +63,29 @@ def left_out(tests, backend="jax"):
         elif "mostly" in marks:
             kept = mostly(rows, **marks["mostly"])
         else:
-            continue
+            kept = range(len(rows))
         left.update(set(places) - {places[i] for i in kept})
+        if "by" in marks.get("dealt", {}):
+            order = turns(rows, marks["dealt"]["by"])
+            left.update(
+                place
+                for place, turn in zip(places, order, strict=True)
+                if turn % step != first
+            )
     dealt: dict = {}
     for place, (test, marks, _) in enumerate(tests):
-        if place not in left and "dealt" in marks:
+        if place not in left and "by" not in marks.get("dealt", {"by": None}):
             together = marks["dealt"].get("tests", False)
             dealt.setdefault(test[0] if together else test, []).append(place)
-    first, step = BACKENDS.index(backend), len(BACKENDS)
     for places in dealt.values():
         left.update(set(places) - set(places[first::step]))
     return left
+
+
+def turns(rows, name):
+    """For each row how many other values of a parameter came before its."""
+    found: dict = {}
+    return [found.setdefault(row[name], len(found)) for row in numbered(rows)]
 
 
 def numbered(rows):
