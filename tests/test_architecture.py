@@ -59,8 +59,8 @@ SEAM = {
     "kernel.py": ["Kernel", "KERNEL", "KERNELS"],
     "runtime.py": [
         *("World", "current", "custom_gradient", "vjp", "exporting"),
-        "install",
     ],
+    "trainer.py": ["prepare", "install"],
 }
 
 
@@ -222,7 +222,7 @@ def test_every_backend_has_the_same_names_in_the_same_order(file, framework):
     assert seam == SEAM[file]
 
 
-@pytest.mark.parametrize("file", SEAM)
+@pytest.mark.parametrize("file", [f for f in SEAM if f != "trainer.py"])
 def test_the_methods_of_the_backends_are_in_one_order(file):
     """Those that two backends share; a diff then shows the framework."""
     methods = {}

@@ -1,13 +1,15 @@
-"""One folder per framework, with the same three files in each.
+"""One folder per framework, with the same four files in each.
 
 - `transport.py`: the ring of this framework, a
   `keras_ring.distribution.transport.Transport`.
 - `kernel.py`: `KERNELS`, which compute attention over one K/V block, by
   preference; the last is `KERNEL`, the blockwise reference, with the control
   flow it is written in.
-- `runtime.py`: `World`, `current()`, `custom_gradient()` and `install()`: how
-  the framework carries a strategy through Keras. Private names of Keras and
-  of the framework appear in no `transport.py`.
+- `runtime.py`: `World`, `current()` and `custom_gradient()`: how the framework
+  carries a strategy. Private names of Keras and of the framework appear in no
+  `transport.py`.
+- `trainer.py`: `prepare()` and `install()`: what a strategy changes in Keras'
+  own trainer. It does not import the runtime, which imports it.
 
 Nothing is imported before `load()` is called, and only the backend that
 Keras runs on is.
@@ -21,12 +23,13 @@ import keras
 
 
 class Backend(NamedTuple):
-    """The three modules of one framework."""
+    """The four modules of one framework."""
 
     name: str
     transport: ModuleType
     kernel: ModuleType
     runtime: ModuleType
+    trainer: ModuleType
 
 
 def load() -> Backend:
@@ -39,7 +42,7 @@ def load() -> Backend:
         case "jax" | "tensorflow" | "torch" as name:
             modules = [
                 importlib.import_module(f"keras_ring.backends.{name}.{part}")
-                for part in ("transport", "kernel", "runtime")
+                for part in ("transport", "kernel", "runtime", "trainer")
             ]
             return Backend(name, *modules)
         case other:

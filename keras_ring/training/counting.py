@@ -3,7 +3,7 @@
 Each function here wraps one function of Keras, for backends where a layer
 sees a shard. In a step it lets Keras see the true data only, and gives what
 Keras computes its weight; outside a step it only calls what it wraps. Which
-names of Keras these are is said in each backend's `hooks.py`.
+names of Keras these are is said in each backend's `trainer.py`.
 """
 
 import contextlib

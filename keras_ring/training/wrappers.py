@@ -4,7 +4,7 @@
 model that was built under a strategy is checked and then handed to Keras'
 own method, inside the scope wherever that is called; every other model goes
 straight through. How the steps themselves are spread over devices is the
-business of each backend's `runtime.py`.
+business of each backend's `trainer.py`.
 """
 
 import contextlib
@@ -60,7 +60,8 @@ def install() -> None:
             setattr(wrapped, _MARK, True)
             setattr(owner, name, wrapped)
     counting.wrap_once(indexing.targets())
-    backends.load().runtime.install()
+    backend = backends.load()
+    backend.trainer.install(backend.runtime.current)
 
 
 def model_world(model: Any) -> World | None:

@@ -6,7 +6,6 @@ is written per device, in `jax.shard_map` with the sequence axis manual.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,19 +18,13 @@ from keras import tree
 
 from keras_ring import precision
 from keras_ring.attention import selection
-from keras_ring.backends.jax import compilation_cache
+from keras_ring.backends.jax import compilation_cache, trainer
 from keras_ring.backends.jax.transport import RingTransport, at, place
 from keras_ring.distribution import scopes, world
 from keras_ring.distribution.mesh import AXES, BATCH, SEQUENCE
 from keras_ring.distribution.strategy import DistributedStrategy
 from keras_ring.distribution.world import LOCAL
-from keras_ring.keras_internals import (
-    compiled_variables,
-    defining,
-    in_symbolic_scope,
-    unknown_keras,
-    without_values,
-)
+from keras_ring.keras_internals import in_symbolic_scope, without_values
 from keras_ring.training import batches, wrappers
 
 
@@ -200,32 +193,10 @@ class World(world.World):
 
     def prepare(self, model: Any) -> None:
         compilation_cache.leave_out(self.mesh.devices.flat)
-        devices = set(self.mesh.devices.flat)
-        for variable in compiled_variables(model):
-            # Made outside the scope: an optimizer, a metric.
-            if set(variable.value.sharding.device_set) != devices:
-                self._take_over(variable)
-        for variable in model.variables:
-            if set(variable.value.sharding.device_set) != devices:
-                raise ValueError(
-                    "A model must be built inside the scope of the strategy "
-                    "that trains it. Received: the variable "
-                    f"{variable.path!r} of the model {model.name!r}, which "
-                    "lies on other devices. Build and compile the model "
-                    "inside `with strategy.scope():`."
-                )
+        trainer.prepare(self, model)
 
     def recover(self, model: Any) -> None:
-        # After an error between steps the trainer has the newest values; of
-        # those that a step was given some may be gone.
-        state = getattr(model, "_jax_state", None)
-        synced = getattr(model, "_jax_state_synced", True)
-        if state and not synced and not any(map(_is_gone, tree.flatten(state))):
-            model.jax_state_sync()
-        # Keras detaches the variables' values while it runs steps.
-        for variable, value in model.__dict__.pop(_DETACHED, ()):
-            if variable._value is None and not value.is_deleted():
-                variable._value = value
+        trainer.recover(model)
 
     def partition_spec(
         self, shape: tuple[int, ...], split: bool
@@ -272,11 +243,6 @@ class World(world.World):
 
         return tree.map_structure(place, batch, splits)
 
-    def _take_over(self, variable: Any) -> None:
-        """Lay a variable out on the mesh, and whatever it is assigned."""
-        variable._layout = self.distribution.get_variable_layout(variable)
-        variable.assign(variable.value)
-
     def _padded(self, tensor: jax.Array) -> jax.Array:
         """Zeros, or false, up to a length that the ring can split."""
         missing = -tensor.shape[1] % self.sequence_size
@@ -317,12 +283,6 @@ def _device_names(asked: tuple[str, ...] | None) -> tuple[str, ...]:
             "--xla_force_host_platform_device_count=N."
         )
     return asked
-
-
-def _is_gone(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, jax.Array) and value.is_deleted()
-    )
 
 
 def _summed_widely(tensor: jax.Array) -> jax.Array:
@@ -394,55 +354,3 @@ def exporting(tensor: Any) -> bool:
     """True if operations are being recorded for a program that cannot have them
     all: for sizes that are left open, of which tiles and loops know nothing."""
     return not all(isinstance(size, int) for size in tensor.shape)
-
-
-_DETACHED = "_keras_ring_detached"
-_MARK = "_keras_ring_wrapped"
-
-
-def install() -> None:
-    """Teach Keras' trainer two things, once and inert without a strategy:
-    to place a batch by what the model says of each array, and to keep the
-    values that it detaches from the variables, see `World.recover`."""
-    try:
-        from keras.src.backend.jax import trainer
-
-        distribute = trainer._distribute_data
-        owner = defining(keras.Model, "_get_jax_state")
-        detach = owner._get_jax_state  # type: ignore[attr-defined]
-    except (ImportError, AttributeError) as error:
-        raise unknown_keras(
-            "feeds its JAX trainer in a way that keras_ring does not know",
-            error,
-        ) from error
-    if getattr(distribute, _MARK, False):
-        return
-
-    @functools.wraps(distribute)
-    def distribute_data(
-        data: Any, layouts: Any = None, is_super_batch: bool = False
-    ) -> Any:
-        active = current()
-        if active is None or active.model is None:
-            # Releases before 3.16 know nothing of several batches in one.
-            more = {"is_super_batch": True} if is_super_batch else {}
-            return distribute(data, layouts, **more)
-        return active.place_batch(data, stacked=is_super_batch)
-
-    @functools.wraps(detach)
-    def get_jax_state(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if current() is not None:
-            variables = self.variables
-            optimizer = getattr(self, "optimizer", None)  # Not compiled.
-            if optimizer is not None:
-                variables = variables + optimizer.variables
-            self.__dict__[_DETACHED] = [
-                (variable, variable._value)
-                for variable in (*variables, *self.metrics_variables)
-                if variable._value is not None
-            ]
-        return detach(self, *args, **kwargs)
-
-    setattr(distribute_data, _MARK, True)
-    trainer._distribute_data = distribute_data
-    owner._get_jax_state = get_jax_state  # type: ignore[attr-defined]

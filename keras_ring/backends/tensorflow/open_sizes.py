@@ -6,13 +6,12 @@ from the start where a data pipeline says so, otherwise at the second size.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tensorflow as tf
 from keras import tree
 
-if TYPE_CHECKING:
-    from keras_ring.backends.tensorflow.runtime import World
+from keras_ring.backends.tensorflow.member import Member
 
 
 def announced(iterator: Any) -> bool:
@@ -38,7 +37,7 @@ class OpenSizes:
         function: the `tf.function` of a step; None where steps are not traced.
     """
 
-    def __init__(self, world: "World", function: Any):
+    def __init__(self, world: Member, function: Any):
         self._world = world
         self._function = function
         # Of the batch and of the sequence axis.

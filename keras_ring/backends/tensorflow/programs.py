@@ -3,12 +3,11 @@
 import functools
 import gc
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tensorflow as tf
 
-if TYPE_CHECKING:
-    from keras_ring.backends.tensorflow.runtime import World
+from keras_ring.backends.tensorflow.member import Member
 
 # What a collective raises when its other side is gone.
 _TRANSFER_ERRORS = (
@@ -22,7 +21,7 @@ _TRANSFER_ERRORS = (
 
 
 def compiled(
-    world: "World", program: Callable[..., Any], eager: bool = False
+    world: Member, program: Callable[..., Any], eager: bool = False
 ) -> Callable[..., Any]:
     """A program over all replicas as a `tf.function`, unless eager."""
     if eager:

@@ -19,14 +19,15 @@ import tensorflow as tf
 from keras import tree
 
 from keras_ring.attention import selection
-from keras_ring.backends.tensorflow import hooks, programs, scope, training
+from keras_ring.backends.tensorflow import programs, scope, trainer, training
 from keras_ring.backends.tensorflow.kernels import native
+from keras_ring.backends.tensorflow.member import Member
 from keras_ring.backends.tensorflow.transport import (
     InstanceKeys,
     RingTransport,
     after,
 )
-from keras_ring.distribution import padding, scopes, shards, world
+from keras_ring.distribution import padding, scopes, shards
 from keras_ring.distribution.mesh import AXES, SEQUENCE
 from keras_ring.distribution.strategy import DistributedStrategy
 from keras_ring.distribution.world import LOCAL
@@ -64,7 +65,7 @@ class MultiWorkerMirrored(
     """The replicas of all processes that `TF_CONFIG` names."""
 
 
-class World(world.World):
+class World(Member):
     """A strategy on TensorFlow devices."""
 
     layers_see_shards = True
@@ -338,7 +339,7 @@ class World(world.World):
         return selection.name_in_steps(self, dtype)
 
     def prepare(self, model: Any) -> None:
-        training.prepare(self, model)
+        trainer.prepare(self, model)
 
 
 def _workers() -> int:
@@ -439,11 +440,3 @@ def exporting(tensor: Any) -> bool:
     all; here loops and gradients travel."""
     del tensor
     return False
-
-
-def install() -> None:
-    """Teach Keras' losses and metrics about the strategy, see `hooks`, and
-    TensorFlow's scope to last, see `scope`.
-    `World.prepare` gives each model its steps."""
-    hooks.install()
-    scope.install()

@@ -8,10 +8,9 @@ all replicas, predictions are joined in natural order.
 """
 
 import contextlib
-import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,76 +18,17 @@ import tensorflow as tf
 from keras import tree
 
 from keras_ring import random_bits
-from keras_ring.backends.tensorflow import scope
+from keras_ring.backends.tensorflow.member import Member
 from keras_ring.backends.tensorflow.open_sizes import OpenSizes, announced
 from keras_ring.backends.tensorflow.programs import compiled
 from keras_ring.distribution import padding
 from keras_ring.distribution.mesh import BATCH, SEQUENCE
 from keras_ring.distribution.padding import PaddedAxis
-from keras_ring.keras_internals import compiled_variables
 from keras_ring.training import batches, counting, step, wrappers
-
-if TYPE_CHECKING:
-    from keras_ring.backends.tensorflow.runtime import World
-
-_MARK = "keras_ring_step"
 
 # For the batch and the sequence axis: pairs of the size of a shard and the
 # true size of the whole, int32 `(sizes, 2)`; None where nothing is padded.
 Sizes = tuple[tf.Tensor | None, tf.Tensor | None]
-
-
-def prepare(world: "World", model: Any) -> None:
-    """Give a model the steps of its world."""
-    optimizer = getattr(model, "optimizer", None)
-    scope.take_over(world.tf_strategy, optimizer, compiled_variables(model))
-    _check_model(world, model)
-    if len(world.devices) > 1:
-        _check_compiled(model)
-    for name, make in (
-        ("train_function", functools.partial(_step, name="train_step")),
-        ("test_function", functools.partial(_step, name="test_step")),
-        ("predict_function", _prediction),
-    ):
-        # `compile` drops the functions, and so they are made anew after it.
-        if getattr(getattr(model, name), _MARK, None) is not world:
-            function = make(world, model)
-            setattr(function, _MARK, world)
-            setattr(model, name, function)
-
-
-def _check_model(world: "World", model: Any) -> None:
-    outside = [
-        variable.path
-        for variable in model.variables
-        if not scope.is_of(world.tf_strategy, variable)
-    ]
-    if outside:
-        raise ValueError(
-            "A model must be built and compiled inside the scope of the "
-            "strategy that trains it. Received: "
-            f"{len(outside)} variables of the model {model.name!r} made "
-            f"elsewhere, such as {outside[0]!r}. Build and compile the model "
-            "inside `with strategy.scope():`."
-        )
-
-
-def _check_compiled(model: Any) -> None:
-    """Refuse what would be silently wrong when each replica does its part."""
-    if model.compiled and model.jit_compile:
-        raise ValueError(
-            "TensorFlow cannot compile a step over several replicas with XLA. "
-            f"Received: jit_compile=True on the model {model.name!r}. Compile "
-            "the model with jit_compile='auto' or False."
-        )
-    for loss in _losses(model):
-        reduction = getattr(loss, "reduction", "sum_over_batch_size")
-        if reduction in ("none", None):
-            raise NotImplementedError(
-                "A loss under a strategy must be reduced to one number. "
-                f"Received: reduction={reduction!r} of {loss.name!r}. Use "
-                "reduction='sum_over_batch_size'."
-            )
 
 
 def own_function(function: Any) -> Any:
@@ -107,19 +47,7 @@ def own_function(function: Any) -> Any:
     return getattr(function, "python_function", function)
 
 
-def _losses(model: Any) -> list[Any]:
-    """The loss objects that a model was compiled with."""
-    given = getattr(model, "loss", None) if model.compiled else None
-    if given is None or callable(getattr(given, "__func__", None)):
-        return []
-    return [
-        loss
-        for loss in tree.flatten(given)
-        if isinstance(loss, keras.losses.Loss)
-    ]
-
-
-def _step(world: "World", model: Any, name: str) -> Callable[[Any], Any]:
+def steps(world: Member, model: Any, name: str) -> Callable[[Any], Any]:
     """A step of training or evaluation: batches in, logs out."""
 
     def on_replica(data: Any, sizes: Sizes, splits: Any) -> Any:
@@ -163,7 +91,7 @@ def _step(world: "World", model: Any, name: str) -> Callable[[Any], Any]:
 
 
 @contextlib.contextmanager
-def _own_seeds(world: "World", model: Any) -> Iterator[None]:
+def _own_seeds(world: Member, model: Any) -> Iterator[None]:
     """Random numbers of a step: others on every replica, the same in every
     run, and afterwards the generators stand as on one device."""
     data_index, sequence_index = world.place()
@@ -185,7 +113,7 @@ def _own_seeds(world: "World", model: Any) -> Iterator[None]:
         state.assign(keras.ops.subtract(state, (offset, 0)))
 
 
-def _prediction(world: "World", model: Any) -> Callable[..., Any]:
+def predictions(world: Member, model: Any) -> Callable[..., Any]:
     """A step of prediction: a list of batches in, joined outputs out."""
 
     def on_replica(data: Any, sizes: Sizes, splits: Any) -> Any:
@@ -228,7 +156,7 @@ def _prediction(world: "World", model: Any) -> Callable[..., Any]:
     return function
 
 
-def _cut(world: "World", model: Any, batch: Any) -> tuple[Any, Sizes, Any]:
+def _cut(world: Member, model: Any, batch: Any) -> tuple[Any, Sizes, Any]:
     """A whole batch as values for each replica, its padded sizes, and which
     of its leaves have the sequence."""
     if isinstance(batch, list):
@@ -243,7 +171,7 @@ def _cut(world: "World", model: Any, batch: Any) -> tuple[Any, Sizes, Any]:
 
 
 def _step_on_replica(
-    world: "World", model: Any, data: Any, sizes: Sizes, splits: Any
+    world: Member, model: Any, data: Any, sizes: Sizes, splits: Any
 ) -> step.Step:
     """The step of the replica whose code runs."""
     axes = axes_on_replica(
@@ -255,11 +183,11 @@ def _step_on_replica(
 class Step(step.Step):
     """A step as it is known on one replica."""
 
-    world: "World"
+    world: Member
 
     def __init__(
         self,
-        world: "World",
+        world: Member,
         model: Any,
         axes: tuple[PaddedAxis, PaddedAxis],
         local: Any,
@@ -300,7 +228,7 @@ def _summed_variables(metrics: Sequence[Any]) -> list[Any]:
 
 
 def axes_on_replica(
-    world: "World", shards: Sequence[Any], splits: Sequence[Any], sizes: Sizes
+    world: Member, shards: Sequence[Any], splits: Sequence[Any], sizes: Sizes
 ) -> tuple[PaddedAxis, PaddedAxis]:
     """The batch and the sequence axis that a replica's code sees.
 
@@ -322,7 +250,7 @@ def axes_on_replica(
     return axes
 
 
-def result_on_replica(world: "World", outputs: Any) -> Any:
+def result_on_replica(world: Member, outputs: Any) -> Any:
     """Results of a replica for `join`: its outputs, and for each of them the
     true sizes of the first two axes of the whole, -1 where nothing is padded.
     """
@@ -341,7 +269,7 @@ def result_on_replica(world: "World", outputs: Any) -> Any:
     )
 
 
-def _check_same(world: "World", batch: Any) -> None:
+def _check_same(world: Member, batch: Any) -> None:
     """Refuse batches that differ between the workers."""
     check = 0
     for leaf in tree.flatten(batch):
@@ -373,7 +301,7 @@ def _present(leaf: Any) -> Any:
 
 
 def distribute(
-    world: "World", tensors: Sequence[Any], split: Sequence[Any]
+    world: Member, tensors: Sequence[Any], split: Sequence[Any]
 ) -> tuple[list[Any], Sizes]:
     """The part of each replica of whole tensors on the host.
 
@@ -428,7 +356,7 @@ def distribute(
 
 
 def join(
-    world: "World",
+    world: Member,
     pieces: Sequence[tf.Tensor],
     split: bool,
     true: Sequence[Any],

@@ -6,13 +6,12 @@ the terminal run on rank 0.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 from keras import tree
 
-if TYPE_CHECKING:
-    from keras_ring.backends.torch.runtime import World
+from keras_ring.backends.torch.member import Member
 
 WRITING = tuple(
     getattr(keras.callbacks, name)
@@ -37,7 +36,7 @@ class InStep(keras.callbacks.Callback):
         restores: whether rank 0 may load a state when training begins.
     """
 
-    def __init__(self, world: "World", restores: bool):
+    def __init__(self, world: Member, restores: bool):
         super().__init__()
         self.world = world
         self.restores = restores
@@ -54,7 +53,7 @@ class InStep(keras.callbacks.Callback):
         self.world.agreement.start_epoch()
 
 
-def for_rank(world: "World", callbacks: Any) -> list[Any]:
+def for_rank(world: Member, callbacks: Any) -> list[Any]:
     """The callbacks of a list that run on this process, and our own."""
     given: Sequence[Any] = tree.flatten(callbacks) if callbacks else []
     restores = any(

@@ -6,7 +6,7 @@ The processes meet in the ring, in one sum of the gradients per step and in
 one of the metrics. The mesh is numbered row by row: a process is
 `data_index * sequence_size + sequence_index`.
 
-Private names of Keras appear in `hooks.py` alone.
+Private names of Keras appear in `trainer.py` and `seeds.py` alone.
 """
 
 import contextlib
@@ -19,10 +19,11 @@ import torch
 from keras import tree
 
 from keras_ring.attention import selection
-from keras_ring.backends.torch import hooks
+from keras_ring.backends.torch import trainer
+from keras_ring.backends.torch.member import Member
 from keras_ring.backends.torch.processes import agreement, groups
 from keras_ring.backends.torch.training import Step
-from keras_ring.distribution import padding, scopes, shards, world
+from keras_ring.distribution import padding, scopes, shards
 from keras_ring.distribution.padding import PaddedAxis
 from keras_ring.distribution.strategy import DistributedStrategy
 from keras_ring.distribution.transport import Transport
@@ -32,7 +33,7 @@ from keras_ring.training import step as steps
 from keras_ring.training import wrappers
 
 
-class World(world.World):
+class World(Member):
     """A strategy on the processes of this program.
 
     Attributes:
@@ -147,13 +148,7 @@ class World(world.World):
         return selection.name_in_steps(self, dtype)
 
     def prepare(self, model: Any) -> None:
-        if model.jit_compile:
-            raise ValueError(
-                "Transfers between processes cannot be compiled. Received: "
-                f"jit_compile=True for the model {model.name!r}. Compile it "
-                "with jit_compile=False (the default on PyTorch)."
-            )
-        self.agreement.start(model)
+        trainer.prepare(self, model)
 
     def shard(
         self, tensor: Any, split: bool, rows: PaddedAxis, lengths: PaddedAxis
@@ -330,8 +325,3 @@ def exporting(tensor: Any) -> bool:
 
 def _differentiable(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def install() -> None:
-    """Teach Keras' trainer about the strategy; see `hooks`."""
-    hooks.install(current)

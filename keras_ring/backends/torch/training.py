@@ -11,28 +11,26 @@ The objective that is differentiated is the mean of everyone's loss.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import torch
 from keras import tree
 
+from keras_ring.backends.torch.member import Member
 from keras_ring.distribution.padding import PaddedAxis
 from keras_ring.keras_internals import sublayers
 from keras_ring.training import batches, counting, step, wrappers
-
-if TYPE_CHECKING:
-    from keras_ring.backends.torch.runtime import World
 
 
 class Step(step.Step):
     """A step while Keras runs it."""
 
-    world: "World"
+    world: Member
 
     def __init__(
         self,
-        world: "World",
+        world: Member,
         model: Any,
         batch: Any,
         splits: Any,
@@ -67,7 +65,7 @@ class Step(step.Step):
         self._whole: dict[int, Any] = {}
 
     @classmethod
-    def of_batch(cls, world: "World", model: Any, batch: Any) -> "Step":
+    def of_batch(cls, world: Member, model: Any, batch: Any) -> "Step":
         """The step of a model that is given a global batch."""
         return cls(
             world, model, batch, batches.split_batch(world, model, batch)
@@ -195,7 +193,7 @@ def _variables(metrics: Sequence[Any]) -> dict[int, Any]:
 
 
 def reduced_gradients(
-    world: "World",
+    world: Member,
     gradients: Sequence[Any],
     variables: Sequence[Any],
     summed: bool,
@@ -212,7 +210,7 @@ def reduced_gradients(
 
 
 def run_step(
-    world: "World", model: Any, function: Callable[..., Any], batch: Any
+    world: Member, model: Any, function: Callable[..., Any], batch: Any
 ) -> Any:
     """A step of fit or evaluate on this process's part of a batch; gives
     the global logs."""
@@ -238,7 +236,7 @@ def run_step(
 
 
 def predict_step(
-    world: "World", model: Any, function: Callable[..., Any], batch: Any
+    world: Member, model: Any, function: Callable[..., Any], batch: Any
 ) -> Any:
     """The global predictions for a global batch."""
     wrappers.ready(world, model, batch)
@@ -269,13 +267,13 @@ def mixed(model: Any) -> bool:
     return any(x.compute_dtype != x.variable_dtype for x in layers)
 
 
-def own_part(world: "World", model: Any, batch: Any) -> Any:
+def own_part(world: Member, model: Any, batch: Any) -> Any:
     """This process' part of a global batch in a step."""
     return Step.of_batch(world, model, batch).local
 
 
 def _summed(
-    world: "World", tensors: Sequence[torch.Tensor]
+    world: Member, tensors: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """Everyone's sum of each tensor, one transfer per dtype."""
     results: list[Any] = [None] * len(tensors)

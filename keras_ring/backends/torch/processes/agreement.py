@@ -12,7 +12,7 @@ import random
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -21,13 +21,11 @@ import torch.distributed as dist
 from keras import tree
 
 from keras_ring import random_bits
-from keras_ring.backends.torch import hooks
+from keras_ring.backends.torch import seeds
+from keras_ring.backends.torch.member import Member
 from keras_ring.backends.torch.processes import groups
 from keras_ring.backends.torch.transport import RingTransport
 from keras_ring.distribution import padding
-
-if TYPE_CHECKING:
-    from keras_ring.backends.torch.runtime import World
 
 # Values of one variable that enter its fingerprint.
 SAMPLE = 1024
@@ -40,7 +38,7 @@ class Agreement:
         world: the processes.
     """
 
-    def __init__(self, world: "World"):
+    def __init__(self, world: Member):
         self.world = world
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self._check_weights = False
@@ -63,16 +61,16 @@ class Agreement:
             torch.get_rng_state(),
             np.random.get_state(),
             random.getstate(),
-            hooks.global_seed(),
+            seeds.global_seed(),
         )
         states = self.from_rank_0(own)
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
         if states[3] is None:
-            hooks.forget_global_seed()
+            seeds.forget_global_seed()
         else:
-            hooks.set_global_seed(states[3])
+            seeds.set_global_seed(states[3])
 
     def check(self, model: Any, batch: Any) -> None:
         """Before a step: compare, once after each start, what this process
@@ -172,7 +170,7 @@ class Agreement:
             if v.name == "seed_generator_state" and not random_bits.is_shared(v)
         ]
         with (
-            hooks.forked_global_seed(offset),
+            seeds.forked_global_seed(offset),
             _forked_torch_seed(rank),
         ):
             for state in states:

@@ -1,7 +1,9 @@
-"""Hooks of keras_ring in Keras' losses, metrics and optimizers on TensorFlow.
+"""Keras' trainer, losses, metrics and optimizers on TensorFlow, and what a
+strategy changes in them.
 
-What is wrapped only calls what it wraps where no step runs. All private
-names of these on TensorFlow are in this file.
+A model is given steps of its own; what is wrapped only calls what it wraps
+where no step runs. Private names of these on TensorFlow are in this file, those
+of optimizers also in `gradients.py`.
 """
 
 import functools
@@ -12,17 +14,103 @@ import keras
 import tensorflow as tf
 from keras import tree
 
-from keras_ring.backends.tensorflow import gradients, updates
-from keras_ring.keras_internals import defining, sublayers, unknown_keras
+from keras_ring.backends.tensorflow import (
+    gradients,
+    scope,
+    training,
+    updates,
+)
+from keras_ring.backends.tensorflow.member import Member
+from keras_ring.keras_internals import (
+    compiled_variables,
+    defining,
+    sublayers,
+    unknown_keras,
+)
 from keras_ring.training import counting, step
 
+_STEP = "keras_ring_step"
 
-def install() -> None:
-    """Wrap what `counting` is about, once.
+
+def prepare(world: Member, model: Any) -> None:
+    """Give a model the steps of its world."""
+    optimizer = getattr(model, "optimizer", None)
+    scope.take_over(world.tf_strategy, optimizer, compiled_variables(model))
+    _check_model(world, model)
+    if len(world.devices) > 1:
+        _check_compiled(model)
+    for name, make in (
+        (
+            "train_function",
+            functools.partial(training.steps, name="train_step"),
+        ),
+        ("test_function", functools.partial(training.steps, name="test_step")),
+        ("predict_function", training.predictions),
+    ):
+        # `compile` drops the functions, and so they are made anew after it.
+        if getattr(getattr(model, name), _STEP, None) is not world:
+            function = make(world, model)
+            setattr(function, _STEP, world)
+            setattr(model, name, function)
+
+
+def _check_model(world: Member, model: Any) -> None:
+    outside = [
+        variable.path
+        for variable in model.variables
+        if not scope.is_of(world.tf_strategy, variable)
+    ]
+    if outside:
+        raise ValueError(
+            "A model must be built and compiled inside the scope of the "
+            "strategy that trains it. Received: "
+            f"{len(outside)} variables of the model {model.name!r} made "
+            f"elsewhere, such as {outside[0]!r}. Build and compile the model "
+            "inside `with strategy.scope():`."
+        )
+
+
+def _check_compiled(model: Any) -> None:
+    """Refuse what would be silently wrong when each replica does its part."""
+    if model.compiled and model.jit_compile:
+        raise ValueError(
+            "TensorFlow cannot compile a step over several replicas with XLA. "
+            f"Received: jit_compile=True on the model {model.name!r}. Compile "
+            "the model with jit_compile='auto' or False."
+        )
+    for loss in _losses(model):
+        reduction = getattr(loss, "reduction", "sum_over_batch_size")
+        if reduction in ("none", None):
+            raise NotImplementedError(
+                "A loss under a strategy must be reduced to one number. "
+                f"Received: reduction={reduction!r} of {loss.name!r}. Use "
+                "reduction='sum_over_batch_size'."
+            )
+
+
+def _losses(model: Any) -> list[Any]:
+    """The loss objects that a model was compiled with."""
+    given = getattr(model, "loss", None) if model.compiled else None
+    if given is None or callable(getattr(given, "__func__", None)):
+        return []
+    return [
+        loss
+        for loss in tree.flatten(given)
+        if isinstance(loss, keras.losses.Loss)
+    ]
+
+
+def install(current: Callable[[], Any]) -> None:
+    """Wrap what `counting` is about, and let scopes last, once.
+
+    Args:
+        current: tells the active world; on TensorFlow its steps know theirs.
 
     Raises:
         NotImplementedError: if Keras has moved one of the names.
     """
+    del current
+    scope.install()
     try:
         from keras.src.backend.tensorflow.optimizer import TFOptimizer
         from keras.src.losses import loss as loss_module

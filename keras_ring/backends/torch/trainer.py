@@ -1,31 +1,45 @@
-"""Hooks of keras_ring in Keras' trainer on PyTorch.
+"""Keras' trainer on PyTorch, and what a strategy changes in it.
 
 Every step of Keras passes through a step function, `optimizer.apply` and
 `get_metrics_result`; these, the inference of shapes before the first, the
 reduction of a loss and the list of callbacks are wrapped once, and so is
 saving. Without an active strategy of more than one process each wrapper only
-calls what it wraps. All private names of Keras on PyTorch are in this file.
+calls what it wraps. Private names of Keras on PyTorch are in this file and, of
+its global seed, in `seeds.py`.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
-import torch
 
-from keras_ring.backends.torch import saving
+from keras_ring.backends.torch import callbacks as ring_callbacks
+from keras_ring.backends.torch import saving, training
+from keras_ring.backends.torch.member import Member
 from keras_ring.backends.torch.processes import groups
 from keras_ring.distribution import scopes
 from keras_ring.keras_internals import defining, scales_losses, unknown_keras
 from keras_ring.training import counting
-
-if TYPE_CHECKING:
-    from keras_ring.backends.torch.runtime import World
+from keras_ring.training.wrappers import built
 
 _MARK = "_keras_ring_wrapped"
-Current = Callable[[], "World | None"]
+Current = Callable[[], Member | None]
+
+
+def prepare(world: Member, model: Any) -> None:
+    """Before the steps of a model: see `World.prepare`.
+
+    Raises:
+        ValueError: for a model that shall be compiled.
+    """
+    if model.jit_compile:
+        raise ValueError(
+            "Transfers between processes cannot be compiled. Received: "
+            f"jit_compile=True for the model {model.name!r}. Compile it "
+            "with jit_compile=False (the default on PyTorch)."
+        )
+    world.agreement.start(model)
 
 
 def install(current: Current) -> None:
@@ -141,8 +155,6 @@ def _steps(kind: str) -> Callable[..., Any]:
 def _step(
     model: Any, function: Callable[..., Any], kind: str, current: Current
 ) -> Callable[..., Any]:
-    from keras_ring.backends.torch import training
-
     run = training.predict_step if kind == "predict" else training.run_step
 
     def step(data: Any) -> Any:
@@ -180,9 +192,6 @@ def _symbolic_build(
     def symbolic_build(
         self: Any, iterator: Any = None, data_batch: Any = None
     ) -> Any:
-        from keras_ring.backends.torch import training
-        from keras_ring.training.wrappers import built
-
         world = current()
         if (
             world is None
@@ -270,8 +279,6 @@ def _apply(
     """First average the gradients over all processes, on a shard."""
 
     def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
-        from keras_ring.backends.torch import training
-
         world = current()
         if world is None or world.size == 1 or not world.inside():
             return original(self, grads, trainable_variables)
@@ -310,7 +317,6 @@ def _callback_list(
     original: Callable[..., Any], current: Current
 ) -> Callable[..., Any]:
     """On other ranks than 0 nothing is printed or written."""
-    from keras_ring.backends.torch import callbacks as ring_callbacks
 
     def initialise(
         self: Any,
@@ -335,66 +341,3 @@ def _save(original: Callable[..., Any], current: Current) -> Callable[..., Any]:
     """One whole file, whichever processes save."""
     del current
     return saving.whole_files(original)
-
-
-def _seed_state() -> torch.Tensor | None:
-    """The state of Keras' global seed generator, if there is one."""
-    from keras.src.backend.common import global_state
-    from keras.src.random import seed_generator
-
-    generator = global_state.get_global_attribute(
-        seed_generator.GLOBAL_SEED_GENERATOR
-    )
-    return None if generator is None else generator.state.value.detach()
-
-
-def global_seed() -> list[int] | None:
-    """The seed that functions of `keras.random` without one start from."""
-    state = _seed_state()
-    return None if state is None else state.tolist()
-
-
-def set_global_seed(seed: list[int]) -> torch.Tensor:
-    """Set what `global_seed` tells; gives the state itself."""
-    from keras.src.backend.common import global_state
-    from keras.src.random import seed_generator
-
-    state = _seed_state()
-    if state is None:
-        # Made with a seed: without one it draws a number of Python's, which
-        # shuffles data, and on one device none is drawn here.
-        made = seed_generator.SeedGenerator(seed=0)
-        name = seed_generator.GLOBAL_SEED_GENERATOR
-        global_state.set_global_attribute(name, made)
-        state = made.state.value.detach()
-    return state.copy_(torch.tensor(seed))
-
-
-def forget_global_seed() -> None:
-    """Leave the global seed to be drawn when it is needed."""
-    from keras.src.backend.common import global_state
-    from keras.src.random import seed_generator
-
-    global_state.set_global_attribute(
-        seed_generator.GLOBAL_SEED_GENERATOR, None
-    )
-
-
-@contextlib.contextmanager
-def forked_global_seed(offset: int) -> Iterator[None]:
-    """Another global seed on this process for the length of a step, and the
-    same one as on every process afterwards."""
-    state = _seed_state()
-    if state is None:
-        state = set_global_seed([_derived_seed(), 0])
-    after = [(value + 1) * 5387 % 933199 for value in state.tolist()]
-    state[0] += offset
-    try:
-        yield
-    finally:
-        set_global_seed(after)
-
-
-def _derived_seed() -> int:
-    """A seed that is the same on every process and draws no number."""
-    return int(torch.get_rng_state().to(torch.int64).sum()) % 933199
