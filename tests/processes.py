@@ -27,7 +27,11 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 # What is imported before any is forked: the package, and what `fit` imports.
-IMPORTED = ("keras_ring.training", "keras_ring.backends.torch", "tensorflow")
+IMPORTED = (
+    "keras_ring.training.wrappers",
+    "keras_ring.backends.torch",
+    "tensorflow",
+)
 # Seconds that a call may take, and that the others get to finish theirs
 # after one has failed.
 LIMIT = 300.0
