@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import stat
 import subprocess
 import warnings
@@ -54,6 +55,29 @@ def test_other_code_flags_or_processors_make_another(source, monkeypatch):
     # What is made on the way does not stay.
     assert {made.pop().parent} == {path.parent for path in made}
     assert len(list(made.pop().parent.glob("*"))) == 6
+
+
+@NEEDED
+def test_any_file_that_is_included_makes_another(source, monkeypatch):
+    """By the compiler's own list, which leaves out no file of the folder."""
+    here = source.parent / "native"
+    shutil.copytree(library.HERE, here)
+    unit = here / library.ATTENTION.name
+    monkeypatch.setattr(library, "HERE", here)
+    monkeypatch.setattr(
+        library, "_compile", lambda command, folder, stem, deadline: stem
+    )
+    command = [*library._compilers()[0], "-std=c++17", "-MM", str(unit)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
+    files = [
+        Path(word) for word in listed.stdout.split() if word[-1] not in ":\\"
+    ]
+    assert set(files) == {*here.glob("*.cpp"), *here.glob("*.h")}
+    made = {library.build("attention", [unit])}
+    for path in files:
+        path.write_text(path.read_text() + "// More.\n")
+        made.add(library.build("attention", [unit]))
+    assert len(made) == 1 + len(files)
 
 
 @NEEDED

@@ -32,6 +32,7 @@ from keras_ring.attention.native.trust import distrust
 from keras_ring.scratch import locked, scratch
 
 HERE = Path(__file__).parent
+# One unit, which includes the other files beside it.
 ATTENTION = HERE / "attention.cpp"
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread"),
@@ -108,7 +109,8 @@ def build(
 
     Args:
         name: what its file name begins with.
-        sources: files; headers beside `attention.h` are found.
+        sources: files; what lies beside `attention.h` is found and is part
+            of the identity of what is made.
         flags: for the compiler, after `FLAGS`.
         seconds: that all of it may take, waiting for other processes that
             compile included; at most `PATIENCE`.
@@ -156,10 +158,11 @@ def _built(
     """`build` with one compiler in one folder."""
     deadline = time.monotonic() + seconds
     command = [*compiler, *FLAGS, f"-I{HERE}", *map(str, sources), *flags]
-    parts = *command, _version(compiler, deadline), _machine()
+    # Nobody says which of them a source includes.
+    beside = [path for path in HERE.iterdir() if path.suffix in (".cpp", ".h")]
+    files = map(_digest, (*sorted(beside), *sources))
+    parts = *command, _version(compiler, deadline), _machine(), *files
     identity = hashlib.sha256("\0".join(parts).encode())
-    for path in (HERE / "attention.h", *sources):
-        identity.update(path.read_bytes())
     stem = f"{name}-{identity.hexdigest()[:24]}"
     kept = _kept(folder, stem)
     if kept is not None:
