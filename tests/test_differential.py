@@ -22,7 +22,7 @@ CHOSEN = {
     "jax": (9, 78, 112, 280),
     # Of up to three devices, of which it traces each.
     "tensorflow": (9, 78, 42, 231),
-    "torch": (9, 78, 40, 93, 63),
+    "torch": (9, 40, 78, 178, 284),
 }[keras.backend.backend()]
 PROGRAMS = [
     *CHOSEN,
