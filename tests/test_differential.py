@@ -6,6 +6,7 @@ each time.
 
 import itertools
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -15,24 +16,58 @@ from keras_ring import masks
 from tests import differential, reference, rounding, worlds
 
 SEED = 231001889
-# The later ones with `--all` only. On TensorFlow the seventh takes as long as
-# all others together, so it is not dealt to that.
+# Of the first hundreds those few that together have every option on a ring, on
+# each backend, whose draws are not the same. Twenty more with `--all`.
+CHOSEN = {
+    "jax": (9, 78, 112, 280),
+    # Of up to three devices, of which it traces each.
+    "tensorflow": (9, 78, 42, 231),
+    "torch": (9, 40, 78, 178, 284),
+}[keras.backend.backend()]
 PROGRAMS = [
-    pytest.param(number, marks=[pytest.mark.extra] if number >= 12 else [])
-    for number in (*range(7), 8, 7, *range(9, 20))
+    *CHOSEN,
+    *(
+        pytest.param(number, marks=pytest.mark.extra)
+        for number in range(20)
+        if number not in CHOSEN
+    ),
 ]
 CASES = 15
 
 SIZES = [size for size in (1, 2, 3, 4, 8) if size <= worlds.DEVICES]
 
 
-@pytest.mark.dealt
 @pytest.mark.parametrize("number", PROGRAMS)
 def test_random_cases_equal_the_oracle(on_devices, number):
     program = differential.draw_program(SEED, number)
     on_devices(
         program.devices, differential.check_cases, SEED, number, range(CASES)
     )
+
+
+def test_the_chosen_programs_have_every_option_on_a_ring():
+    programs = [differential.draw_program(SEED, n) for n in CHOSEN]
+    assert all(p.mesh[1] > 1 for p in programs)
+    assert any(p.mesh[1] > 2 for p in programs)
+    kinds = {leaf[0] for p in programs for leaf in differential.leaves(p.mask)}
+    assert kinds == {
+        *("causal", "window", "padding", "segments", "prefix", "prefixes"),
+        *("blocks", "pairs"),
+    }
+    for name in ("alibi", "sinks", "soft_cap", "bias", "dropout"):
+        assert any(getattr(p, name) for p in programs), name
+    for name in ("kernel", "balance", "return_lse"):
+        assert len({getattr(p, name) for p in programs}) == 2, name
+    for program in programs:
+        # Neither empty shards alone, nor lengths that all rings can split.
+        assert min(program.lengths) >= 2 * program.mesh[1]
+    assert any(p.lengths[0] % p.mesh[1] for p in programs)
+    assert any(p.lengths[0] != p.lengths[1] for p in programs)
+    cut = [p for p in programs if p.portion]
+    for place in range(2):
+        assert not cut or any(
+            p.lengths[place] > p.mesh[1] * p.portion for p in cut
+        )
 
 
 def test_the_draws_reach_every_option():
