@@ -58,8 +58,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the last visit is forgotten",
-        "        fold(last, visiting, partials)\n",
-        "        fold(last, visiting, list(partials))\n",
+        "        meet(last, visiting, partials)\n",
+        "        meet(last, visiting, list(partials))\n",
         *("jax", "attention", "equals_the_oracle"),
     ),
     Mutation(
@@ -233,8 +233,8 @@ MUTATIONS = [
     # The choice of a kernel.
     Mutation(
         "a kernel is taken unproven",
-        "if kernel.available(device, dtype) and agrees(",
-        "if kernel.available(device, dtype) or agrees(",
+        "if kernel.preferred(device, dtype) and agrees(",
+        "if kernel.preferred(device, dtype) or agrees(",
         *("torch", "kernels", ""),
     ),
     Mutation(
@@ -296,8 +296,8 @@ MUTATIONS = [
     ),
     Mutation(
         "TensorFlow: replicas of a ring get their parts in another order",
-        "group, index = divmod(replica, world.sequence_size)",
-        "index, group = divmod(replica, world.data_size)",
+        "world.layout.index(replica, axis) for axis in (BATCH, SEQUENCE)",
+        "world.layout.index(replica, axis) for axis in (SEQUENCE, BATCH)",
         *("tensorflow", "training", "smaller_last_batch"),
     ),
     Mutation(
@@ -394,8 +394,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a saved layer forgets its sinks",
-        '            "sinks": self._sinks,\n',
-        "",
+        '"alibi": slopes,\n            **made,',
+        '"alibi": slopes,\n            **(made | {"sinks": False}),',
         *("torch", "saving ring_attention_layer", "checkpoint or config"),
     ),
     Mutation(
