@@ -322,7 +322,8 @@ def check_what_layers_add(mesh):
     )
     if not strategy.world.layers_see_shards:
         return
-    even, odd = (data("watched", 4, length, seed=0) for length in (8, 7))
+    lengths = 4 * mesh[1], 4 * mesh[1] - 1
+    even, odd = (data("watched", 4, length, seed=0) for length in lengths)
     with strategy.scope():
         for metric, batch, reason in (
             (keras.metrics.Sum, even, r"must be a ratio.*metrics \['own'\]"),
