@@ -316,7 +316,7 @@ def test_losses_and_metrics(on_devices, name, mesh):
 
 def check_what_layers_add(mesh):
     """Means over equal shards are those of one device; sums are not."""
-    check(mesh, watched, [data("watched", 4, 8, seed=0)])
+    check(mesh, watched, [data("watched", 4, 4 * mesh[1], seed=0)])
     strategy = keras_ring.DistributedStrategy(
         data_parallel=mesh[0], sequence_parallel=mesh[1]
     )
