@@ -3,13 +3,13 @@
 import numpy as np
 from keras import ops
 
-import keras_ring as kr
+from keras_ring.distribution import strategy
 
 
 def from_each(tensor):
     """Inside `strategy.run`: the member's term of a sum, such as its part
     of the gradient of a weight, in a form that `run` can join."""
-    world = kr.strategy.current()
+    world = strategy.current()
     tensor = ops.expand_dims(ops.expand_dims(tensor, 0), 0)
     if world.inside():
         return tensor
@@ -22,7 +22,7 @@ def from_each(tensor):
 def everyones(tensor):
     """Inside `strategy.run`: each member's own value of something that is
     the same on all, to be compared outside."""
-    world = kr.strategy.current()
+    world = strategy.current()
     sizes = world.data_size, world.sequence_size
     tensor = ops.expand_dims(ops.expand_dims(tensor, 0), 0)
     if world.inside():

@@ -1,6 +1,7 @@
 """The dense maps of an attention layer, named and shaped as Keras does."""
 
 import string
+from operator import attrgetter
 from typing import Any
 
 import keras
@@ -184,3 +185,18 @@ class Projections:
     @property
     def sliding_window(self) -> int | None:
         return self._options.sliding_window
+
+    # The names under which a subclass of a stock layer finds them.
+    _num_heads = property(attrgetter("_options.heads.query"))
+    _num_query_heads = _num_heads
+    _num_key_value_heads = property(attrgetter("_options.heads.key_value"))
+    _key_dim = property(attrgetter("_options.heads.key_dim"))
+    _head_dim = _key_dim
+    _value_dim = property(attrgetter("_options.heads.value_dim"))
+    _dropout = property(attrgetter("_options.dropout"))
+    _use_bias = property(attrgetter("_options.use_bias"))
+    _use_gate = property(attrgetter("_options.use_gate"))
+    _output_shape = property(attrgetter("_options.output_shape"))
+    _attention_axes = property(attrgetter("_options.attention_axes"))
+    _sliding_window = property(attrgetter("_options.sliding_window"))
+    _flash_attention = property(attrgetter("_options.flash_attention"))
