@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 import keras_ring as kr
+from keras_ring.distribution.strategy import current
 from tests import gradients
 from tests.members import everyones, from_each, total
 
@@ -87,7 +88,7 @@ def run_layer(size, make, x, options, pooled):
     def function(x, weight_shard):
         share = weight_shard
         if pooled:
-            inside = kr.strategy.current().inside()
+            inside = current().inside()
             share = weight / (size if inside else 1)
         out, grads, grad_x, state = differentiate(layer, x, share, options)
         return (
