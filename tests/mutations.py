@@ -90,7 +90,7 @@ MUTATIONS = [
         "a compiled loop begins with hop 0",
         'hops = jax.numpy.arange(first, first + count, dtype="int32")',
         'hops = jax.numpy.arange(0, count, dtype="int32")',
-        *("jax", "differential attention communication transport", ""),
+        *("jax", "differential", "random_cases"),
     ),
     Mutation(
         "a window's hops are counted backwards",
@@ -134,7 +134,7 @@ MUTATIONS = [
         "a window is one position wider",
         "return (ops.abs(distance) < self.size)[None, None]",
         "return (ops.abs(distance) <= self.size)[None, None]",
-        *("jax", "attention", "window"),
+        *("jax", "numerics", "window"),
     ),
     Mutation(
         "a window makes a hop too few",
@@ -149,9 +149,9 @@ MUTATIONS = [
         *("torch", "differential", "packed"),
     ),
     Mutation(
-        "documents that lie in one tile are seen whole",
+        "what one document has of queries is seen whole",
         "ops.all(ops.logical_and(same, single), axis=2),",
-        "ops.all(same, axis=2),",
+        "ops.all(single, axis=2),",
         *("jax", "numerics", "tensors"),
     ),
     Mutation(
@@ -189,7 +189,7 @@ MUTATIONS = [
         "the bias of the first keys is that of all",
         "bias = columns(self._tile(i, j).bias, self.keys.positions(j))",
         "bias = columns(self._tile(i, j).bias, self.keys.positions(0))",
-        *("tensorflow", "attention", "pairs_of_any"),
+        *("tensorflow", "differential", "random_cases"),
     ),
     Mutation(
         "sinks have no share",
@@ -265,7 +265,7 @@ MUTATIONS = [
         "list(itertools.compress(gradients, floating)),\n"
         "                        permutation,\n"
         "                        inverse,",
-        *("tensorflow", "transport", ""),
+        *("tensorflow", "gathered", "layer_over"),
     ),
     Mutation(
         "PyTorch: messages go the other way",
@@ -301,13 +301,13 @@ MUTATIONS = [
         *("tensorflow", "training", "smaller_last_batch"),
     ),
     Mutation(
-        "a loss is a mean of the devices' means",
+        "PyTorch: a loss is a mean of the processes' means",
         "total = self.everyones_sum(counted)",
         "total = counted * self.devices",
         *("torch", "global_counts", "losses_and_metrics"),
     ),
     Mutation(
-        "TensorFlow as well",
+        "TensorFlow: a loss is a mean of the replicas' means",
         "total = self.everyones_sum(counted)",
         "total = counted * self.devices",
         *("tensorflow", "global_counts", "masked"),
@@ -322,7 +322,7 @@ MUTATIONS = [
         "a pooled output is summed by every member",
         "weight = self.devices / copies * self.present(output)",
         "weight = self.devices * self.present(output)",
-        *("torch", "global_counts own_losses own_steps", ""),
+        *("torch", "global_counts", "losses_and_metrics"),
     ),
     Mutation(
         "padding is at the start",

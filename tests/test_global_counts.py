@@ -108,8 +108,9 @@ def two_outputs(kind):
 
 
 def several(kind):
-    """What five of the other models have alone, as outputs of one: each has a
-    loss, metrics, weights of samples and a layer of its own."""
+    """What five of the other models have alone, as outputs of one, and a sum
+    over what is pooled: each has a loss, metrics, weights of samples and a
+    layer of its own."""
     x = keras.Input((None, WIDTH))
     y = attend(kind, layers.Dense(WIDTH, kernel_regularizer="l2")(x))
     entropy = functools.partial(
@@ -121,19 +122,25 @@ def several(kind):
         "summed": entropy(reduction="sum"),
         "flat": keras.losses.MeanSquaredError(),
         "pooled": keras.losses.BinaryCrossentropy(),
+        "total": keras.losses.BinaryCrossentropy(reduction="sum"),
     }
+    whole = pooled(kind, y)
     outputs = [layers.Dense(3, name=name)(y) for name in list(losses)[:3]]
     flat = layers.Dense(1)(y)
     outputs += [
         layers.Lambda(lambda t: t[..., 0], output_shape=(None,), name="flat")(
             flat
         ),
-        layers.Dense(1, name="pooled", activation="sigmoid")(pooled(kind, y)),
+        *(
+            layers.Dense(1, name=name, activation="sigmoid")(whole)
+            for name in ("pooled", "total")
+        ),
     ]
+    weights = (1.0, 0.5, 0.1, 1.5, 2.0, 0.2)
     return compiled(
         keras.Model(x, dict(zip(losses, outputs, strict=True))),
         losses,
-        loss_weights=dict(zip(losses, (1.0, 0.5, 0.1, 1.5, 2.0), strict=True)),
+        loss_weights=dict(zip(losses, weights, strict=True)),
         metrics={
             "flat": ["mae"],
             "pooled": [keras.metrics.TruePositives(name="hits"), "accuracy"],
@@ -227,9 +234,10 @@ def data(kind, rows, length, seed):
         return x, (classes, one)
     if kind == "several":
         targets = dict.fromkeys(("ignoring", "weighted", "summed"), classes)
-        targets |= {"flat": weights, "pooled": one}
+        targets |= {"flat": weights, "pooled": one, "total": one}
         own = dict.fromkeys(targets, weights)
-        return x, targets, own | dict.fromkeys(("flat", "pooled"), samples)
+        by_sample = dict.fromkeys(("flat", "pooled", "total"), samples)
+        return x, targets, own | by_sample
     if kind == "classifier":
         return x, one
     if kind == "flat":
