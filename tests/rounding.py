@@ -149,9 +149,10 @@ def bounds(found, query, key, value, grad_out, grad_lse, options, dtype):
     at_raw = scale * at_score * factor
     if cap is not None:
         slope = FUNCTION * unit + 2 * at_product / cap
-        at_raw = at_raw + scale * np.abs(found.grad_scores) * np.minimum(
-            slope, 1.0
-        )
+        # Where the cap is reached the derivative is nearly 0, and what it is
+        # off by counts with the error of what it multiplies as well.
+        pulled = np.abs(found.grad_scores) + at_score
+        at_raw = at_raw + scale * pulled * np.minimum(slope, 1.0)
     raw = scale * np.abs(found.grad_scores) * factor
     along_keys = at_raw + sums * raw
     along_rows = at_raw + (rows * group + STEPS) * unit * raw
