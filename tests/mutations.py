@@ -78,7 +78,7 @@ MUTATIONS = [
         "portions begin where chunks do",
         "return tuple(start + portion.begin for start in starts)",
         "return tuple(starts)",
-        *("jax", "differential", "random_cases"),
+        *("torch", "differential", "random_cases"),
     ),
     Mutation(
         "bands begin where their part does",
@@ -265,7 +265,7 @@ MUTATIONS = [
         "list(itertools.compress(gradients, floating)),\n"
         "                        permutation,\n"
         "                        inverse,",
-        *("tensorflow", "gathered", "layer_over"),
+        *("tensorflow", "tensorflow_replicas", "transposed"),
     ),
     Mutation(
         "PyTorch: messages go the other way",
