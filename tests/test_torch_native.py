@@ -324,7 +324,7 @@ def test_a_forked_process_has_threads_of_its_own():
     """Those of its parent are not there any more. PyTorch's cannot do that."""
     code = """
 import os, signal, torch
-from keras_ring.backends.torch import native
+from keras_ring.backends.torch.kernels import native
 from keras_ring.backends.torch.kernels.native import TorchNativeKernel
 from keras_ring.attention.kernel import Inputs
 from keras_ring.attention.scoring import Scoring
