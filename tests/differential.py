@@ -83,6 +83,7 @@ class Program:
     tile: int
     kernel: str
     portion: int | None = None
+    attention: str = "ring"
 
     @property
     def devices(self):
@@ -94,8 +95,14 @@ def generator(*numbers):
     return np.random.default_rng(np.random.SeedSequence(numbers))
 
 
-def draw_program(seed, number):
-    """Program `number` of a run with this seed, on the devices there are."""
+def draw_program(seed, number, attention=None):
+    """Program `number` of a run with this seed, on the devices there are.
+
+    Args:
+        seed, number: integers.
+        attention: the way to share the sequence; one that its heads allow
+            if None.
+    """
     draw = generator(seed, number)
 
     def one_of(values):
@@ -130,7 +137,20 @@ def draw_program(seed, number):
         tile=one_of(TILES[1:] if long else TILES),
         kernel=one_of(["auto", "auto", "blockwise"]),
         portion=one_of([p and 10 * p for p in PORTIONS] if long else PORTIONS),
+        attention=one_of(ways(mesh[1], heads[0]))
+        if attention is None
+        else attention,
     )
+
+
+def ways(size, heads):
+    """The ways to share a sequence that are there for a number of heads."""
+    found = ["ring", "all_gather", "auto"]
+    if heads % size == 0:
+        found.append("all_to_all")
+    if any(size % n == heads % n == 0 for n in range(2, size)):
+        found.append("mixed")
+    return found
 
 
 def draw_mask(draw, one_of, heads, lengths):
@@ -383,6 +403,7 @@ class Compiled:
             data_parallel=program.mesh[0],
             sequence_parallel=program.mesh[1],
             balance=program.balance,
+            attention=program.attention,
         )
         self.call = strategy.world.program(self.attend)
         self.sees_shards = strategy.world.layers_see_shards
@@ -507,14 +528,18 @@ def precision(dtype):
         yield
 
 
-def check_cases(seed, number, cases):
+def check_cases(seed, number, cases, attention=None):
     """Run the cases of one program; the first that is wrong is an error.
+
+    Args:
+        seed, number, attention: see `draw_program`.
+        cases: numbers of cases.
 
     Returns:
         For each result the largest share of its bound that was used, over
         all cases.
     """
-    program = draw_program(seed, number)
+    program = draw_program(seed, number, attention)
     compiled = None
     used: dict[str, float] = {}
     for case in cases:

@@ -25,11 +25,13 @@ class Dropout:
         seed: int32 `(2,)`; see `random_bits` for what it decides.
         first_row: global number of the first sample of the batch; int or
             int32 scalar.
+        first_head: global number of the first head, likewise.
     """
 
     rate: float
     seed: Tensor
-    first_row: Any
+    first_row: Any = 0
+    first_head: Any = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,8 +71,9 @@ class Scoring:
             shared=() if self.slopes is None else (self.slopes,),
         )
         if self.dropout is not None:
-            drop = self.dropout.seed, self.dropout.first_row
-            own = own.join(Carried(shared=drop))
+            drop = self.dropout
+            places = drop.first_row, drop.first_head
+            own = own.join(Carried(shared=(drop.seed, *places)))
         return own if self.mask is None else own.join(self.mask.carried())
 
     def replace(self, carried: Carried) -> "Scoring":
@@ -80,7 +83,8 @@ class Scoring:
         slopes = None if self.slopes is None else shared.pop(0)
         dropout, mask = self.dropout, self.mask
         if dropout is not None:
-            dropout = Dropout(dropout.rate, shared.pop(0), shared.pop(0))
+            dropout = Dropout(dropout.rate, *shared[:3])
+            del shared[:3]
         if mask is not None:
             mask = mask.replace(
                 Carried(tuple(query), tuple(key), tuple(shared))

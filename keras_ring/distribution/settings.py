@@ -11,6 +11,9 @@ from keras_ring import arguments
 from keras_ring.distribution.mesh import BATCH, SEQUENCE, Mesh
 from keras_ring.distribution.placement import Choice
 
+# Ways to share the attention of a sequence.
+WAYS = ("ring", "all_to_all", "all_gather", "mixed", "auto")
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -22,6 +25,8 @@ class Settings:
     devices: tuple[str, ...] | None = None
     balance: Choice = "auto"
     timeout: float = 300.0
+    attention: str = "ring"
+    heads_parallel: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("sequence_parallel", "data_parallel", "model_parallel"):
@@ -48,6 +53,29 @@ class Settings:
                 f"balance={arguments.shown(self.balance)}. Pass one of these."
             )
         self._keep("timeout", arguments.positive("timeout", self.timeout))
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        if self.attention not in WAYS:
+            raise ValueError(
+                "`attention` must be one of "
+                f"{', '.join(map(repr, WAYS))}. Received: attention="
+                f"{arguments.shown(self.attention)}. Pass one of these."
+            )
+        if self.heads_parallel is None:
+            return
+        other = ", or None"
+        number = arguments.integer(
+            "heads_parallel", self.heads_parallel, 2, other
+        )
+        self._keep("heads_parallel", number)
+        if self.attention not in ("mixed", "auto"):
+            raise ValueError(
+                "`heads_parallel` is the size of the groups that share heads "
+                'in attention="mixed", which "auto" may choose. Received: '
+                f"heads_parallel={number}, attention={self.attention!r}. "
+                'Leave it out, or set attention="mixed".'
+            )
 
     def _keep(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -126,6 +154,14 @@ class Settings:
                 f"Received: {available} device{'s' * (available != 1)} on the "
                 f"backend {backend!r}. Lower the sizes"
                 f"{_HOW_TO_GET_DEVICES.get(backend, '')}."
+            )
+        inner = self.heads_parallel
+        if inner is not None and (sequence % inner or sequence == inner):
+            raise ValueError(
+                "`heads_parallel` must divide the devices that share a "
+                "sequence, and be fewer. Received: heads_parallel="
+                f"{inner}, sequence_parallel={sequence}. Choose a divisor of "
+                f'{sequence}, or attention="all_to_all" for all of them.'
             )
         return Mesh((data, sequence, self.model_parallel))
 

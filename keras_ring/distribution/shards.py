@@ -50,7 +50,7 @@ def gather(
             grad = ops.concatenate(
                 [grad, ops.zeros(shape, dtype=grad.dtype)], axis
             )
-        return (_sum_of_own_part(ring, grad, axis),)
+        return (sum_of_own_part(ring, grad, axis),)
 
     custom_gradient = backends.load().runtime.custom_gradient
     return custom_gradient(forward, backward)(tensor)[0]
@@ -112,8 +112,14 @@ def of_whole(
     )
 
 
-def _sum_of_own_part(ring: Transport, grad: Tensor, axis: int) -> Tensor:
-    """Every member's gradient of this device's chunk, summed."""
+def sum_of_own_part(ring: Transport, grad: Tensor, axis: int) -> Tensor:
+    """Every member's gradient of this device's chunk, summed.
+
+    Args:
+        ring: the members.
+        grad: of the whole sequence, which `axis` holds.
+        axis: not negative.
+    """
     dtype = keras.backend.standardize_dtype(grad.dtype)
     # Each member's gradient of this device's part, stacked on axis 0.
     asked = ring.all_to_all(

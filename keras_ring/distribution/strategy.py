@@ -45,6 +45,15 @@ class DistributedStrategy(Settings):
             a chunk is known and even, False never.
         timeout: seconds after which a transfer that does not finish ends
             the run with an error (PyTorch, TensorFlow).
+        attention: how devices share the attention of a sequence, with the
+            same result. "ring": blocks of keys and values go around.
+            "all_to_all": each device gets all positions of a part of the
+            heads, whose number must be a multiple of `sequence_parallel`.
+            "all_gather": each device gets all keys and values. "mixed":
+            groups of `heads_parallel` devices share heads, and a ring joins
+            the groups. "auto": what moves the fewest bytes.
+        heads_parallel: number of devices in a group of "mixed"; as many as
+            the heads allow if None.
 
     Raises:
         ValueError: for sizes that are no positive integers, or that do not

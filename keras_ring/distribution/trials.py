@@ -35,12 +35,9 @@ class Place(Transport):
     def index(self) -> int:
         return self._index
 
-    def start_shift(self, tensors: Sequence[Tensor], by: int = 1) -> Pending:
-        raise NotTriedError
-
-    def exchange(
+    def start_exchange(
         self, tensors: Sequence[Tensor], permutation: Sequence[int]
-    ) -> list[Tensor]:
+    ) -> Pending:
         raise NotTriedError
 
     def all_gather(self, tensor: Tensor, axis: int) -> Tensor:

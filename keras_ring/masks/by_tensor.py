@@ -146,6 +146,9 @@ class Explicit(Mask):
     def carried(self) -> Carried:
         return Carried(query=(self.pairs,))
 
+    def by_head(self) -> Carried:
+        return Carried(query=(self.pairs.shape[2] != 1,))
+
     def replace(self, carried: Carried) -> "Explicit":
         return Explicit(*carried.query)
 

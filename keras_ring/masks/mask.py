@@ -104,6 +104,13 @@ class Mask(abc.ABC):
         del carried
         return self
 
+    def by_head(self) -> Carried:
+        """Return True for each tensor that has the heads on axis 2, a pair's
+        answer for each; in the places of `carried`, of which the shared ones
+        cannot."""
+        own = self.carried()
+        return Carried(*(tuple(False for _ in side) for side in own))
+
     def structure(self) -> Any:
         """Return the mask without its tensors: equal and hashable for masks
         that differ in their tensors only."""
@@ -262,6 +269,9 @@ class _Pair(Mask):
 
     def carried(self) -> Carried:
         return self.first.carried().join(self.second.carried())
+
+    def by_head(self) -> Carried:
+        return self.first.by_head().join(self.second.by_head())
 
     def replace(self, carried: Carried) -> "Mask":
         first, second = carried.split(self.first.carried())

@@ -1,5 +1,6 @@
 """`keras_ring.ops.ring_attention`: exact attention around a ring."""
 
+import dataclasses
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -11,9 +12,10 @@ from keras_ring.attention import selection, sharing
 from keras_ring.attention.dense import dense_attention
 from keras_ring.attention.kernel import Inputs
 from keras_ring.attention.scoring import Dropout, Scoring
-from keras_ring.distribution import placement, strategy, trials
+from keras_ring.distribution import strategy, trials
+from keras_ring.distribution.settings import Settings
 from keras_ring.distribution.transport import Transport
-from keras_ring.distribution.world import LOCAL, World
+from keras_ring.distribution.world import LOCAL
 from keras_ring.masks import Carried, Mask
 from keras_ring.masks.by_position import Before
 from keras_ring.ops import attention_checks as checks
@@ -151,7 +153,7 @@ def ring_attention(
         soft_cap=checks.soft_cap(soft_cap),
         bias=bias,
         slopes=slopes,
-        dropout=_dropout(dropout, dropout_seed, query, world),
+        dropout=_dropout(dropout, dropout_seed),
     )
     if world is None and backends.load().runtime.exporting(query):
         # Tiles, loops and a gradient of its own do not travel.
@@ -163,7 +165,6 @@ def ring_attention(
         _attend,
         scoring=scoring,
         counts=tuple(len(side) for side in carried),
-        balanced=world is not None and world.strategy.balance,
     )
     tensors = [query, key, value, *carried.query, *carried.key]
     if world is None:
@@ -186,17 +187,14 @@ def _made_up(query: Tensor, value: Tensor) -> AttentionResult:
     return AttentionResult(out, lse)
 
 
-def _dropout(
-    rate: float, seed: Tensor | None, query: Tensor, world: World | None
-) -> Dropout | None:
+def _dropout(rate: float, seed: Tensor | None) -> Dropout | None:
+    """The dropout of a whole batch and of all heads."""
     seed = checks.dropout_seed(rate, seed)
     if seed is None:
         return None
-    first_row: Any = 0
-    if world is not None and world.inside():
-        first_row = world.data_index() * sizes(query)[0]
-    first_row = ops.convert_to_tensor(first_row, dtype="int32")
-    return Dropout(float(rate), seed, first_row)
+    # Not Python's: in 64 bits the hash of a place would be another one.
+    zero = ops.convert_to_tensor(0, dtype="int32")
+    return Dropout(float(rate), seed, zero, zero)
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple:
@@ -222,7 +220,6 @@ def _attend(
     *tensors: Tensor,
     scoring: Scoring,
     counts: tuple[int, ...],
-    balanced: placement.Choice,
 ) -> tuple[Tensor, Tensor]:
     """Attention on one member of the ring, with its own gradient.
 
@@ -231,14 +228,24 @@ def _attend(
     """
     inputs, carried = tensors[:3], iter(tensors[3:])
     sides = (tuple(itertools.islice(carried, n)) for n in counts)
+    scoring = scoring.replace(Carried(*sides))
+    query, key, _ = inputs
     reference = backends.load().kernel.KERNEL
-    kernel = selection.choose(inputs[0].dtype, reference.device(inputs[0]))
-    query_length, key_length = (sizes(tensor)[1] for tensor in inputs[:2])
+    world = strategy.current()
+    if world is not None and scoring.dropout is not None:
+        first_row = world.data_index() * sizes(query)[0]
+        first_row = ops.convert_to_tensor(first_row, dtype="int32")
+        dropout = dataclasses.replace(scoring.dropout, first_row=first_row)
+        scoring = dataclasses.replace(scoring, dropout=dropout)
     shared = sharing.choose(
-        transport, kernel, scoring.mask, query_length, key_length, balanced
+        transport,
+        selection.choose(query.dtype, reference.device(query)),
+        scoring,
+        (sizes(query)[1], sizes(key)[1]),
+        sharing.Heads(query.shape[2], key.shape[2]),
+        Settings() if world is None else world.strategy,
     )
     out, lse = shared.attend(
-        Inputs(*(ops.transpose(t, (0, 2, 1, 3)) for t in inputs)),
-        scoring.replace(Carried(*sides)),
+        Inputs(*(ops.transpose(t, (0, 2, 1, 3)) for t in inputs)), scoring
     )
     return ops.transpose(out, (0, 2, 1, 3)), ops.transpose(lse, (0, 2, 1))

@@ -212,7 +212,7 @@ class Tiling:
         if dropout is None:
             return None
         batch = dropout.first_row + ops.arange(self.batch, dtype="int32")
-        heads = ops.arange(self.heads, dtype="int32")
+        heads = dropout.first_head + ops.arange(self.heads, dtype="int32")
         kept = random_bits.keep(
             dropout.seed,
             [

@@ -6,11 +6,13 @@ are exchanged on the way in and back again on the way out, so that nothing
 else, and no user, ever sees another order.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from keras import ops
 
+from keras_ring.attention.sharing.base import Sharing
 from keras_ring.distribution import placement
 from keras_ring.distribution.transport import Transport
 from keras_ring.masks import Mask
@@ -19,6 +21,33 @@ Tensor = Any
 
 # Shorter halves have less work than their exchange costs.
 SHORTEST = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Balanced(Sharing):
+    """A sharing whose members may hold balanced chunks.
+
+    Attributes:
+        balanced: whether queries, and what a subclass puts beside them, lie
+            in the balanced chunks of `placement` while attention is computed.
+    """
+
+    balanced: bool = False
+
+    def enter_rows(self, rows: list[Tensor]) -> list[Tensor]:
+        if not self.balanced:
+            return rows
+        return enter(self.transport, rows, [2] * len(rows))
+
+    def leave_rows(self, rows: list[Tensor]) -> list[Tensor]:
+        if not self.balanced:
+            return rows
+        return leave(self.transport, rows, [2] * len(rows))
+
+    def leave_bias(self, grad: Tensor, heads: int) -> Tensor:
+        if not self.balanced:
+            return grad
+        return leave(self.transport, [grad], [1])[0]
 
 
 def pays(

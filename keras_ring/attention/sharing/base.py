@@ -6,6 +6,7 @@ local: the chunk that one device holds.
 
 import abc
 import dataclasses
+import itertools
 from typing import Any
 
 from keras import ops
@@ -25,9 +26,9 @@ class Sharing(abc.ABC):
     """One way to compute attention over the shards of a sequence.
 
     A subclass says how keys reach queries, forward and backward, and where
-    queries and keys lie meanwhile (`enter` and `leave`, which undoes it). The
-    base gives the whole its own gradient: only query, key, value, output and
-    log-sum-exp are kept for the backward, never a score.
+    queries and keys lie meanwhile (`enter`, and `leave`, which brings results
+    and gradients back). The base gives the whole its own gradient: only query,
+    key, value, output and log-sum-exp are kept for the backward, never a score.
 
     Attributes:
         transport: moves tensors between the devices that share the sequence.
@@ -70,19 +71,53 @@ class Sharing(abc.ABC):
             rows over all keys, the slopes' is this device's term of a sum.
         """
 
-    def enter(self, tensors: list[Tensor], axis: int) -> list[Tensor]:
-        """Move tensors that lie along the sequence to where they are used.
+    def enter(self, inputs: Inputs, scoring: Scoring) -> tuple[Inputs, Scoring]:
+        """Move the operands to where they are used.
 
         Args:
-            tensors: chunks in natural order. The list may be emptied, so that
-                none need be there twice.
-            axis: the sequence axis of all of them.
-        """
-        return tensors
+            inputs: the local chunks in natural order.
+            scoring: over local tensors in natural order.
 
-    def leave(self, tensors: list[Tensor], axis: int) -> list[Tensor]:
-        """Move them back to natural order; the list may be emptied."""
-        return tensors
+        Returns:
+            What `forward` and `backward` get, the scoring with as many
+            tensors.
+        """
+        return inputs, scoring
+
+    def enter_rows(self, rows: list[Tensor]) -> list[Tensor]:
+        """Move what belongs to the queries to where these are.
+
+        Args:
+            rows: chunks `(batch, heads, length, ...)` in natural order. The
+                list may be emptied, so that none need be there twice.
+        """
+        return rows
+
+    def leave_rows(self, rows: list[Tensor]) -> list[Tensor]:
+        """Undo `enter_rows`; the list may be emptied."""
+        return rows
+
+    def leave(self, grads: list[Tensor], dtype: Any) -> list[Tensor]:
+        """Move the gradients of query, key and value to their owners.
+
+        Args:
+            grads: as `backward` returns them. The list may be emptied.
+            dtype: that they are to have.
+        """
+        return cast_each(grads, dtype)
+
+    def leave_bias(self, grad: Tensor, heads: int) -> Tensor:
+        """Move the gradient of a bias to the owners of its rows.
+
+        Args:
+            grad: as `backward` returns it, in the dtype of the bias.
+            heads: that the bias has, 1 for one that all heads share.
+        """
+        return grad
+
+    def leave_slopes(self, grad: Tensor) -> Tensor:
+        """Make this device's term of the gradient of all slopes."""
+        return grad
 
     def attend(self, inputs: Inputs, scoring: Scoring) -> Partial:
         """Attention over the whole sequence, with its own gradient.
@@ -95,54 +130,48 @@ class Sharing(abc.ABC):
             `Partial` in natural order, `out` in the inputs' dtype.
         """
         counts = [len(side) for side in scoring.carried()]
-        at_key, at_shared = counts[0], counts[0] + counts[1]
-        dtype = inputs.query.dtype
+        dtype, bias = inputs.query.dtype, scoring.bias
 
-        def with_tensors(carried: list[Tensor]) -> Scoring:
-            sides = (
-                carried[:at_key],
-                carried[at_key:at_shared],
-                carried[at_shared:],
-            )
-            return scoring.replace(Carried(*(tuple(side) for side in sides)))
+        def operands(*tensors: Tensor) -> tuple[Inputs, Scoring]:
+            carried = iter(tensors[3:])
+            sides = (tuple(itertools.islice(carried, n)) for n in counts)
+            return Inputs(*tensors[:3]), scoring.replace(Carried(*sides))
 
         def forward(*tensors: Tensor) -> tuple[tuple, tuple]:
             # Moved once: the backward finds them as they are needed.
-            placed = Inputs(*self.enter(list(tensors[:3]), 2))
-            carried = [
-                *self.enter(list(tensors[3 : 3 + at_shared]), 1),
-                *tensors[3 + at_shared :],
-            ]
-            out, lse = self.forward(placed, with_tensors(carried))
+            placed, own = self.enter(*operands(*tensors))
+            out, lse = self.forward(placed, own)
             out = ops.cast(out, dtype)
-            residuals = *placed, *carried, out, lse
-            return tuple(self.leave([out, lse], 2)), residuals
+            residuals = *placed, *itertools.chain(*own.carried()), out, lse
+            return tuple(self.leave_rows([out, lse])), residuals
 
         def backward(
             residuals: tuple, grad_out: Tensor, grad_lse: Tensor
         ) -> tuple:
             *given, out, lse = residuals
-            placed, carried = Inputs(*given[:3]), given[3:]
-            pulls = Partial(*self.enter([grad_out, grad_lse], 2))
-            grads = self.backward(
-                placed, Partial(out, lse), pulls, with_tensors(carried)
-            )
-            others: list[Tensor | None] = [None] * len(carried)
-            if grads.bias is not None:
-                grad_bias = ops.cast(grads.bias, carried[0].dtype)
-                (others[0],) = self.leave([grad_bias], 1)
-            if grads.slopes is not None:
-                slopes = ops.cast(grads.slopes, carried[at_shared].dtype)
-                others[at_shared] = slopes
-            pairs = zip(placed, grads[:3], strict=True)
-            own = [ops.cast(grad, tensor.dtype) for tensor, grad in pairs]
+            placed, own = operands(*given)
+            pulls = Partial(*self.enter_rows([grad_out, grad_lse]))
+            found = self.backward(placed, Partial(out, lse), pulls, own)
+            others: list[Tensor | None] = [None] * sum(counts)
+            if bias is not None and found.bias is not None:
+                grad_bias = ops.cast(found.bias, bias.dtype)
+                others[0] = self.leave_bias(grad_bias, bias.shape[2])
+            if own.slopes is not None:
+                slopes = ops.cast(found.slopes, own.slopes.dtype)
+                others[counts[0] + counts[1]] = self.leave_slopes(slopes)
+            grads = list(found[:3])
             # What is moved needs room: nothing else is kept meanwhile.
-            del grads, pairs, pulls, grad_out, grad_lse
-            return (*self.leave(own, 2), *others)
+            del found, pulls, grad_out, grad_lse
+            return (*self.leave(grads, dtype), *others)
 
         custom_gradient = backends.load().runtime.custom_gradient
         attention = custom_gradient(forward, backward)
-        sides = scoring.carried()
         return Partial(
-            *attention(*inputs, *sides.query, *sides.key, *sides.shared)
+            *attention(*inputs, *itertools.chain(*scoring.carried()))
         )
+
+
+def cast_each(tensors: list[Tensor], dtype: Any) -> list[Tensor]:
+    """All tensors in a dtype; the list is emptied, so that no two of one are
+    there for longer than the cast."""
+    return [ops.cast(tensors.pop(0), dtype) for _ in range(len(tensors))]

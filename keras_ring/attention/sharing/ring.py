@@ -12,6 +12,7 @@ one of them.
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 from keras import ops
@@ -27,10 +28,12 @@ from keras_ring.attention.kernel import (
 from keras_ring.attention.numerics import Partial
 from keras_ring.attention.scoring import Scoring
 from keras_ring.attention.sharing import balance
-from keras_ring.attention.sharing.base import Sharing
+from keras_ring.attention.sharing.balance import Balanced
+from keras_ring.attention.sharing.base import cast_each
 from keras_ring.attention.visit import Visit
 from keras_ring.distribution import placement
 from keras_ring.distribution.placement import Band, Portion
+from keras_ring.masks import Carried
 from keras_ring.shapes import sizes
 
 Tensor = Any
@@ -54,25 +57,24 @@ class Queries:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring(Sharing):
-    """Attention around one ring, forward and backward.
+class Ring(Balanced):
+    """Attention around one ring, forward and backward."""
 
-    Attributes:
-        balanced: whether queries and keys lie in the balanced chunks of
-            `placement` while attention is computed.
-    """
+    def enter(self, inputs: Inputs, scoring: Scoring) -> tuple[Inputs, Scoring]:
+        if not self.balanced:
+            return inputs, scoring
+        carried = scoring.carried()
+        tensors = [*inputs, *carried.query, *carried.key]
+        axes = [2, 2, 2] + [1] * (len(tensors) - 3)
+        moved = iter(balance.enter(self.transport, tensors, axes))
+        inputs = Inputs(*itertools.islice(moved, 3))
+        query = tuple(itertools.islice(moved, len(carried.query)))
+        return inputs, scoring.replace(
+            Carried(query, tuple(moved), carried.shared)
+        )
 
-    balanced: bool = False
-
-    def enter(self, tensors: list[Tensor], axis: int) -> list[Tensor]:
-        if not self.balanced or not tensors:
-            return tensors
-        return balance.enter(self.transport, tensors, [axis] * len(tensors))
-
-    def leave(self, tensors: list[Tensor], axis: int) -> list[Tensor]:
-        if not self.balanced or not tensors:
-            return tensors
-        return balance.leave(self.transport, tensors, [axis] * len(tensors))
+    def leave(self, grads: list[Tensor], dtype: Any) -> list[Tensor]:
+        return self.leave_rows(cast_each(grads, dtype))
 
     def forward(self, inputs: Inputs, scoring: Scoring) -> Partial:
         return _Loop(self, scoring).forward(inputs)

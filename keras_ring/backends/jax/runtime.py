@@ -19,7 +19,7 @@ from keras import tree
 from keras_ring import precision
 from keras_ring.attention import selection
 from keras_ring.backends.jax import compilation_cache, trainer
-from keras_ring.backends.jax.transport import RingTransport, at, place
+from keras_ring.backends.jax.transport import Place, RingTransport, at, place
 from keras_ring.distribution import scopes, world
 from keras_ring.distribution.mesh import AXES, BATCH, SEQUENCE
 from keras_ring.distribution.strategy import DistributedStrategy
@@ -116,14 +116,20 @@ class World(world.World):
             or in_symbolic_scope()
         ):
             return function(LOCAL, *tensors, *shared)
-        sharded = PartitionSpec(None, SEQUENCE)
+        # The batch as well where it is split evenly: of collectives over the
+        # sequence alone the compiler gathers the batch around some.
+        rows = BATCH if self._splits_rows(tensors) else None
+        sharded = PartitionSpec(rows, SEQUENCE)
+        whole = PartitionSpec(None, SEQUENCE)
         dtypes = [tensor.dtype for tensor in shared]
 
-        def on_member(own_place: jax.Array, *shards: jax.Array) -> Any:
+        def on_member(
+            own_place: jax.Array, own_rows: jax.Array, *shards: jax.Array
+        ) -> Any:
             own = shards[: len(tensors)]
             same = zip(shards[len(tensors) :], dtypes, strict=True)
             same_dtypes = (t.astype(d) for t, d in same)
-            with at(own_place[0]):
+            with at(Place(own_place[0], own_rows[0] if rows else 0)):
                 return function(self.ring(), *own, *same_dtypes)
 
         mapped = jax.shard_map(
@@ -131,16 +137,18 @@ class World(world.World):
             mesh=self.mesh,
             in_specs=(
                 PartitionSpec(SEQUENCE),
-                *(sharded for _ in tensors),
+                PartitionSpec(rows),
+                *(whole if t.shape[0] == 1 else sharded for t in tensors),
                 *(PartitionSpec() for _ in shared),
             ),
             out_specs=sharded,
-            axis_names={SEQUENCE},
+            axis_names={SEQUENCE, rows} - {None},
             check_vma=False,
         )
         # Where the step is not compiled, its gradient fails without this.
         results = jax.jit(mapped)(
             jnp.arange(self.sequence_size, dtype="int32"),
+            jnp.arange(self.data_size, dtype="int32"),
             *(self._padded(tensor) for tensor in tensors),
             *(_summed_widely(tensor) for tensor in shared),
         )
@@ -148,6 +156,20 @@ class World(world.World):
         if length % self.sequence_size == 0:
             return results
         return tree.map_structure(lambda result: result[:, :length], results)
+
+    def data_index(self) -> Any:
+        own = place()
+        return 0 if own is None else own.batch
+
+    def _splits_rows(self, tensors: list[jax.Array]) -> bool:
+        """True if the batch of all tensors, or a row that all its rows share,
+        is there for each part of it."""
+        batch = tensors[0].shape[0]
+        return (
+            self.data_size > 1
+            and batch % self.data_size == 0
+            and all(tensor.shape[0] in (1, batch) for tensor in tensors)
+        )
 
     def true_length(self, length: Any) -> int | None:
         whole = isinstance(length, int) and length % self.sequence_size == 0
@@ -317,11 +339,11 @@ def custom_gradient(
     # The backward is another program than the forward: the place in the ring
     # is an argument here, and a residual there.
     @jax.custom_vjp
-    def function(where: jax.Array | None, *tensors: jax.Array) -> Any:
+    def function(where: Place | None, *tensors: jax.Array) -> Any:
         with at(where):
             return forward(*tensors)[0]
 
-    def remembering(where: jax.Array | None, *tensors: jax.Array) -> Any:
+    def remembering(where: Place | None, *tensors: jax.Array) -> Any:
         with at(where):
             outputs, residuals = forward(*tensors)
         return outputs, (where, residuals)

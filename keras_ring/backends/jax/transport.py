@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -11,23 +11,38 @@ from jax import lax
 from keras_ring.distribution.transport import (
     Pending,
     Transport,
+    check_divides,
     check_permutation,
+    groups,
+    in_groups,
 )
 
-_PLACE: ContextVar[jax.Array | None] = ContextVar(
-    "keras_ring_place", default=None
-)
+
+class Place(NamedTuple):
+    """A device's place in the mesh, as values of the program that is traced.
+
+    Attributes:
+        sequence: of its shard of the sequence, int32 `()`.
+        batch: of its part of the batch, int32 `()`, or 0 where what is traced
+            sees the whole batch.
+    """
+
+    sequence: jax.Array
+    batch: jax.Array | int
 
 
-def place() -> jax.Array | None:
-    """This member's place in the ring as a value of the program that is
-    traced, int32 `()`; None where nobody has said it."""
+_PLACE: ContextVar[Place | None] = ContextVar("keras_ring_place", default=None)
+
+
+def place() -> Place | None:
+    """The place of the device that runs what is traced; None where nobody
+    has said it."""
     return _PLACE.get()
 
 
 @contextlib.contextmanager
-def at(place: jax.Array | None) -> Iterator[None]:
-    """Context in which what is traced runs at this place in the ring.
+def at(place: Place | None) -> Iterator[None]:
+    """Context in which what is traced runs at this place.
 
     The compiler's own number of a device is not used: where it splits other
     axes of the mesh by itself, it refuses some programs that ask for it.
@@ -46,44 +61,56 @@ class RingTransport(Transport):
     starts them early and waits for them late.
     """
 
+    groups: list[list[int]] | None = None
+
     def __init__(self, axis: str, size: int):
         self.axis = axis
         self.size = size
 
     def index(self) -> jax.Array:
         known = place()
-        return lax.axis_index(self.axis) if known is None else known
+        return lax.axis_index(self.axis) if known is None else known.sequence
 
-    def start_shift(self, tensors: Sequence[jax.Array], by: int = 1) -> Pending:
-        moved = self.exchange(
-            tensors, [(i + by) % self.size for i in range(self.size)]
-        )
-        return Pending(lambda: moved)
-
-    def exchange(
+    def start_exchange(
         self, tensors: Sequence[jax.Array], permutation: Sequence[int]
-    ) -> list[jax.Array]:
+    ) -> Pending:
         check_permutation(permutation, self.size)
         if self.size == 1:
-            return list(tensors)
-        return list(
-            lax.ppermute(
-                tuple(tensors), self.axis, list(enumerate(permutation))
-            )
+            return Pending(lambda: list(tensors))
+        if self.groups is not None:
+            permutation = in_groups(permutation, self.groups)
+        moved = lax.ppermute(
+            tuple(tensors), self.axis, list(enumerate(permutation))
         )
+        return Pending(lambda: list(moved))
 
     def all_gather(self, tensor: jax.Array, axis: int) -> jax.Array:
-        return lax.all_gather(tensor, self.axis, axis=axis, tiled=True)
+        return lax.all_gather(
+            tensor,
+            self.axis,
+            axis=axis,
+            tiled=True,
+            axis_index_groups=self.groups,
+        )
 
     def all_to_all(
         self, tensor: jax.Array, split_axis: int, concat_axis: int
     ) -> jax.Array:
         return lax.all_to_all(
-            tensor, self.axis, split_axis, concat_axis, tiled=True
+            tensor,
+            self.axis,
+            split_axis,
+            concat_axis,
+            tiled=True,
+            axis_index_groups=self.groups,
         )
 
     def sum(self, tensor: jax.Array) -> jax.Array:
-        return lax.psum(tensor, self.axis)
+        return lax.psum(tensor, self.axis, axis_index_groups=self.groups)
+
+    def split(self, inner: int) -> tuple[Transport, Transport]:
+        check_divides(inner, self.size)
+        return _Group(self, inner, True), _Group(self, inner, False)
 
     def repeat(
         self,
@@ -96,3 +123,16 @@ class RingTransport(Transport):
             return carry
         hops = jax.numpy.arange(first, first + count, dtype="int32")
         return lax.scan(lambda c, hop: (body(hop, c), None), carry, hops)[0]
+
+
+class _Group(RingTransport):
+    """`distribution.transport.Group`, with JAX's collectives in groups."""
+
+    def __init__(self, ring: RingTransport, inner: int, neighbours: bool):
+        self.groups = groups(ring.size, inner, neighbours)
+        super().__init__(ring.axis, len(self.groups[0]))
+        self.ring, self.inner, self.neighbours = ring, inner, neighbours
+
+    def index(self) -> jax.Array:
+        place = self.ring.index()
+        return place % self.inner if self.neighbours else place // self.inner

@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from keras_ring.distribution.transport import (
     Pending,
-    Transport,
+    PointToPoint,
     check_permutation,
 )
 
@@ -65,7 +65,7 @@ class InstanceKeys:
             return drawn[position]
 
 
-class RingTransport(Transport):
+class RingTransport(PointToPoint):
     """The ring of one replica, used inside `tf.distribute.Strategy.run`.
 
     Args:
@@ -100,19 +100,13 @@ class RingTransport(Transport):
     def index(self) -> int:
         return self._members.index(self._replica)
 
-    def start_shift(self, tensors: Sequence[tf.Tensor], by: int = 1) -> Pending:
-        moved = self.exchange(
-            tensors, [(i + by) % self.size for i in range(self.size)]
-        )
-        return Pending(lambda: moved)
-
-    def exchange(
+    def start_exchange(
         self, tensors: Sequence[tf.Tensor], permutation: Sequence[int]
-    ) -> list[tf.Tensor]:
+    ) -> Pending:
         check_permutation(permutation, self.size)
         tensors = [tf.convert_to_tensor(tensor) for tensor in tensors]
         if self.size == 1 or not tensors:
-            return tensors
+            return Pending(lambda: tensors)
         inverse = [list(permutation).index(i) for i in range(self.size)]
         move = self._copy if self._placed else self._broadcast
 
@@ -131,41 +125,8 @@ class RingTransport(Transport):
 
             return tuple(move(tensors, permutation, inverse)), gradient
 
-        return list(moved(*tensors))
-
-    def all_gather(self, tensor: tf.Tensor, axis: int) -> tf.Tensor:
-        if self.size == 1:
-            return tensor
-        return tf.concat(self._everyones(tensor), axis)
-
-    def all_to_all(
-        self, tensor: tf.Tensor, split_axis: int, concat_axis: int
-    ) -> tf.Tensor:
-        if self.size == 1:
-            return tensor
-        length = tensor.shape[split_axis]
-        if length is not None and length % self.size:
-            raise ValueError(
-                "The axis that is split must be a multiple of the ring's "
-                f"size. Received: shape={tuple(tensor.shape)}, "
-                f"split_axis={split_axis}, size={self.size}."
-            )
-        parts = tf.split(tensor, self.size, split_axis)
-        index = self.index()
-        arrived = {index: parts[index]}
-        for by in range(1, self.size):
-            (part,) = self.shift([parts[(index + by) % self.size]], by)
-            arrived[(index - by) % self.size] = part
-        return tf.concat([arrived[i] for i in range(self.size)], concat_axis)
-
-    def sum(self, tensor: tf.Tensor) -> tf.Tensor:
-        if self.size == 1:
-            return tensor
-        # In index order, so that the bits are the same on every member.
-        total, *rest = self._everyones(tensor)
-        for other in rest:
-            total = total + other
-        return total
+        arrived = list(moved(*tensors))
+        return Pending(lambda: arrived)
 
     def repeat(
         self,
@@ -192,13 +153,6 @@ class RingTransport(Transport):
         # One operation for all: they are most of a step that is traced. Four
         # replicas that broadcast wait for one another for ever with it.
         return tf.nest.pack_sequence_as(carry, tf.identity_n(leaves))
-
-    def _everyones(self, tensor: tf.Tensor) -> list[tf.Tensor]:
-        arrived = {self.index(): tensor}
-        for hop in range(1, self.size):
-            (tensor,) = self.shift([tensor])
-            arrived[(self.index() - hop) % self.size] = tensor
-        return [arrived[i] for i in range(self.size)]
 
     def _copy(
         self,

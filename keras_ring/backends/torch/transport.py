@@ -13,7 +13,7 @@ import torch.distributed as dist
 from keras_ring.backends.torch.processes.shared_memory import Note, SharedMemory
 from keras_ring.distribution.transport import (
     Pending,
-    Transport,
+    PointToPoint,
     check_permutation,
 )
 
@@ -30,7 +30,7 @@ RESTART = "Restart all processes, from a checkpoint if there is one."
 SHARED = 1 << 14
 
 
-class RingTransport(Transport):
+class RingTransport(PointToPoint):
     """Members of one process group, in the order of their group ranks.
 
     The tensors of one transfer travel as one message. No gradient flows
@@ -68,25 +68,16 @@ class RingTransport(Transport):
     def index(self) -> int:
         return dist.get_rank(self.group)
 
-    def start_shift(
-        self, tensors: Sequence[torch.Tensor], by: int = 1
-    ) -> Pending:
-        return self._start(
-            tensors,
-            (self.index() + by) % self.size,
-            (self.index() - by) % self.size,
-        )
-
-    def exchange(
+    def start_exchange(
         self, tensors: Sequence[torch.Tensor], permutation: Sequence[int]
-    ) -> list[torch.Tensor]:
+    ) -> Pending:
         check_permutation(permutation, self.size)
         permutation = list(permutation)
         return self._start(
             tensors,
             permutation[self.index()],
             permutation.index(self.index()),
-        ).wait()
+        )
 
     def all_gather(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         own = _as_bytes(tensor)
@@ -94,25 +85,6 @@ class RingTransport(Transport):
         with self.reporting:
             dist.all_gather(parts, own, group=self.group)
         return torch.cat([_from_bytes(p, tensor) for p in parts], axis)
-
-    def all_to_all(
-        self, tensor: torch.Tensor, split_axis: int, concat_axis: int
-    ) -> torch.Tensor:
-        length = tensor.shape[split_axis]
-        if length % self.size:
-            raise ValueError(
-                "The axis that all_to_all splits must be a multiple of the "
-                f"ring's size. Received: shape={tuple(tensor.shape)}, "
-                f"split_axis={split_axis}, size={self.size}."
-            )
-        parts = tensor.chunk(self.size, split_axis)
-        sent = torch.stack([_as_bytes(part) for part in parts])
-        received = torch.empty_like(sent)
-        with self.reporting:
-            dist.all_to_all_single(received, sent, group=self.group)
-        return torch.cat(
-            [_from_bytes(r, parts[0]) for r in received.unbind()], concat_axis
-        )
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         _check_no_gradient([tensor])
