@@ -35,34 +35,38 @@ class Counting(Transport):
         self.transport, self.size = transport, transport.size
         self.portion, self.eager = portion, transport.eager
         self.sent, self.times, self.largest = 0, 1, 0
+        self.collectives = set()
 
     def index(self):
         return self.transport.index()
 
-    def _count(self, tensors):
+    def _count(self, tensors, share=1):
         message = 0
         for tensor in tensors:
             dtype = keras.backend.standardize_dtype(tensor.dtype)
             message += math.prod(tensor.shape) * BYTES[dtype]
-        self.sent += self.times * message
+        self.sent += self.times * share * message
         self.largest = max(self.largest, message)
 
-    def start_shift(self, tensors, by=1):
+    def start_exchange(self, tensors, permutation):
         self._count(tensors)
-        return self.transport.start_shift(tensors, by)
-
-    def exchange(self, tensors, permutation):
-        self._count(tensors)
-        return self.transport.exchange(tensors, permutation)
+        return self.transport.start_exchange(tensors, permutation)
 
     def all_gather(self, tensor, axis):
-        raise AssertionError("The ring gathers nothing.")
+        self.collectives.add("all_gather")
+        self._count([tensor], self.size - 1)
+        return self.transport.all_gather(tensor, axis)
 
     def all_to_all(self, tensor, split_axis, concat_axis):
-        raise AssertionError("The ring has no all-to-all.")
+        return self.all_to_alls([tensor], split_axis, concat_axis)[0]
+
+    def all_to_alls(self, tensors, split_axis, concat_axis):
+        self.collectives.add("all_to_all")
+        self._count(tensors, (self.size - 1) / self.size)
+        return self.transport.all_to_alls(tensors, split_axis, concat_axis)
 
     def sum(self, tensor):
-        raise AssertionError("The ring sums nothing.")
+        raise AssertionError("Attention sums nothing over members.")
 
     def repeat(self, count, body, carry, first=0):
         calls = 0
@@ -131,6 +135,7 @@ def measured(size, dtype, mask, portion=None, balanced=False):
         grads = ring.backward(inputs, partial, pulls, scoring)
         sent["backward"], sent["largest"] = counting.sent, counting.largest
         sent["queries"] = kernel.most
+        assert not counting.collectives, "The ring shifts, and no more."
         sent["eager"] = counting.eager
         return ops.concatenate(
             [ops.transpose(g, (0, 2, 1, 3)) for g in grads[:3]], axis=2

@@ -178,6 +178,60 @@ def test_gather_sum_and_all_to_all(on_devices, size):
     on_devices(size, check_collectives, size)
 
 
+def check_groups(size, inner):
+    """Each of the two parts of a ring that is split is one of its own."""
+    array = chunks_of(size)
+    chunks = np.split(array, size, axis=1)
+    places = np.arange(size).reshape(-1, inner)
+
+    def body(transport, shard):
+        results = []
+        for part in transport.split(inner):
+            (shifted,) = part.shift([shard])
+            gathered = part.all_gather(shard, 1)
+            weights = 1.0 + ops.arange(gathered.shape[1], dtype="float32")
+            total = ops.sum(gathered * weights[None, :, None], 1, keepdims=True)
+            wide = ops.tile(shard, (1, 1, part.size))
+            (swapped,) = part.all_to_alls([wide], 2, 1)
+            back = part.all_to_all(swapped, 1, 2)
+            ok = ops.cast(ops.all(back == wide), "float32")
+            index = ops.cast(ops.convert_to_tensor(part.index()), "float32")
+            total = total + 0 * shard
+            results += [shifted, total, part.sum(shard)]
+            results += [shard * 0 + index, shard * 0 + ok]
+        return ops.concatenate(results, axis=2)
+
+    found = np.split(on_ring(size, body, array), 10, axis=2)
+    for groups, own in ((places, found[:5]), (places.T, found[5:])):
+        wanted = [[None] * size for _ in range(4)]
+        for group in groups:
+            whole = np.concatenate([chunks[i] for i in group], 1)
+            weights = 1 + np.arange(whole.shape[1])[None, :, None]
+            for place, member in enumerate(group):
+                wanted[0][member] = chunks[group[place - 1]]
+                wanted[1][member] = np.repeat(
+                    np.sum(whole * weights, 1, keepdims=True), 2, 1
+                )
+                wanted[2][member] = sum(chunks[i] for i in group)
+                wanted[3][member] = np.full_like(chunks[0], place)
+        for have, want in zip(own, wanted, strict=False):
+            np.testing.assert_array_equal(have, np.concatenate(want, 1))
+        assert (own[4] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "inner"),
+    [(s, i) for s, i in ((4, 2), (8, 2), (8, 4)) if s <= worlds.DEVICES],
+)
+def test_groups_of_a_ring_are_rings(on_devices, size, inner):
+    on_devices(size, check_groups, size, inner)
+
+
+def test_groups_that_a_ring_has_not_are_refused():
+    with pytest.raises(ValueError, match="groups of 3 in a ring of 1"):
+        LocalTransport().split(3)
+
+
 def check_index(size):
     def body(transport, shard):
         index = ops.cast(ops.convert_to_tensor(transport.index()), "float32")
