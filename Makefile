@@ -56,7 +56,7 @@ endif
 # out, and the others run: the network is no part of the project.
 test: known-backend $(TEST)/ready ## Lint, check types, and test on each backend
 	@status=0; \
-	$(MAKE) --no-print-directory lint || status=1; \
+	$(MAKE) --no-print-directory lint >$(TEST)/lint.txt 2>&1 & lint=$$!; \
 	$(MAKE) --no-print-directory nightly && have=1 || have=; \
 	case "$(KERAS):$$have" in \
 	  :1) keras="--also $(NIGHTLY)";; \
@@ -66,6 +66,7 @@ test: known-backend $(TEST)/ready ## Lint, check types, and test on each backend
 	  *) echo "make test: FAILED: no keras-nightly (see above)"; exit 1;; \
 	esac; \
 	$(TEST)/bin/python -m tests $$keras $(ALL) $(TEST_BACKENDS) || status=1; \
+	wait $$lint || status=1; cat $(TEST)/lint.txt; \
 	if [ $$status = 0 ]; then echo "make test: passed"; \
 	else echo "make test: FAILED (see above)"; fi; \
 	exit $$status
