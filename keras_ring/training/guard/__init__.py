@@ -193,7 +193,8 @@ class _Walk:
     def __init__(self, world: World, lengths: Lengths):
         self._sees_shards = world.layers_see_shards
         self._lengths = lengths
-        self._seen: set[int] = set()
+        # What a layer does may depend on the ranks of what it is given.
+        self._seen: set[tuple[int, tuple[Any, ...]]] = set()
 
     def model(self, model: Any) -> Iterator[Finding]:
         """Find what a model's layers and operations do to the sequence."""
@@ -281,9 +282,13 @@ class _Walk:
         self, layer: Any, shapes: list[Shape], call: Call
     ) -> Iterator[Finding]:
         sequences = [s for s in shapes if s is None or self._is_sequence(s)]
-        if not sequences or id(layer) in self._seen:
+        ranks = tuple(
+            None if s is None else (len(s), self._is_sequence(s))
+            for s in shapes
+        )
+        if not sequences or (id(layer), ranks) in self._seen:
             return
-        self._seen.add(id(layer))
+        self._seen.add((id(layer), ranks))
         if getattr(layer, _OWN, False):
             return
         if _package(layer, "keras_ring"):
@@ -292,9 +297,15 @@ class _Walk:
             if any(ACTIVITY_REGULARIZER.when(p, None) for p in parts):
                 yield Finding(layer, sequences[0], ACTIVITY_REGULARIZER)
             return
-        rules = list(rules_for(layer, sequences[0]))
-        if rules:
-            yield from (Finding(layer, sequences[0], rule) for rule in rules)
+        # One for each rank.
+        by_rank = {None if s is None else len(s): s for s in sequences}
+        broken = [
+            Finding(layer, shape, rule)
+            for shape in by_rank.values()
+            for rule in rules_for(layer, shape)
+        ]
+        if broken:
+            yield from broken
         elif _has_graph(layer):
             yield from self.model(layer)
         elif isinstance(layer, keras.Model):
