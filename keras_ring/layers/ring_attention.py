@@ -387,7 +387,7 @@ class RingAttention(Projections, keras.layers.Layer):
             attention_bias: `(batch, query_length, heads or 1, key_length)`.
 
         Returns:
-            `(out, scores)`, see `ops.dense_attention.Dense`.
+            `(out, scores)`, see `keras_ring.attention.dense.Dense`.
         """
         del return_attention_scores
         found = written_out(
@@ -439,7 +439,9 @@ class RingAttention(Projections, keras.layers.Layer):
         training: bool | None = None,
         use_causal_mask: bool = False,
         attention_bias: Any = None,
-        **ids: Any,
+        segment_ids: Any = None,
+        key_segment_ids: Any = None,
+        prefix_length: Any = None,
     ) -> Any:
         del training
         value = query if value is None else value
@@ -450,7 +452,9 @@ class RingAttention(Projections, keras.layers.Layer):
             return_attention_scores,
             use_causal_mask,
             attention_bias,
-            **ids,
+            segment_ids,
+            key_segment_ids,
+            prefix_length,
         )
         axes = given.check(self._options, self._overridden())
         output = keras.KerasTensor(
