@@ -122,7 +122,10 @@ class PositionEmbedding(keras.layers.Layer):
     def _at(self, table: Tensor, positions: Tensor) -> Tensor:
         """The vectors of positions, NaN for one that has none: what a tensor
         holds is seen in the result."""
-        # Compared as what they are given as, before anything is clipped.
+        # In an integer that any place of the table fits in.
+        wide = keras.backend.standardize_dtype(positions.dtype)
+        wide = "int64" if wide in ("int64", "uint64") else "int32"
+        positions = ops.cast(positions, wide)
         inside = ops.logical_and(
             positions >= 0, positions < self.sequence_length
         )

@@ -267,7 +267,7 @@ class RingAttention(Projections, keras.layers.Layer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        # Both by name: only then does Keras find both tensors' masks.
+        # Both are given: only then does Keras find both tensors' masks.
         value = query if value is None else value
         return super().__call__(query, value, *args, **kwargs)
 
@@ -489,9 +489,9 @@ class RingAttention(Projections, keras.layers.Layer):
             it is built too and has the same weights.
 
         Raises:
-            ValueError: for another layer, a subclass with its own ways
-                included, or one whose weights are not those of its
-                configuration (LoRA, quantized).
+            ValueError: for another layer, also a subclass of the two, or one
+                whose weights are not those of its configuration (LoRA,
+                quantized).
             NotImplementedError: for what the stock layer does and this one
                 does not.
         """
