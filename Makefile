@@ -90,7 +90,7 @@ fuzz: known-backend $(TEST)/ready ## Compare N=1000 random cases with the oracle
 	    $(if $(SEED),--seed $(SEED)) || status=1; \
 	done; exit $$status
 
-bench: known-backend $(TEST)/ready ## Measure everything; reports go to docs/reports
+bench: known-backend $(TEST)/ready ## Measure the package (README: what is left out); reports go to docs/reports
 	$(TEST)/bin/python -m benchmarks $(TEST_BACKENDS)
 
 bench-peers: known-backend $(TEST)/ready $(PEERS)/ready ## Measure against other rings, in .venv-peers
