@@ -56,7 +56,7 @@ endif
 # out, and the others run: the network is no part of the project.
 test: known-backend $(TEST)/ready ## Lint, check types, and test on each backend
 	@status=0; \
-	$(MAKE) --no-print-directory lint || status=1; \
+	$(MAKE) --no-print-directory lint >$(TEST)/lint.txt 2>&1 & lint=$$!; \
 	$(MAKE) --no-print-directory nightly && have=1 || have=; \
 	case "$(KERAS):$$have" in \
 	  :1) keras="--also $(NIGHTLY)";; \
@@ -66,6 +66,7 @@ test: known-backend $(TEST)/ready ## Lint, check types, and test on each backend
 	  *) echo "make test: FAILED: no keras-nightly (see above)"; exit 1;; \
 	esac; \
 	$(TEST)/bin/python -m tests $$keras $(ALL) $(TEST_BACKENDS) || status=1; \
+	wait $$lint || status=1; cat $(TEST)/lint.txt; \
 	if [ $$status = 0 ]; then echo "make test: passed"; \
 	else echo "make test: FAILED (see above)"; fi; \
 	exit $$status
@@ -89,7 +90,7 @@ fuzz: known-backend $(TEST)/ready ## Compare N=1000 random cases with the oracle
 	    $(if $(SEED),--seed $(SEED)) || status=1; \
 	done; exit $$status
 
-bench: known-backend $(TEST)/ready ## Measure everything; reports go to docs/reports
+bench: known-backend $(TEST)/ready ## Measure the package (README: what is left out); reports go to docs/reports
 	$(TEST)/bin/python -m benchmarks $(TEST_BACKENDS)
 
 bench-peers: known-backend $(TEST)/ready $(PEERS)/ready ## Measure against other rings, in .venv-peers

@@ -1,6 +1,8 @@
 """Run the suite: `python -m benchmarks [backends]`, as `make bench` does.
 
 Each benchmark writes a dated report; one that fails does not stop the rest.
+Not part of it are `kernels` and `soak`, which take long, and `peers`, which
+needs an environment of its own.
 """
 
 import subprocess

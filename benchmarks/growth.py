@@ -88,7 +88,7 @@ def main():
         print(f"{backend}: {given.lengths} ...", flush=True)
         grown = by_length(backend, given, cpu)
         sizes, simulated = timing.sizes(
-            backend, given.sizes or SIZES[backend], given.cpu
+            backend, given.sizes, SIZES[backend], given.cpu
         )
         if 1 not in sizes:
             sizes = (1, *sizes)

@@ -2,9 +2,12 @@
 
     python -m benchmarks.kernels [--backends torch] [--lengths 4096]
         [--dtypes float32,bfloat16] [--head-dims 64,128] [--blockwise-to 16384]
+        [--kernels triton,blockwise]
 
-Causal self-attention, forward and backward, by every kernel that is there
-for a dtype (see `keras_ring.config.set_kernel`), in one process, by turns.
+Causal self-attention, forward and backward, in one process, by turns: by every
+kernel that "auto" may choose for a device and dtype, or by those of `--kernels`
+that this machine can use (see `keras_ring.config.set_kernel`). A kernel that
+does not compute a problem leaves it to the one that it falls back on.
 TFLOP/s count the products of a causal mask: two forward and five backward of
 `length ** 2 / 2` pairs. On a GPU the report's memory is the peak of one call.
 Writes `docs/reports/<date>-kernels.md`.
@@ -31,7 +34,7 @@ def measure_here(dtype, given):
         for length in given.lengths:
             steps = {}
             for kernel in backends.load().kernel.KERNELS:
-                if not kernel.preferred(device, dtype):
+                if not _wanted(kernel, device, dtype, given.kernels):
                     continue
                 if kernel.name == "blockwise" and length > given.blockwise_to:
                     continue
@@ -59,6 +62,13 @@ def measure_here(dtype, given):
                     flush=True,
                 )
     return found
+
+
+def _wanted(kernel, device, dtype, names):
+    """True for a kernel to be measured: by its name if there are names."""
+    if names:
+        return kernel.name in names and kernel.available()
+    return kernel.preferred(device, dtype)
 
 
 def _with_kernel(name, make):
@@ -139,6 +149,11 @@ def main():
     )
     parser.add_argument("--head-dims", type=options.numbers, default=[64])
     parser.add_argument(
+        "--kernels",
+        type=lambda text: text.split(","),
+        help='names, also of kernels that "auto" does not choose',
+    )
+    parser.add_argument(
         "--blockwise-to",
         type=int,
         default=16384,
@@ -148,6 +163,7 @@ def main():
     if given.measure:
         reports.answer(measure_here(given.measure, given))
         return 0
+    named = [f"--kernels={','.join(given.kernels)}"] if given.kernels else []
     sections, where = [], []
     for backend in options.backends(given):
         simulated = given.cpu or timing.accelerators(backend) == 0
@@ -163,6 +179,7 @@ def main():
                 f"--lengths={','.join(map(str, given.lengths))}",
                 f"--head-dims={','.join(map(str, given.head_dims))}",
                 f"--blockwise-to={given.blockwise_to}",
+                *named,
                 f"--rounds={given.rounds}",
                 f"--limit={given.limit}",
                 *(["--cpu"] if simulated else []),

@@ -3,7 +3,10 @@
     python -m benchmarks.overlap [--size 2] [--lengths 8192]
 
 Causal ring attention, forward and backward, in `--size` processes with one
-thread each, on contiguous and on balanced chunks. The profiler of the first
+thread each, on contiguous and on balanced chunks. Attention is computed by the
+kernel "flash", and chunks travel by the process group, not through shared
+memory: of both, and not of what is used by default on a CPU, the profiler
+knows when they begin and end. The profiler of the first
 process records from when to when each transfer was under way, and what the
 process computed meanwhile: a transfer is *hidden* for as long as attention
 was being computed, and *exposed* for the rest. A transfer that nothing is
@@ -29,7 +32,11 @@ def measure_here(length, size, balance):
 
     import keras_ring
     from benchmarks import contestants
+    from keras_ring.backends.torch.processes import shared_memory
 
+    # What the profiler sees, see above.
+    keras_ring.config.set_kernel("flash")
+    shared_memory.connect = lambda group: None
     torch.set_num_threads(1)
     strategy = keras_ring.DistributedStrategy(
         sequence_parallel=size, balance=balance
@@ -59,7 +66,12 @@ def measure_here(length, size, balance):
 
 
 def spans(events):
-    """Fused attention and transfers among the profiler's events."""
+    """Fused attention and transfers among the profiler's events.
+
+    Raises:
+        ValueError: for events without attention or without a transfer, of
+            which nothing could be said.
+    """
     found = []
     for event in events:
         place = event.time_range.start, event.time_range.end
@@ -69,6 +81,13 @@ def spans(events):
         elif event.name in ("gloo:send", "gloo:recv"):
             size = sum(_count(shape) for shape in event.input_shapes)
             found.append([event.name.partition(":")[2], size, *place])
+    kinds = {name for name, *_ in found}
+    if kinds.isdisjoint({FORWARD, BACKWARD}) or "recv" not in kinds:
+        raise ValueError(
+            "The profiler must see attention and transfers. Received: events "
+            f"of the kinds {sorted(kinds)}. Measure with a kernel and a "
+            "transport that it knows."
+        )
     first = min(span[2] for span in found)
     return [
         [name, size, start - first, end - first]
@@ -187,7 +206,8 @@ def main():
                 ),
                 f"Causal attention over {length:,} positions, batch 1, 8 "
                 "heads, head_dim 64, float32, forward and backward, as the "
-                "first process's profiler saw one step. A message ends when "
+                "first process's profiler saw one step, by the kernel "
+                '"flash" and without shared memory. A message ends when '
                 "it was waited for. Hidden: while attention was computed.",
                 f"![What happens when]({plot(by_kind)})",
                 reports.table(

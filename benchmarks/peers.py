@@ -108,7 +108,7 @@ def main():
     sections, where = [], []
     for backend in backends:
         sizes, simulated = timing.sizes(
-            backend, given.sizes or SIZES[backend], given.cpu
+            backend, given.sizes, SIZES[backend], given.cpu
         )
         where.append(f"{backend}: {timing.on(backend, simulated)}")
         body, used = [], []

@@ -12,7 +12,6 @@ The oracle gets the rounded inputs, so what is measured is the calculation.
 """
 
 import argparse
-import datetime
 import sys
 
 import numpy as np
@@ -158,10 +157,9 @@ def plot(rows, simulated):
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
-    name = f"{datetime.date.today().isoformat()}-precision.png"
-    reports.REPORTS.mkdir(parents=True, exist_ok=True)
-    figure.savefig(reports.REPORTS / name, dpi=90)
-    return name
+    path = reports.image("precision")
+    figure.savefig(path, dpi=90)
+    return path.name
 
 
 def report(rows, simulated):

@@ -96,7 +96,7 @@ def main():
     sections, where = [], []
     for backend in options.backends(given):
         sizes, simulated = timing.sizes(
-            backend, given.sizes or SIZES[backend], given.cpu
+            backend, given.sizes, SIZES[backend], given.cpu
         )
         where.append(f"{backend}: {timing.on(backend, simulated)}")
         ours = [label(size) for size in sizes]

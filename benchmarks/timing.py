@@ -258,21 +258,37 @@ def accelerators(backend: str) -> int:
 
 
 def sizes(
-    backend: str, wanted: Sequence[int], simulated: bool = True
+    backend: str,
+    asked: Sequence[int] | None,
+    default: Sequence[int],
+    simulated: bool = True,
 ) -> tuple[tuple[int, ...], bool]:
     """Rings to measure, and whether their devices are simulated.
 
-    Where there are several accelerators, rings of 2, 4, 8, ... of them; one
-    is no ring, and then, as without any, what was wanted of a split CPU.
+    Where there are several accelerators, and no sizes were asked for, rings of
+    2, 4, 8, ... of them; one is no ring, and then a CPU is split, as without
+    any.
 
     Args:
         backend: the framework.
-        wanted: sizes on a CPU.
+        asked: sizes that the user asked for, if any.
+        default: sizes on a CPU where none were asked for.
         simulated: what the user asked for: True for a CPU in any case.
+
+    Raises:
+        ValueError: for a ring of more accelerators than there are.
     """
     there = 0 if simulated else accelerators(backend)
     if there < 2:
-        return tuple(wanted), True
+        return tuple(asked or default), True
+    if asked:
+        if max(asked) > there:
+            raise ValueError(
+                "A ring cannot have more devices than there are. Received: "
+                f"sizes={list(asked)} with {there} accelerators. Ask for "
+                "fewer, or for a CPU with --cpu."
+            )
+        return tuple(asked), False
     return tuple(2**n for n in range(1, there.bit_length())), False
 
 

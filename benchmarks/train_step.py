@@ -102,7 +102,7 @@ def main():
     body, where = [], []
     for backend in options.backends(given):
         sizes, simulated = timing.sizes(
-            backend, given.sizes or SIZES[backend], given.cpu
+            backend, given.sizes, SIZES[backend], given.cpu
         )
         where.append(f"{backend}: {timing.on(backend, simulated)}")
         for length in given.lengths:

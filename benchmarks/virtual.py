@@ -21,8 +21,6 @@ from keras_ring.attention.scoring import Scoring
 from keras_ring.attention.visit import Side, Visit, relations
 from keras_ring.distribution import placement
 
-PLACEMENTS = ("contiguous", "balanced")
-
 
 def spans(kind, index, size, length):
     """The positions that a member holds, as `(start, length)` pairs in the

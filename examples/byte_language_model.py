@@ -29,7 +29,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from devices import BACKEND, OUT, RANK, SIMULATED, say  # isort: skip
+from devices import BACKEND, OUT, RANK, say  # isort: skip
 
 import keras
 import numpy as np
@@ -209,7 +209,8 @@ def child(what: str, length: int) -> dict[str, int]:
     arguments = [__file__, f"--measure={what}", f"--length={length}"]
     command = [sys.executable, *arguments]
     if BACKEND == "torch":
-        count = SIMULATED if what == "ring" else 1
+        # As many as there are of this one.
+        count = int(os.environ["WORLD_SIZE"]) if what == "ring" else 1
         launch = ["-m", "torch.distributed.run", "--standalone"]
         command[1:1] = [*launch, f"--nproc-per-node={count}"]
     outer = (

@@ -22,7 +22,8 @@ def check_installed() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         sys.exit(
             "The examples draw plots with matplotlib, which is not installed. "
-            "Install it with `pip install 'keras-ring[examples]'`."
+            "Install it with `pip install '.[examples]'` in "
+            "the repository."
         )
 
 

@@ -170,9 +170,11 @@ def main() -> int:
     losses = history.history["loss"]
     if RANK == 0:
         draw(batch, pack_apart(texts), losses)
-    good = difference <= TOLERANCE and losses[-1] < losses[0]
-    say("the losses agree" if good else "THE LOSSES DIFFER")
-    return int(not good)
+    agree, learned = difference <= TOLERANCE, losses[-1] < losses[0]
+    say("the losses agree" if agree else "THE LOSSES DIFFER")
+    if not learned:
+        say("TRAINING DID NOT LOWER THE LOSS")
+    return int(not (agree and learned))
 
 
 def pack_apart(texts: list[np.ndarray]) -> dict[str, np.ndarray]:

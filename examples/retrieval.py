@@ -18,7 +18,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from devices import BACKEND, OUT, RANK, SIMULATED, say  # isort: skip
+from devices import BACKEND, OUT, RANK, say  # isort: skip
 
 import keras
 import numpy as np
@@ -134,7 +134,7 @@ def right(model: keras.Model, tokens: np.ndarray, values: np.ndarray) -> Any:
     return np.array(answers) == values
 
 
-def draw(rows: list[tuple], length: int, name: str) -> None:
+def draw(rows: list[tuple], length: int, devices: int, name: str) -> None:
     """Accuracy against the place of the pair."""
     import matplotlib
 
@@ -157,7 +157,7 @@ def draw(rows: list[tuple], length: int, name: str) -> None:
         xlabel="place of the pair (tokens from the start)",
         ylabel="accuracy",
         ylim=(0, 1.05),
-        title=f"A key hidden in {length:,} tokens, {SIMULATED} devices, "
+        title=f"A key hidden in {length:,} tokens, {devices} devices, "
         f"{BACKEND}",
     )
     axes.legend(loc="center left")
@@ -206,7 +206,8 @@ def main() -> int:
     )
     if RANK == 0:
         kind = "-bfloat16" if options.bfloat16 else ""
-        draw(rows, length, f"retrieval-{BACKEND}{kind}.png")
+        devices = strategy.world.sequence_size
+        draw(rows, length, devices, f"retrieval-{BACKEND}{kind}.png")
     reached = whole.mean() >= GOAL and cut.mean() < 0.5
     say("reached" if reached else f"MISSED the goal of {GOAL:.0%}")
     return int(not reached)

@@ -9,8 +9,8 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "Keras needs the backend that it runs on to be installed. Received: "
         f"backend={_backend!r}, which is not. Install it, with the extra of "
-        f"this package (`pip install 'keras-ring[{_backend}]'`), or choose "
-        "another: set the environment variable KERAS_BACKEND to 'jax', "
+        f"this package (`pip install '.[{_backend}]'` in the repository), or "
+        "choose another: set the environment variable KERAS_BACKEND to 'jax', "
         "'tensorflow' or 'torch' before Keras is imported.",
         name=error.name,
     ) from error

@@ -2,8 +2,9 @@
 
 The layers that a layer is made of, the calls that made a functional model,
 the operations that index a tensor in one, whether only shapes are inferred,
-the masks of tensors and the full values of variables. All have been in every
-Keras 3 release; what cannot be done without one names the release in its
+the masks of tensors, the full values of variables, the functions that losses
+and metrics are made of, and what `compile` makes of a model's. All have been in
+every Keras 3 release; what cannot be done without one names the release in its
 error, and `NEWEST_TESTED`. Private names that only one backend needs are in
 that backend's folder.
 """
@@ -24,7 +25,8 @@ def unknown_keras(what: str, received: object) -> NotImplementedError:
     """The error for a release of Keras that has moved a private name.
 
     Args:
-        what: the release does, as the rest of "This release of Keras ...".
+        what: the rest of "This release of Keras ...", which says what it
+            does.
         received: what was looked for in vain.
     """
     return NotImplementedError(
@@ -204,6 +206,69 @@ def added_losses(model: Any) -> list[str]:
         for layer in (model, *sublayers(model, recursive=True))
         if getattr(layer, "_losses", None)
     ]
+
+
+def wrapped_function(part: Any) -> Any:
+    """The function that a loss or metric is made of; None where there is
+    none."""
+    function = getattr(part, "fn", None)
+    return getattr(part, "_fn", None) if function is None else function
+
+
+def wrapped_options(part: Any) -> dict[str, Any] | None:
+    """The options with which a loss or metric of Keras calls the function that
+    it is made of; None where a release does not tell."""
+    options = getattr(part, "_fn_kwargs", None)
+    return options if isinstance(options, dict) else None
+
+
+def compiled_metrics(model: Any) -> Any:
+    """The metric that holds those that a model was compiled with, or None.
+
+    Raises:
+        NotImplementedError: for a release of Keras that keeps it elsewhere.
+    """
+    return _of_trainer(model, "_compile_metrics")
+
+
+def compiled_losses(model: Any) -> Any:
+    """The object that computes the losses of `compile`, or None.
+
+    Raises:
+        NotImplementedError: for a release of Keras that keeps it elsewhere.
+    """
+    return _of_trainer(model, "_compile_loss")
+
+
+def assigned_metrics(model: Any) -> list[Any]:
+    """The metrics that are attributes of a model, not of its layers; none for
+    a release of Keras that does not tell."""
+    return list(getattr(model, "_metrics", ()))
+
+
+def loss_trackers(model: Any) -> list[Any]:
+    """The metrics that are the means of a model's losses; none of no model.
+
+    Raises:
+        NotImplementedError: for a release of Keras that keeps them elsewhere.
+    """
+    if model is None:
+        return []
+    losses = compiled_losses(model)
+    return [
+        _of_trainer(model, "_loss_tracker"),
+        *([] if losses is None else losses.metrics),
+    ]
+
+
+def _of_trainer(model: Any, name: str) -> Any:
+    """An attribute that `compile` sets, None before it."""
+    try:
+        return getattr(model, name)
+    except AttributeError as error:
+        raise unknown_keras(
+            "keeps the losses and metrics of a model elsewhere", error
+        ) from error
 
 
 def compiled_variables(model: Any) -> list[Any]:

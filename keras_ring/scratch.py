@@ -106,7 +106,8 @@ def locked(descriptor: int) -> bool | None:
 
 
 def _machine() -> str:
-    """That whose locks this process sees, since it was started."""
+    """A name of the machine, from its start to its end, whose locks this
+    process sees."""
     try:
         text = Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:

@@ -1,15 +1,18 @@
 """Run the tests on each backend: `python -m tests [jax tensorflow torch]`.
 
-Keras runs on one backend per process, so each gets a process of its own. A
-failure on one does not keep the others from running; a backend that ran no
-test, or skipped every one, has failed. What no backend has a part in runs on
-the first of them.
+Keras runs on one backend per process. The files of each backend are dealt out
+to several processes, and two of all processes run at a time, whatever their
+backends: so no core waits for the last tests of one. What a process prints is
+shown when it has ended. A failure on one backend does not keep the others
+from running; a backend that ran no test, or skipped every one, has failed.
+What no backend has a part in runs on the first of them.
 
 `--keras FOLDER` runs the tests on the Keras in that folder, and `--also FOLDER`
 the quick ones, after all tests have run on the one that is installed.
 """
 
 import argparse
+import concurrent.futures
 import importlib.metadata
 import os
 import subprocess
@@ -22,12 +25,12 @@ from typing import NamedTuple
 
 from tests.thinning import BACKENDS
 
-WORKERS = 2
-# On PyTorch the tests that start processes share one worker.
-DISTRIBUTION = {"jax": "worksteal", "tensorflow": "worksteal"}
+# Processes at a time. Those of PyTorch start more.
+AT_ONCE = 2
+# Processes of a backend, in the order in which they begin: the longest first.
 # TensorFlow keeps every program with a gradient of its own for as long as the
-# process lives: its tests are run by several processes, one after the other.
-PARTS = {"tensorflow": 3}
+# process lives, and so needs most.
+PARTS = {"torch": 2, "jax": 4, "tensorflow": 8}
 # Private names of Keras are looked up when a scope is entered, and used by
 # fit, evaluate and predict.
 QUICK = ["tests/test_training.py::test_a_small_model_from_fit_to_predict"]
@@ -86,17 +89,53 @@ def release(folder: Path) -> str:
     return found[0]
 
 
-def run(
+class Job(NamedTuple):
+    """What one process runs.
+
+    Attributes:
+        backend: of `BACKENDS`.
+        arguments: for pytest.
+        folder: with the Keras to test with; None for the installed one.
+        part: which of all parts of the files, such as "1/4".
+    """
+
+    backend: str
+    arguments: list[str]
+    folder: Path | None = None
+    part: str = "1/1"
+
+    @property
+    def title(self) -> str:
+        keras = f", the Keras in {self.folder.name}" if self.folder else ""
+        return f"{self.backend}, part {self.part}{keras}"
+
+
+def all_jobs(
     backend: str, arguments: list[str], folder: Path | None = None
-) -> Outcome:
-    """Run pytest on one backend and count."""
-    parts = PARTS.get(backend, 1)
-    files = [files_of(backend)[part::parts] for part in range(parts)]
-    outcomes = [
-        # A file that is named is collected in any case, GPU or not.
-        run_part(backend, arguments, own if parts > 1 else ["tests"], folder)
-        for own in files
+) -> list[Job]:
+    """All tests of a backend."""
+    parts = PARTS[backend]
+    return [
+        Job(backend, ["tests", *arguments], folder, f"{number}/{parts}")
+        for number in range(1, parts + 1)
     ]
+
+
+def run_all(jobs: list[Job]) -> list[Outcome]:
+    """Run jobs, some at a time, and print what each printed when it ends."""
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        running = [pool.submit(run, job) for job in jobs]
+        places = {future: place for place, future in enumerate(running)}
+        ended = concurrent.futures.as_completed(running)
+        for number, done in enumerate(ended, start=1):
+            title = jobs[places[done]].title
+            print(f"\n==== {title} ====\n{done.result()[1]}")
+            print(f"{number} of {len(jobs)} processes have ended.", flush=True)
+    return [future.result()[0] for future in running]
+
+
+def together(backend: str, outcomes: list[Outcome]) -> Outcome:
+    """What several processes of one backend came to."""
     return Outcome(
         backend,
         *(sum(o[place] for o in outcomes) for place in range(1, 5)),
@@ -104,48 +143,29 @@ def run(
     )
 
 
-def files_of(backend: str) -> list[str]:
-    """The files with tests that a backend runs."""
-    others = tuple(f"test_{b}_" for b in BACKENDS if b != backend)
-    return [
-        f"tests/{path.name}"
-        for path in sorted(Path(__file__).parent.glob("test_*.py"))
-        if not path.name.startswith(others)
-    ]
-
-
-def run_quick(backend: str, folder: Path | None) -> Outcome:
-    """Run the quick tests of a backend, in one process: to import frameworks
-    is most of their time."""
-    return run_part(backend, ["--numprocesses=0"], QUICK, folder)
-
-
-def run_part(
-    backend: str,
-    arguments: list[str],
-    files: list[str],
-    folder: Path | None = None,
-) -> Outcome:
-    """Run pytest on some files."""
-    suffix = f", the Keras in {folder.name}" if folder else ""
-    print(f"\n==== {backend}{suffix} ====", flush=True)
+def run(job: Job) -> tuple[Outcome, str]:
+    """Run pytest in a process, and count; returns what it printed as well."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "pytest", *files, "--durations=5"),
-                f"--numprocesses={WORKERS}",
-                f"--dist={DISTRIBUTION.get(backend, 'loadgroup')}",
-                f"--junit-xml={report}",
-                *arguments,
+                *(sys.executable, "-m", "pytest", f"--part={job.part}"),
+                *("--durations=5", f"--junit-xml={report}"),
+                *job.arguments,
             ],
-            env=environment(backend, folder),
+            env=environment(job.backend, job.folder),
             cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
             check=False,
         )
         counts = count(report)
-    return Outcome(backend, *counts, time.monotonic() - start, done.returncode)
+    seconds = time.monotonic() - start
+    outcome = Outcome(job.backend, *counts, seconds, done.returncode)
+    return outcome, done.stdout
 
 
 def count(report: Path) -> tuple[int, int, int]:
@@ -187,17 +207,27 @@ def main() -> int:
     arguments = options.pytest.split() + ["--all"] * options.all
     folder, also = (x and x.resolve() for x in (options.keras, options.also))
     names = {x: release(x) for x in (folder, also) if x is not None}
+    jobs = []
+    for backend in sorted(backends, key=list(PARTS).index):
+        once = ["--without-once"] * (backend != backends[0])
+        if options.quick:
+            jobs.append(Job(backend, [*QUICK, *arguments], folder))
+        else:
+            jobs += all_jobs(backend, arguments + once, folder)
+    quick = [Job(backend, QUICK, also) for backend in backends if also]
+    start = time.monotonic()
+    found = run_all(jobs + quick)
+    seconds = time.monotonic() - start
     outcomes = [
-        run_quick(backend, folder)
-        if options.quick
-        else run(backend, arguments + ["--without-once"] * (number > 0), folder)
-        for number, backend in enumerate(backends)
+        together(name, [o for o in found[: len(jobs)] if o.backend == name])
+        for name in backends
     ]
-    others = [run_quick(backend, also) for backend in backends if also]
+    others = found[len(jobs) :]
     if others:
         summarise(f"{names[also]}, quick tests", others)
     suffix = f" on {names[folder]}" if folder else ""
     summarise(f"all backends{suffix}", outcomes)
+    print(f"All processes together took {seconds:.0f} s.")
     return int(any(outcome.complaint for outcome in outcomes + others))
 
 
@@ -211,7 +241,7 @@ def summarise(title: str, outcomes: list[Outcome]) -> None:
         )
     for outcome in outcomes:
         verdict = outcome.complaint or "passed"
-        print(f"{outcome.backend} took {outcome.seconds:.0f} s: {verdict}.")
+        print(f"{outcome.backend}, {outcome.seconds:.0f} s: {verdict}.")
 
 
 if __name__ == "__main__":

@@ -24,12 +24,14 @@ class KernelConformance:
 
     Attributes:
         cases: by name, what the kernel computes itself.
+        first: names of the cases that run without `--all`; None for all.
         left: by name, what it leaves to its fallback.
         tolerance: largest errors by dtype, where they are not the usual ones.
         dtype: of the small blocks of the other tests.
     """
 
     cases: dict = {}  # noqa: RUF012
+    first: tuple | None = None
     left: dict = {}  # noqa: RUF012
     tolerance: dict = {}  # noqa: RUF012
     dtype = "float32"
@@ -40,7 +42,17 @@ class KernelConformance:
 
     def pytest_generate_tests(self, metafunc):
         if "case" in metafunc.fixturenames:
-            metafunc.parametrize("case", self.cases)
+            first = self.cases if self.first is None else self.first
+            assert set(first) <= set(self.cases)
+            metafunc.parametrize(
+                "case",
+                [
+                    name
+                    if name in first
+                    else pytest.param(name, marks=pytest.mark.extra)
+                    for name in self.cases
+                ],
+            )
         if "other" in metafunc.fixturenames:
             metafunc.parametrize("other", self.left or [None])
 

@@ -7,6 +7,7 @@ CPU devices on TensorFlow, real gloo processes on PyTorch.
 
 import gc
 import os
+import pathlib
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 BACKEND = os.environ["KERAS_BACKEND"]
@@ -55,6 +56,11 @@ def pytest_addoption(parser):
         help="every combination of parameters (tests/thinning.py)",
     )
     parser.addoption(
+        "--part",
+        default="1/1",
+        help="one of some parts of the files: 1/4 to 4/4",
+    )
+    parser.addoption(
         "--without-once",
         action="store_true",
         help="without the tests that no backend has a part in",
@@ -72,6 +78,20 @@ def pytest_configure(config):
     # are gone through in each search for garbage.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave out files of other parts; of a single one all are there."""
+    part, parts = map(int, config.option.part.split("/"))
+    files = sorted(
+        path.name
+        for path in pathlib.Path(__file__).parent.glob("test_*.py")
+        if not any(map(path.match, collect_ignore_glob))
+    )
+    own = files[part - 1 :: parts]
+    if collection_path.name in files and collection_path.name not in own:
+        return True
+    return None
 
 
 def _only_hands_out_tests(config):

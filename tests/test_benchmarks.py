@@ -5,7 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import context_table, overlap, schedule, timing, tpu_aot
+from benchmarks import (
+    context_table,
+    kernels,
+    overlap,
+    schedule,
+    timing,
+    tpu_aot,
+)
 from keras_ring import masks
 
 pytestmark = pytest.mark.once
@@ -115,6 +122,43 @@ def test_a_transfer_is_hidden_while_attention_is_computed():
         (64, 2.0, 12.0, 9.0),
         (32, 31.0, 35.0, 0.0),
     ]
+
+
+def test_a_profile_without_attention_is_refused():
+    def event(name):
+        place = SimpleNamespace(start=1.0, end=2.0)
+        return SimpleNamespace(name=name, time_range=place, input_shapes=[[4]])
+
+    computed = event("aten::_scaled_dot_product_flash_attention_for_cpu")
+    moved = event("gloo:recv")
+    assert overlap.spans([computed, moved]) == [
+        ["forward", 0, 0.0, 1.0],
+        ["recv", 4, 0.0, 1.0],
+    ]
+    for events in [], [computed], [moved]:
+        with pytest.raises(ValueError, match="see attention and transfers"):
+            overlap.spans(events)
+
+
+def test_rings_of_accelerators_are_those_asked_for(monkeypatch):
+    monkeypatch.setattr(timing, "accelerators", lambda backend: 4)
+    assert timing.sizes("jax", None, (1, 8), simulated=False) == ((2, 4), False)
+    assert timing.sizes("jax", [3], (1, 8), simulated=False) == ((3,), False)
+    assert timing.sizes("jax", [8], (1, 8), simulated=True) == ((8,), True)
+    assert timing.sizes("jax", None, (1, 8)) == ((1, 8), True)
+    with pytest.raises(ValueError, match="with 4 accelerators"):
+        timing.sizes("jax", [8], (1, 8), simulated=False)
+
+
+def test_kernels_are_measured_by_name():
+    kernel = SimpleNamespace(
+        name="triton",
+        preferred=lambda device, dtype: False,
+        available=lambda: True,
+    )
+    assert not kernels._wanted(kernel, "cuda", "float32", None)
+    assert kernels._wanted(kernel, "cuda", "float32", ["triton"])
+    assert not kernels._wanted(kernel, "cuda", "float32", ["fused"])
 
 
 def test_contestants_take_turns_and_ratios_are_paired():

@@ -269,9 +269,15 @@ def test_the_dtype_policy_is_that_of_the_layer():
     assert kr.layers.Gathered(kept).compute_dtype == "bfloat16"
 
 
+class OwnRingAttention(kr.layers.RingAttention):
+    pass
+
+
 def test_a_ring_layer_inside_is_refused():
     with pytest.raises(ValueError, match="RingAttention"):
         kr.layers.Gathered(kr.layers.RingAttention(2, 4))
+    with pytest.raises(ValueError, match="be, or contain, a layer of keras_r"):
+        kr.layers.Gathered(L.TimeDistributed(OwnRingAttention(2, 4)))
     with pytest.raises(ValueError, match="must be a layer of Keras"):
         kr.layers.Gathered("conv")
 

@@ -279,6 +279,64 @@ def test_what_is_wrong_on_a_shard_is_refused(kind):
     guard.check(model, ALONE)
 
 
+class OwnPadding(L.ZeroPadding1D):
+    pass
+
+
+class OwnBatchNormalisation(L.BatchNormalization):
+    pass
+
+
+class NormalisedOverTheLast(L.Layer):
+    def call(self, x):
+        return ops.softmax(x, axis=-1)
+
+
+def features_and_then_scores(layer):
+    """Call a layer with features, and then with one number each position."""
+    return lambda x: L.Multiply()(
+        [layer(x), layer(ops.max(x, axis=-1))[..., None]]
+    )
+
+
+TWICE = {
+    "softmax": lambda: features_and_then_scores(L.Softmax()),
+    "unit-normalisation": lambda: features_and_then_scores(
+        L.UnitNormalization()
+    ),
+    "own": lambda: features_and_then_scores(NormalisedOverTheLast()),
+}
+
+
+@pytest.mark.parametrize("kind", TWICE)
+def test_a_layer_is_checked_for_each_rank(kind):
+    layer = TWICE[kind]()
+    with pytest.raises(ValueError, match=r"Received: the model.*with\n  - "):
+        guard.check(model_of(layer), SHARDS)
+
+
+def test_a_layer_of_several_inputs_is_checked_for_each_rank():
+    x = keras.Input((None, 8))
+    scores, layer = ops.max(x, axis=-1), L.Concatenate()
+    model = keras.Model(x, [layer([x, x]), layer([scores, scores])])
+    with pytest.raises(ValueError, match="joins along the sequence"):
+        guard.check(model, SHARDS)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OwnPadding(1),
+        lambda: L.TimeDistributed(OwnBatchNormalisation()),
+    ],
+    ids=["padding", "batch-normalisation"],
+)
+def test_a_subclass_is_held_to_the_rule_of_its_class(make):
+    with pytest.raises(ValueError, match=r"with\n  - "):
+        guard.check(model_of(make()), SHARDS)
+    guard.check(model_of(OwnPadding(0)), SHARDS)
+
+
 def attend(x):
     return kr.layers.RingAttention(2, 4)(x, x, use_causal_mask=True)
 

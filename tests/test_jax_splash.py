@@ -60,6 +60,8 @@ def test_what_does_not_fit_is_left_to_the_reference(length, dtype, width, mask):
         kernel().forward(Inputs(array, array, array), visit, None)
 
 
+# "auto" never chooses it, and it is interpreted here.
+@pytest.mark.extra
 def test_around_a_ring(monkeypatch):
     """Balanced causal chunks: every branch of a visit, and XLA's batches."""
     if len(jax.devices()) < 4:

@@ -243,7 +243,7 @@ def test_random_visits_under_sanitizers(processor, sanitizer, tmp_path):
     made = compiled(library.ATTENTION, cases)
     assert made.returncode == 0, made.stderr
     found = subprocess.run(
-        [str(program), "100"], capture_output=True, text=True, check=False
+        [str(program), "50"], capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stdout + found.stderr
-    assert found.stdout == "100 cases\n"
+    assert found.stdout == "50 cases\n"

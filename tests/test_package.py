@@ -161,7 +161,7 @@ def test_a_backend_that_is_not_installed_is_named():
     )
     backend = keras.backend.backend()
     assert f"Received: backend={backend!r}, which is not." in found
-    assert f"pip install 'keras-ring[{backend}]'" in found
+    assert f"pip install '.[{backend}]'" in found
 
 
 @pytest.mark.once

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import keras_ring
+from tests.thinning import extra_on
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WIDTH, LENGTH = 8, 12
@@ -88,10 +89,10 @@ def block_model(remat):
     return model
 
 
-def check_ring(size, values, want, loss):
+def check_ring(size, remat, values, want, loss):
     strategy = keras_ring.DistributedStrategy(sequence_parallel=size)
     with strategy.scope():
-        model = block_model("block")
+        model = block_model(remat)
         model.set_weights(values)
         model.quantize("int8")
         close(model.predict(features(), verbose=0), want)
@@ -100,9 +101,17 @@ def check_ring(size, values, want, loss):
     np.testing.assert_allclose(found, loss, rtol=1e-2)
 
 
-def test_around_a_ring_it_is_that_of_one_device(on_devices):
+# To trace a block that is computed again takes TensorFlow long.
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param("feed_forward", marks=extra_on("jax", "torch")),
+        pytest.param("block", marks=extra_on("tensorflow")),
+    ],
+)
+def test_around_a_ring_it_is_that_of_one_device(on_devices, remat):
     keras.utils.set_random_seed(2)
-    model = block_model("block")
+    model = block_model(remat)
     values = model.get_weights()
     model.quantize("int8")
     want = model.predict(features(), verbose=0)
@@ -114,7 +123,7 @@ def test_around_a_ring_it_is_that_of_one_device(on_devices):
         for weight, old in zip(model.trainable_weights, before, strict=True)
         if "key/bias" not in weight.path  # It has no gradient but rounding.
     )
-    on_devices(2, check_ring, 2, values, want, float(loss))
+    on_devices(2, check_ring, 2, remat, values, want, float(loss))
 
 
 def check_float8(values, want, losses):

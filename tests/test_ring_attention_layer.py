@@ -329,6 +329,16 @@ def test_a_symbolic_call_computes_nothing():
     assert scores.shape == (None, 3, 2, None, None)
 
 
+def test_a_shape_is_inferred_of_what_a_call_takes():
+    import inspect
+
+    call, spec = (
+        list(inspect.signature(method).parameters)
+        for method in (RingAttention.call, RingAttention.compute_output_spec)
+    )
+    assert call == spec
+
+
 class Block(keras.layers.Layer):
     """A layer that leaves the inference of its shape to Keras."""
 

@@ -42,6 +42,11 @@ BAD_ARGUMENTS = {
     "window": ({**MHA, "sliding_window": 0}, "sliding_window=0"),
     "soft-cap": ({**MHA, "soft_cap": 0.0}, "soft_cap=0.0"),
     "alibi": ({**MHA, "alibi": [0.5]}, "one finite slope.* 2 heads"),
+    "alibi-number": (
+        {**MHA, "alibi": np.array(0.5)},
+        "one finite slope.* 2 heads",
+    ),
+    "empty-rows": ({**MHA, "empty_rows": 1}, "empty_rows=1. Pass one"),
     "rotary": ({**MHA, "rotary": 10000}, "rotary=10000"),
     "axes": ({**MHA, "attention_axes": "1"}, "attention_axes='1'"),
     "output": (

@@ -805,6 +805,12 @@ LAYERS = {
         "num_key_value_heads=3",
         "Choose",
     ),
+    "block-no-heads": (
+        lambda: block(num_heads=None),
+        "`num_heads` must be a positive integer",
+        "num_heads=None",
+        "Pass 1 or more",
+    ),
     "block-int": (
         lambda: block()(TOKENS[..., None].repeat(4, -1)),
         "floating point",
@@ -1148,6 +1154,30 @@ def test_what_numpy_gave_is_saved_as_plain_numbers(make):
     assert type(made).from_config(config).get_config() == config
     for name in ("num_heads", "soft_cap", "sliding_window", "seed"):
         assert type(config[name]) in (int, float), name
+
+
+def test_flags_of_numpy_are_saved_as_plain_ones():
+    made = layer(flash_attention=np.False_, alibi=np.array(True))
+    config = made.get_config()
+    assert config["flash_attention"] is False
+    assert config["alibi"] == layer(alibi=True).get_config()["alibi"]
+    assert layer(alibi=np.array(False)).get_config()["alibi"] is None
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "int64"])
+def test_positions_beyond_the_table_are_seen(dtype):
+    """None is taken for another, such as the last for -1."""
+    embedding = layers.PositionEmbedding(LENGTH)
+    embedding.build(X.shape)
+    given = np.arange(LENGTH).astype(dtype)
+    given[1], given[2] = LENGTH - 1, LENGTH
+    if dtype != "uint8":
+        given[0] = -1
+    out = ops.convert_to_numpy(embedding(X, positions=given))
+    table = ops.convert_to_numpy(embedding.position_embeddings)
+    inside = (given >= 0) & (given < LENGTH)
+    assert np.isnan(out[:, ~inside]).all()
+    np.testing.assert_array_equal(out[0, inside], table[given[inside]])
 
 
 def test_a_start_beyond_the_table_is_seen():

@@ -60,10 +60,10 @@ class Gathered(keras.layers.Wrapper):
         the sequence on axis 1, with its mask; the others whole.
 
     Raises:
-        ValueError: for what is no layer, for a layer that knows the ring
-            itself, for another tensor given by name, and for a result whose
-            length the ring cannot split. When a functional model is trained,
-            for an input without a sequence axis.
+        ValueError: for what is no layer, for one that is, or contains, a
+            layer of keras_ring, and for another tensor given by name. When a
+            functional model is trained, for an input without a sequence
+            axis.
 
     Example:
 
@@ -234,12 +234,13 @@ def _takes_several(build: Callable[..., None]) -> bool:
 
 def _refuse_ring_layers(layer: keras.layers.Layer) -> None:
     for part in [layer, *sublayers(layer, recursive=True)]:
-        if type(part).__module__.split(".")[0] == "keras_ring":
+        modules = (c.__module__ for c in type(part).__mro__)
+        if any(module.split(".")[0] == "keras_ring" for module in modules):
             raise ValueError(
                 "A layer inside `Gathered` is given the whole sequence, so "
-                "it must not be one that attends around the ring itself. "
-                f"Received: {type(part).__name__} (name={part.name!r}). Use "
-                "it outside `Gathered`."
+                "it must not be, or contain, a layer of keras_ring, which "
+                f"works on a shard itself. Received: {type(part).__name__} "
+                f"(name={part.name!r}). Use it outside `Gathered`."
             )
 
 

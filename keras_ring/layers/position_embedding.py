@@ -38,8 +38,9 @@ class PositionEmbedding(keras.layers.Layer):
             natural positions; split as the inputs are.
 
     Returns:
-        `(batch, length, features)` in the compute dtype. NaN for a
-        `start_index` that is a tensor and leaves no vector for a position.
+        `(batch, length, features)` in the compute dtype. NaN where one of
+        `positions` has no vector, and everywhere for a `start_index` that is
+        a tensor and leaves no vector for a position.
 
     Raises:
         ValueError: for a sequence longer than `sequence_length`, inputs of
@@ -90,7 +91,7 @@ class PositionEmbedding(keras.layers.Layer):
         table = ops.convert_to_tensor(self.position_embeddings)
         if positions is not None:
             positions = checked_positions(positions, start_index, inputs, 1)
-            vectors = dense_take(table, positions)
+            vectors = self._at(table, positions)
         else:
             # The positions of a chunk are contiguous: a slice, whose
             # gradient is dense on every backend.
@@ -118,6 +119,20 @@ class PositionEmbedding(keras.layers.Layer):
             "initializer": keras.initializers.serialize(self.initializer),
         }
 
+    def _at(self, table: Tensor, positions: Tensor) -> Tensor:
+        """The vectors of positions, NaN for one that has none: what a tensor
+        holds is seen in the result."""
+        # In an integer that any place of the table fits in.
+        wide = keras.backend.standardize_dtype(positions.dtype)
+        wide = "int64" if wide in ("int64", "uint64") else "int32"
+        positions = ops.cast(positions, wide)
+        inside = ops.logical_and(
+            positions >= 0, positions < self.sequence_length
+        )
+        there = ops.where(inside, positions, ops.zeros_like(positions))
+        vectors = dense_take(table, there)
+        return ops.where(inside[..., None], vectors, float("nan"))
+
     def _natural(self, table: Tensor, length: Any, start_index: Any) -> Tensor:
         """The vectors of the natural positions that the layer sees."""
         ring, whole = shard_ring(), whole_length(length)
@@ -135,9 +150,7 @@ class PositionEmbedding(keras.layers.Layer):
         if not isinstance(length, int) and not ops.is_tensor(length):
             # An exported program, which cannot say whether a slice fits.
             places = ops.arange(length, dtype="int32") + start_index
-            vectors = dense_take(table, places)
-            inside = ops.logical_and(places >= 0, places < self.sequence_length)
-            return ops.where(inside[:, None], vectors, float("nan"))
+            return self._at(table, places)
         if ring is None:
             return ops.slice(table, [start_index, 0], [length, width])
         first, true = placement.start(ring.index(), length), true_length(length)

@@ -267,7 +267,7 @@ class RingAttention(Projections, keras.layers.Layer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        # Both by name: only then does Keras find both tensors' masks.
+        # Both are given: only then does Keras find both tensors' masks.
         value = query if value is None else value
         return super().__call__(query, value, *args, **kwargs)
 
@@ -387,7 +387,7 @@ class RingAttention(Projections, keras.layers.Layer):
             attention_bias: `(batch, query_length, heads or 1, key_length)`.
 
         Returns:
-            `(out, scores)`, see `ops.dense_attention.Dense`.
+            `(out, scores)`, see `keras_ring.attention.dense.Dense`.
         """
         del return_attention_scores
         found = written_out(
@@ -439,7 +439,9 @@ class RingAttention(Projections, keras.layers.Layer):
         training: bool | None = None,
         use_causal_mask: bool = False,
         attention_bias: Any = None,
-        **ids: Any,
+        segment_ids: Any = None,
+        key_segment_ids: Any = None,
+        prefix_length: Any = None,
     ) -> Any:
         del training
         value = query if value is None else value
@@ -450,7 +452,9 @@ class RingAttention(Projections, keras.layers.Layer):
             return_attention_scores,
             use_causal_mask,
             attention_bias,
-            **ids,
+            segment_ids,
+            key_segment_ids,
+            prefix_length,
         )
         axes = given.check(self._options, self._overridden())
         output = keras.KerasTensor(
@@ -485,9 +489,9 @@ class RingAttention(Projections, keras.layers.Layer):
             it is built too and has the same weights.
 
         Raises:
-            ValueError: for another layer, a subclass with its own ways
-                included, or one whose weights are not those of its
-                configuration (LoRA, quantized).
+            ValueError: for another layer, also a subclass of the two, or one
+                whose weights are not those of its configuration (LoRA,
+                quantized).
             NotImplementedError: for what the stock layer does and this one
                 does not.
         """

@@ -148,6 +148,9 @@ class RingTransformerBlock(keras.layers.Layer):
         **kwargs: Any,
     ):
         # Here, though the parts are built later and would refuse it then.
+        num_heads = arguments.integer("num_heads", num_heads)
+        if key_dim is not None:
+            key_dim = arguments.integer("key_dim", key_dim)
         heads = options.heads(
             num_heads,
             1 if key_dim is None else key_dim,

@@ -25,7 +25,7 @@ class RotaryEmbedding(keras.layers.Layer):
     are those in the whole sequence, also where the layer sees a shard of it.
 
     Angles and rotation are computed in float32 (float64 for float64) and
-    the result is cast back.
+    the result is cast to the compute dtype.
 
     Args:
         max_wavelength: the longest wavelength, in positions.
@@ -45,7 +45,7 @@ class RotaryEmbedding(keras.layers.Layer):
             natural positions; split as the inputs are.
 
     Returns:
-        A tensor with the shape and dtype of the input.
+        A tensor with the shape of the input, in the compute dtype.
 
     Raises:
         ValueError: for an odd number of features to rotate, positions that

@@ -148,8 +148,8 @@ def needs_padding(
         model: the model that is fed.
         batch: `(x, y, sample_weight)` over all samples. Of anything that is
             not made of arrays nothing is known before its batches come.
-        batch_size: samples in a batch; 32 if None, as in Keras. None of the
-            arrays is cut into batches if it is 0.
+        batch_size: samples in a batch; 32 if None, as in Keras. 0 if the
+            arrays are a batch as they are.
         validation_split: fraction that Keras keeps back at the end.
     """
     if not all(hasattr(leaf, "shape") for leaf in _leaves(batch)):
@@ -257,13 +257,11 @@ def _map(function: Any, structure: Any, symbols: list[Any]) -> Any:
     """Apply `function(leaf, symbol)`, keeping the structure and None."""
     if structure is None:
         return None
-    results = iter(
-        [
-            None if leaf is None else function(leaf, symbol)
-            for leaf, symbol in zip(_flatten(structure), symbols, strict=True)
-        ]
-    )
-    return tree.pack_sequence_as(structure, list(results))
+    results = [
+        None if leaf is None else function(leaf, symbol)
+        for leaf, symbol in zip(_flatten(structure), symbols, strict=True)
+    ]
+    return tree.pack_sequence_as(structure, results)
 
 
 def _matched(structure: Any, symbols: Any) -> list[Any]:

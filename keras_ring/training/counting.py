@@ -17,16 +17,21 @@ import keras
 from keras import ops, tree
 
 from keras_ring.distribution.world import World
-from keras_ring.keras_internals import added_losses, without_values
+from keras_ring.keras_internals import (
+    added_losses,
+    assigned_metrics,
+    compiled_losses,
+    compiled_metrics,
+    defining,
+    loss_trackers,
+    without_values,
+)
 from keras_ring.training import position_wise, whole_batch
 from keras_ring.training import step as steps
 from keras_ring.training.step import Output, Step
+from keras_ring.wrapping import Function, Target
 
-_MARK = "_keras_ring_wrapped"
 _TOLD = "_keras_ring_told_of_steps"
-Function = Callable[..., Any]
-# Object, attribute, and what makes the wrapper of the original.
-Target = tuple[Any, str, Callable[[Function], Function]]
 
 # What Keras reduces now: the output, its prediction, and whether its weights
 # are split.
@@ -39,22 +44,36 @@ _MEASURED: ContextVar[Output | None] = ContextVar(
 )
 
 
-def wrap_once(targets: Sequence[Target]) -> None:
-    """Replace each target by its wrapper, unless that has been done."""
-    originals = [getattr(owner, name) for owner, name, _ in targets]
-    for (owner, name, wrap), original in zip(targets, originals, strict=True):
-        if not getattr(original, _MARK, False):
-            wrapped = functools.wraps(original)(wrap(original))
-            setattr(wrapped, _MARK, True)
-            setattr(owner, name, wrapped)
-
-
-def outputs(holder: str) -> Callable[[Function], Function]:
-    """Of the objects that hold a model's losses, or its metrics: note which
-    of their predictions are the model's outputs.
+def targets(losses: Any, compiled: Any) -> list[Target]:
+    """Functions of Keras to be wrapped, for `wrapping.wrap_once`.
 
     Args:
-        holder: the model's attribute that is the object.
+        losses: Keras' module of the reduction of losses.
+        compiled: Keras' module of what `compile` makes of losses and metrics.
+
+    Raises:
+        AttributeError: if Keras has moved one of the names.
+    """
+    owner = defining(keras.Model, "compute_loss")
+    reduced = functools.partial(reduced_loss, losses.apply_mask)
+    return [
+        (owner, "compute_loss", model_loss),
+        (compiled.CompileLoss, "call", outputs(compiled_losses)),
+        (keras.losses.Loss, "__call__", loss),
+        (losses, "reduce_weighted_values", reduced),
+        (compiled.CompileMetrics, "update_state", outputs(compiled_metrics)),
+        (compiled.MetricsList, "update_state", output_metrics),
+        (keras.metrics.Mean, "update_state", mean_metric),
+        (keras.Model, "__call__", model_call),
+    ]
+
+
+def outputs(holder: Callable[[Any], Any]) -> Callable[[Function], Function]:
+    """Wrap the call of a model's losses, or of its metrics, and note which
+    predictions are outputs of the model.
+
+    Args:
+        holder: tells of a model what holds its losses, or its metrics.
     """
 
     def wrap(original: Function) -> Function:
@@ -62,7 +81,11 @@ def outputs(holder: str) -> Callable[[Function], Function]:
             self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
         ) -> Any:
             step = steps.running()
-            if step is not None and self is getattr(step.model, holder, None):
+            if (
+                step is not None
+                and step.model is not None
+                and self is holder(step.model)
+            ):
                 step.know_outputs(step.model, y_pred)
             return original(self, y_true, y_pred, sample_weight)
 
@@ -72,7 +95,8 @@ def outputs(holder: str) -> Callable[[Function], Function]:
 
 
 def model_loss(original: Function) -> Function:
-    """Of a model: refuse losses that its layers computed of padding."""
+    """Wrap `Model.compute_loss`: refuse losses that layers computed of
+    padding."""
 
     def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         step = steps.innermost()
@@ -84,7 +108,8 @@ def model_loss(original: Function) -> Function:
 
 
 def loss(original: Function) -> Function:
-    """Of one loss: no padding, and the weight of this device's part."""
+    """Wrap `Loss.__call__`: leave padding out and weight the value by this
+    device's part."""
 
     def call(
         self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
@@ -115,7 +140,8 @@ def loss(original: Function) -> Function:
 
 
 def reduced_loss(apply_mask: Function, original: Function) -> Function:
-    """Of the reduction of a loss: its share of the global count.
+    """Wrap the reduction of a loss: weight the value by its share of the
+    global count.
 
     Args:
         apply_mask: Keras' product of a mask and weights.
@@ -180,7 +206,8 @@ def reduced_loss(apply_mask: Function, original: Function) -> Function:
 
 
 def output_metrics(original: Function) -> Function:
-    """Of the metrics of one output: every true element once."""
+    """Wrap the update of the metrics of one output: every true element
+    counts once."""
 
     def update_state(
         self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None
@@ -214,8 +241,8 @@ def output_metrics(original: Function) -> Function:
 
 
 def model_call(original: Function) -> Function:
-    """Of a model: a loss that is computed of its outputs by hand is one of
-    this step's."""
+    """Wrap `Model.__call__`: remember the outputs, so that a loss computed
+    of them by hand belongs to the step."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
@@ -228,7 +255,8 @@ def model_call(original: Function) -> Function:
 
 
 def mean_metric(original: Function) -> Function:
-    """Of a metric that is a mean: as many positions as there are."""
+    """Wrap `Mean.update_state`: weight a device's mean by the number of its
+    true positions."""
 
     def update_state(self: Any, values: Any, sample_weight: Any = None) -> Any:
         step, output = steps.running(), _MEASURED.get()
@@ -262,7 +290,7 @@ def mean_metric(original: Function) -> Function:
 
 def is_tracker(model: Any, metric: Any) -> bool:
     """True if a metric is the mean of a loss of a model."""
-    return any(metric is tracker for tracker in whole_batch.trackers(model))
+    return any(metric is tracker for tracker in loss_trackers(model))
 
 
 def check(world: World, model: Any, *, padded: bool) -> None:
@@ -287,7 +315,7 @@ def check(world: World, model: Any, *, padded: bool) -> None:
     if not steps_of_its_own:
         # `compute_metrics` of the model's own is given the whole batch.
         given_all = (
-            getattr(model, "_metrics", ())
+            assigned_metrics(model)
             if whole_batch.is_given_whole(model, "compute_metrics")
             else ()
         )
@@ -360,7 +388,7 @@ _RATIOS = (
 
 def _own_metrics(model: Any) -> list[Any]:
     """The metrics of a model that it was not compiled with."""
-    compiled = model._compile_metrics
+    compiled = compiled_metrics(model)
     return [
         inner
         for metric in model.metrics

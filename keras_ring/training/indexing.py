@@ -18,6 +18,7 @@ from keras_ring.distribution.lengths import OPEN
 from keras_ring.keras_internals import calls, indexing_operations
 from keras_ring.ops.sequence import shard_ring
 from keras_ring.ops.take_position import take_position
+from keras_ring.wrapping import Target
 
 Tensor = Any
 Sees = Callable[[Any], bool]
@@ -28,8 +29,8 @@ def _classes() -> tuple[Any, Any]:
     return indexing_operations()
 
 
-def targets() -> list[tuple[Any, str, Callable[..., Any]]]:
-    """Functions of Keras to be wrapped, for `counting.wrap_once`."""
+def targets() -> list[Target]:
+    """Functions of Keras to be wrapped, for `wrapping.wrap_once`."""
     wrappers = _item, _take
     return [
         (owner, "call", wrap)
@@ -56,7 +57,7 @@ def takes_positions(operation: Any, node: Any, sees_sequence: Sees) -> bool:
     if not sees_sequence(tensor):
         return False
     if item is not None and isinstance(operation, item):
-        return _place(key, len(tensor.shape)) is not None
+        return _entry_of_position(key, len(tensor.shape)) is not None
     if take is not None and isinstance(operation, take):
         return _takes(operation, tensor, key)
     return False
@@ -65,7 +66,7 @@ def takes_positions(operation: Any, node: Any, sees_sequence: Sees) -> bool:
 def _item(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, x: Tensor, key: Any) -> Tensor:
         if _on_shard(self):
-            place = _place(key, len(x.shape))
+            place = _entry_of_position(key, len(x.shape))
             if place is not None:
                 key = list(key)
                 x = take_position(x, [key[place]])
@@ -99,7 +100,7 @@ def _on_shard(operation: Any) -> bool:
     )
 
 
-def _place(key: Any, rank: int) -> int | None:
+def _entry_of_position(key: Any, rank: int) -> int | None:
     """Index of the entry of a key that is the one position that it takes on
     axis 1; None for a key that does anything else with the first two axes."""
     if not isinstance(key, (tuple, list)):

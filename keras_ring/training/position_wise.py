@@ -13,6 +13,8 @@ from typing import Any
 
 import keras
 
+from keras_ring.keras_internals import wrapped_function, wrapped_options
+
 MARK = "sequence_parallel_safe"
 
 # One value for each element, or the mean of these over the last axis. That
@@ -62,10 +64,10 @@ def loss(loss: Any, prediction: Any, split: bool) -> bool:
     # A subclass of one's own may compute anything.
     if not _of_keras(type(loss)):
         return False
-    function = getattr(loss, "fn", None)
+    function = wrapped_function(loss)
     if function is None:
         return False
-    options = getattr(loss, "_fn_kwargs", None) or {}
+    options = wrapped_options(loss)
     return _function(function, options, len(prediction.shape), split)
 
 
@@ -76,10 +78,9 @@ def metric(metric: Any, prediction: Any, split: bool) -> bool:
     if not _of_keras(type(metric)):
         return False
     rank = len(prediction.shape)
-    function = getattr(metric, "_fn", None)
+    function = wrapped_function(metric)
     if function is not None:
-        options = getattr(metric, "_fn_kwargs", None) or {}
-        return _function(function, options, rank, split)
+        return _function(function, wrapped_options(metric), rank, split)
     if type(metric).__name__ not in _COUNTING:
         return False
     axis = getattr(metric, "axis", -1)
@@ -102,16 +103,16 @@ def marked(part: Any) -> bool:
         return True
     if isinstance(part, functools.partial):
         return marked(part.func)
-    inner = getattr(part, "fn", None) or getattr(part, "_fn", None)
+    inner = wrapped_function(part)
     return inner is not None and inner is not part and marked(inner)
 
 
 def _function(
-    function: Any, options: dict[str, Any], rank: int, split: bool
+    function: Any, options: dict[str, Any] | None, rank: int, split: bool
 ) -> bool:
     if marked(function):
         return True
-    if not _of_keras(function):
+    if options is None or not _of_keras(function):
         return False
     name = getattr(function, "__name__", "")
     axis = options.get("axis", -1)

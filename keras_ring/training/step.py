@@ -274,8 +274,9 @@ class Step:
     def full_state(
         self, metrics: Sequence[Any]
     ) -> contextlib.AbstractContextManager[None]:
-        """Code in here sees the state of metrics as one device would, and
-        changes it on every device alike; afterwards it counts once."""
+        """Return a context in which code sees the state of metrics as one
+        device would, and changes it on every device alike; afterwards it
+        counts once."""
         raise NotImplementedError
 
     def mean_weight(self, output: Output) -> Any:
@@ -352,7 +353,8 @@ def innermost() -> Step | None:
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """Code in here is given the whole batch in the middle of a step."""
+    """Return a context in which code is given the whole batch in the middle
+    of a step."""
     token = _PAUSED.set(True)
     try:
         yield
@@ -362,7 +364,7 @@ def paused() -> Iterator[None]:
 
 @contextlib.contextmanager
 def run(step: Step) -> Iterator[None]:
-    """Code in here runs in a step."""
+    """Return a context in which code runs in a step."""
     token = _RUNNING.set(step)
     try:
         # A function of the user's own sees what it is given.

@@ -19,7 +19,11 @@ import numpy as np
 from keras import tree
 
 from keras_ring.distribution import strategy
-from keras_ring.keras_internals import with_companions
+from keras_ring.keras_internals import (
+    loss_trackers,
+    with_companions,
+    wrapped_function,
+)
 from keras_ring.ops.batch import gather_batch
 from keras_ring.training import position_wise
 from keras_ring.training import step as steps
@@ -64,7 +68,7 @@ def metrics(
     for metric in metrics:
         # Those of Keras that need it are of its own making, such as F1Score.
         if type(metric).__module__.split(".")[0] != keras.__name__ or (
-            getattr(metric, "_fn", None) is not None
+            wrapped_function(metric) is not None
         ):
             what = f"The metric {metric.name!r}"
             _tell_once(step, metric, what, (y_true, y_pred, sample_weight))
@@ -75,8 +79,8 @@ def metrics(
 
 @contextlib.contextmanager
 def own_methods(model: Any) -> Iterator[None]:
-    """In here a model's own `compute_loss` and `compute_metrics` are given
-    the whole batch."""
+    """Return a context in which a model's own `compute_loss` and
+    `compute_metrics` are given the whole batch."""
     before = {}
     for name, reads in (
         ("compute_loss", lambda model: []),
@@ -143,21 +147,12 @@ def _given_whole(
 def _counted(model: Any) -> list[Any]:
     """The metrics of a model, but for those that its losses feed, which count
     on each device by itself."""
-    fed = set(map(id, trackers(model)))
+    fed = set(map(id, loss_trackers(model)))
     return [
         metric
         for metric in model.metrics
         if id(metric) not in fed
         and not getattr(metric, "updated_by_loss", False)
-    ]
-
-
-def trackers(model: Any) -> list[Any]:
-    """The metrics that are the means of a model's losses."""
-    losses = getattr(model, "_compile_loss", None)
-    return [
-        getattr(model, "_loss_tracker", None),
-        *([] if losses is None else losses.metrics),
     ]
 
 
@@ -205,7 +200,8 @@ def _gather(tensor: Any, sequence: bool) -> Any:
 
 @contextlib.contextmanager
 def _seeing_everything() -> Iterator[None]:
-    """Code in here was given the whole batch: it is as on one device."""
+    """Return a context in which code, which was given the whole batch, is as
+    on one device."""
     with strategy.suspended(), steps.paused():
         yield
 

@@ -30,8 +30,7 @@ from keras_ring.training import (
     indexing,
     whole_batch,
 )
-
-_MARK = "_keras_ring_wrapped"
+from keras_ring.wrapping import Target, wrap_once
 
 
 def install() -> None:
@@ -48,18 +47,13 @@ def install() -> None:
     }
     # Where Keras defines it: models that override it are told by that.
     trainer = next(c for c in keras.Model.__mro__ if "compile" in vars(c))
-    targets: list[tuple[Any, str, Callable[..., Any]]] = [
+    targets: list[Target] = [
         *((keras.Model, name, wrap) for name, wrap in wrappers.items()),
         (trainer, "compile", _at_home),
         (keras.layers.Layer, "__new__", _remembering),
+        *indexing.targets(),
     ]
-    for owner, name, wrap in targets:
-        method = getattr(owner, name)
-        if not getattr(method, _MARK, False):
-            wrapped = wrap(method)
-            setattr(wrapped, _MARK, True)
-            setattr(owner, name, wrapped)
-    counting.wrap_once(indexing.targets())
+    wrap_once(targets)
     backend = backends.load()
     backend.trainer.install(backend.runtime.current)
 

@@ -18,9 +18,10 @@ from keras_ring.keras_internals import (
     defining,
     unknown_keras,
 )
+from keras_ring.wrapping import Function, wrap_once
 
 _DETACHED = "_keras_ring_detached"
-_MARK = "_keras_ring_wrapped"
+Current = Callable[[], Any]
 
 
 def prepare(world: Any, model: Any) -> None:
@@ -71,7 +72,7 @@ def _is_gone(value: Any) -> bool:
     )
 
 
-def install(current: Callable[[], Any]) -> None:
+def install(current: Current) -> None:
     """Teach Keras' trainer two things, once: to place a batch by what the
     model says of each array, and to keep the values that it detaches from the
     variables, see `recover`.
@@ -85,18 +86,30 @@ def install(current: Callable[[], Any]) -> None:
     try:
         from keras.src.backend.jax import trainer
 
-        distribute = trainer._distribute_data
-        owner = defining(keras.Model, "_get_jax_state")
-        detach = owner._get_jax_state  # type: ignore[attr-defined]
+        wrap_once(
+            [
+                (
+                    trainer,
+                    "_distribute_data",
+                    functools.partial(_distribute_data, current),
+                ),
+                (
+                    defining(keras.Model, "_get_jax_state"),
+                    "_get_jax_state",
+                    functools.partial(_get_jax_state, current),
+                ),
+            ]
+        )
     except (ImportError, AttributeError) as error:
         raise unknown_keras(
             "feeds its JAX trainer in a way that keras_ring does not know",
             error,
         ) from error
-    if getattr(distribute, _MARK, False):
-        return
 
-    @functools.wraps(distribute)
+
+def _distribute_data(current: Current, distribute: Function) -> Function:
+    """Place a batch by what the model says of each array."""
+
     def distribute_data(
         data: Any, layouts: Any = None, is_super_batch: bool = False
     ) -> Any:
@@ -107,7 +120,12 @@ def install(current: Callable[[], Any]) -> None:
             return distribute(data, layouts, **more)
         return active.place_batch(data, stacked=is_super_batch)
 
-    @functools.wraps(detach)
+    return distribute_data
+
+
+def _get_jax_state(current: Current, detach: Function) -> Function:
+    """Keep the values that the trainer detaches from the variables."""
+
     def get_jax_state(self: Any, *args: Any, **kwargs: Any) -> Any:
         if current() is not None:
             variables = self.variables
@@ -121,6 +139,4 @@ def install(current: Callable[[], Any]) -> None:
             ]
         return detach(self, *args, **kwargs)
 
-    setattr(distribute_data, _MARK, True)
-    trainer._distribute_data = distribute_data
-    owner._get_jax_state = get_jax_state  # type: ignore[attr-defined]
+    return get_jax_state

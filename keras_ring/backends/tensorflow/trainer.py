@@ -28,6 +28,7 @@ from keras_ring.keras_internals import (
     unknown_keras,
 )
 from keras_ring.training import counting, step
+from keras_ring.wrapping import wrap_once
 
 _STEP = "keras_ring_step"
 
@@ -120,35 +121,9 @@ def install(current: Callable[[], Any]) -> None:
         )
         from keras.src.trainers import compile_utils
 
-        reduced = functools.partial(
-            counting.reduced_loss, loss_module.apply_mask
-        )
-        counting.wrap_once(
+        wrap_once(
             [
-                (
-                    defining(keras.Model, "compute_loss"),
-                    "compute_loss",
-                    counting.model_loss,
-                ),
-                (
-                    compile_utils.CompileLoss,
-                    "call",
-                    counting.outputs("_compile_loss"),
-                ),
-                (keras.losses.Loss, "__call__", counting.loss),
-                (loss_module, "reduce_weighted_values", reduced),
-                (
-                    compile_utils.CompileMetrics,
-                    "update_state",
-                    counting.outputs("_compile_metrics"),
-                ),
-                (
-                    compile_utils.MetricsList,
-                    "update_state",
-                    counting.output_metrics,
-                ),
-                (keras.metrics.Mean, "update_state", counting.mean_metric),
-                (keras.Model, "__call__", counting.model_call),
+                *counting.targets(loss_module, compile_utils),
                 (loss_module, "scale_loss_for_distribution", _as_it_is),
                 (loss_module, "unscale_loss_for_distribution", _as_it_is),
                 *(

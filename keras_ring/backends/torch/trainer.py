@@ -22,8 +22,8 @@ from keras_ring.distribution import scopes
 from keras_ring.keras_internals import defining, scales_losses, unknown_keras
 from keras_ring.training import counting
 from keras_ring.training.wrappers import built
+from keras_ring.wrapping import is_wrapper, mark, wrap_once
 
-_MARK = "_keras_ring_wrapped"
 Current = Callable[[], Member | None]
 
 
@@ -81,41 +81,9 @@ def install(current: Current) -> None:
         if hasattr(keras.Model, "_initialize_ddp"):  # From Keras 3.16 on.
             owner = defining(keras.Model, "_initialize_ddp")
             targets.append((owner, "_initialize_ddp", _initialize_ddp))
-        shared: list[counting.Target] = [
-            (
-                defining(keras.Model, "compute_loss"),
-                "compute_loss",
-                counting.model_loss,
-            ),
-            (
-                compile_utils.CompileLoss,
-                "call",
-                counting.outputs("_compile_loss"),
-            ),
-            (keras.losses.Loss, "__call__", counting.loss),
-            (
-                loss_module,
-                "reduce_weighted_values",
-                functools.partial(
-                    counting.reduced_loss, loss_module.apply_mask
-                ),
-            ),
-            (
-                compile_utils.CompileMetrics,
-                "update_state",
-                counting.outputs("_compile_metrics"),
-            ),
-            (
-                compile_utils.MetricsList,
-                "update_state",
-                counting.output_metrics,
-            ),
-            (keras.metrics.Mean, "update_state", counting.mean_metric),
-            (keras.Model, "__call__", counting.model_call),
-        ]
-        counting.wrap_once(
+        wrap_once(
             [
-                *shared,
+                *counting.targets(loss_module, compile_utils),
                 *(
                     (owner, name, functools.partial(_with, wrap, current))
                     for owner, name, wrap in targets
@@ -143,7 +111,7 @@ def _steps(kind: str) -> Callable[..., Any]:
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
             result = make(self, *args, **kwargs)
             function = getattr(self, attribute)
-            if not getattr(function, _MARK, False):
+            if not is_wrapper(function):
                 setattr(self, attribute, _step(self, function, kind, current))
             return result
 
@@ -172,8 +140,7 @@ def _step(
         results = [run(world, model, function, batch) for batch in data]
         return training.joined(results) if kind == "predict" else results[-1]
 
-    setattr(step, _MARK, True)
-    return step
+    return mark(step)
 
 
 def _symbolic_build(

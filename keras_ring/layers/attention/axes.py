@@ -47,7 +47,9 @@ class AttentionAxes:
             raise ValueError(
                 "`attention_axes` must name axes between the batch (0) and "
                 f"the features ({rank - 1} or -1), each once. Received: "
-                f"attention_axes={attention_axes} for inputs of rank {rank}."
+                f"attention_axes={attention_axes} for inputs of rank {rank}. "
+                "Leave the batch and the features out, or pass None for all "
+                "between."
             )
         return cls(rank, axes)
 
@@ -123,7 +125,7 @@ class AttentionAxes:
                 f"`{name}` must have the shape of its tensor without the "
                 f"features: (batch, length). Received: {name}.shape="
                 f"{tuple(mask.shape)} for a tensor of shape "
-                f"{tuple(like.shape)}."
+                f"{tuple(like.shape)}. Give one value for each position."
             )
         given += (1,) * (len(shape) - len(given))
         return self.fold(_broadcast(ops.reshape(mask, given), shape))

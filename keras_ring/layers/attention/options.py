@@ -72,6 +72,8 @@ class AttentionOptions:
             head_dim,
         )
         flash, dropout = given["flash_attention"], given["dropout"]
+        if flash is not None:
+            flash = arguments.flag("flash_attention", flash)
         scale = given["scale"]
         made = {
             "heads": found,
@@ -185,11 +187,9 @@ def _one_spelling(
     )
 
 
-def dropout_rate(dropout: Any, flash_attention: Any) -> float:
+def dropout_rate(dropout: Any, flash_attention: bool | None) -> float:
     """The rate, refused where flash attention rules it out."""
     dropout = arguments.rate("dropout", dropout)
-    if flash_attention is not None:
-        flash_attention = arguments.flag("flash_attention", flash_attention)
     if flash_attention and dropout > 0:
         raise ValueError(
             "Dropout is not supported when flash attention is enabled. "
@@ -236,6 +236,8 @@ def alibi_slopes(alibi: Any, heads: int) -> tuple[float, ...] | None:
     """
     if alibi is None:
         return None
+    if isinstance(alibi, np.ndarray) and alibi.ndim == 0:
+        alibi = alibi[()]
     if isinstance(alibi, (bool, np.bool_)):
         if not alibi:
             return None
@@ -289,7 +291,7 @@ def empty_rows(value: Any, sinks: Any) -> str:
     if value not in EMPTY_ROWS:
         raise ValueError(
             f"`empty_rows` must be one of {', '.join(map(repr, EMPTY_ROWS))}. "
-            f"Received: empty_rows={value!r}."
+            f"Received: empty_rows={value!r}. Pass one of these."
         )
     if value == "stock" and sinks:
         raise ValueError(

@@ -39,8 +39,8 @@ from keras_ring.training.guard.layer_rules import (
     rules_for,
 )
 from keras_ring.training.guard.trial import Verdict
+from keras_ring.training.position_wise import MARK
 
-_OWN = "sequence_parallel_safe"
 # The table of rules knows all that is in these.
 _KNOWN_PACKAGES = ("keras", "keras_ring")
 
@@ -103,7 +103,7 @@ def check(
             lengths = Lengths(fixed.opened)
     walk = _Walk(world, lengths)
     found = list(walk.model(model))
-    if world.layers_see_shards and not _has_graph(model):
+    if world.layers_see_shards and not _has_operations(model):
         found = list(walk.tried(model, _call_with(world, model, x), found))
     if world.layers_see_shards:
         if fixed and (fixed.concerned or _takes_images(model)):
@@ -193,7 +193,8 @@ class _Walk:
     def __init__(self, world: World, lengths: Lengths):
         self._sees_shards = world.layers_see_shards
         self._lengths = lengths
-        self._seen: set[int] = set()
+        # What a layer does may depend on the ranks of what it is given.
+        self._seen: set[tuple[int, tuple[Any, ...]]] = set()
 
     def model(self, model: Any) -> Iterator[Finding]:
         """Find what a model's layers and operations do to the sequence."""
@@ -215,7 +216,7 @@ class _Walk:
                 yield from self._inner(part)
 
     def _operation(self, part: Any, nodes: Any) -> Iterator[Finding]:
-        if _package(part, "keras_ring"):
+        if _made_in(part, "keras_ring"):
             return
         for node in nodes:
             why = operation_rules.problem(
@@ -252,7 +253,7 @@ class _Walk:
             parts: what has been found of the layers that it is made of.
         """
         wrong = any(f.rule and f.rule.fatal for f in parts)
-        own = getattr(layer, _OWN, False) or _is_known(layer)
+        own = getattr(layer, MARK, False) or _is_known(layer)
         if wrong or own or not self._sees_shards:
             yield from parts
             return
@@ -270,7 +271,7 @@ class _Walk:
         inner = sublayers(layer, recursive=True)
         if verdict is Verdict.MIXES:
             yield Finding(layer, None, MIXING)
-        elif any(_package(part, "keras_ring") for part in inner):
+        elif any(_made_in(part, "keras_ring") for part in inner):
             return  # It knows the ring, or its parts do.
         elif verdict is Verdict.UNKNOWN and looks_like_attention(layer):
             yield Finding(layer, None, LIKE_ATTENTION)
@@ -281,21 +282,31 @@ class _Walk:
         self, layer: Any, shapes: list[Shape], call: Call
     ) -> Iterator[Finding]:
         sequences = [s for s in shapes if s is None or self._is_sequence(s)]
-        if not sequences or id(layer) in self._seen:
+        ranks = tuple(
+            None if s is None else (len(s), self._is_sequence(s))
+            for s in shapes
+        )
+        if not sequences or (id(layer), ranks) in self._seen:
             return
-        self._seen.add(id(layer))
-        if getattr(layer, _OWN, False):
+        self._seen.add((id(layer), ranks))
+        if getattr(layer, MARK, False):
             return
-        if _package(layer, "keras_ring"):
+        if _made_in(layer, "keras_ring"):
             # It knows the ring, but Keras applies its regularizers.
             parts = [layer, *sublayers(layer, recursive=True)]
             if any(ACTIVITY_REGULARIZER.when(p, None) for p in parts):
                 yield Finding(layer, sequences[0], ACTIVITY_REGULARIZER)
             return
-        rules = list(rules_for(layer, sequences[0]))
-        if rules:
-            yield from (Finding(layer, sequences[0], rule) for rule in rules)
-        elif _has_graph(layer):
+        # One for each rank.
+        by_rank = {None if s is None else len(s): s for s in sequences}
+        broken = [
+            Finding(layer, shape, rule)
+            for shape in by_rank.values()
+            for rule in rules_for(layer, shape)
+        ]
+        if broken:
+            yield from broken
+        elif _has_operations(layer):
             yield from self.model(layer)
         elif isinstance(layer, keras.Model):
             yield from self.tried(layer, call, list(self.model(layer)))
@@ -323,7 +334,7 @@ class _Walk:
         return shape[1] is None or (not self._sees_shards and len(shape) > 2)
 
 
-def _package(layer: Any, name: str) -> bool:
+def _made_in(layer: Any, name: str) -> bool:
     """True if a layer's class or one that it is made from is in a package."""
     return any(c.__module__.split(".")[0] == name for c in type(layer).__mro__)
 
@@ -335,7 +346,7 @@ def _is_known(layer: Any) -> bool:
     return type(layer).__module__.split(".")[0] in _KNOWN_PACKAGES
 
 
-def _has_graph(model: Any) -> bool:
+def _has_operations(model: Any) -> bool:
     return bool(getattr(model, "operations", None))
 
 

@@ -15,6 +15,7 @@ from keras import tree
 
 from keras_ring.keras_internals import nodes_of, sublayers
 from keras_ring.layers.gathered import Gathered
+from keras_ring.training.position_wise import MARK
 
 # These know where in the sequence they are.
 _PLACED = {
@@ -23,7 +24,6 @@ _PLACED = {
 }
 # Their masks and ids have no features.
 _MASKED = {"RingAttention", "RingTransformerBlock"}
-_OWN = "sequence_parallel_safe"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +62,8 @@ def find(model: Any) -> Found:
             for symbol in candidates
             if len(symbol.shape) > 2 or "int" in symbol.dtype
         ]
-        trial = _Trial(roots, candidates)
-    else:
-        trial = _Trial(roots, candidates)
+    trial = _Trial(roots, candidates)
+    if roots == [model]:
         needed = trial.needed()
         chosen = [symbol for symbol in candidates if id(symbol) in needed]
         if len(chosen) < len(candidates):
@@ -297,4 +296,4 @@ def _of_ours(kind: type) -> bool:
 
 
 def _has_ring(part: Any) -> bool:
-    return bool(_names(part)) or bool(getattr(part, _OWN, False))
+    return bool(_names(part)) or bool(getattr(part, MARK, False))

@@ -93,8 +93,8 @@ def _windows_overlap(layer: Any, shape: Shape) -> bool:
 def _border(layer: Any, shape: Shape) -> bool:
     del shape
     size = getattr(layer, "padding", getattr(layer, "cropping", 0))
-    rank = {"1D": 1, "2D": 2, "3D": 3}[type(layer).__name__[-2:]]
-    if rank > 1 or _channels_first(layer):
+    several = not _names(layer).intersection(("ZeroPadding1D", "Cropping1D"))
+    if several or _channels_first(layer):
         size = _first(size)
     return _channels_first(layer) or any(
         size if isinstance(size, (tuple, list)) else (size,)
@@ -168,9 +168,14 @@ def _has_batch_statistics(layer: Any, shape: Shape) -> bool:
     del shape
     parts = [layer, *sublayers(layer, recursive=True)]
     return any(
-        type(part).__name__ == "BatchNormalization" and part.trainable
+        "BatchNormalization" in _names(part) and part.trainable
         for part in parts
     )
+
+
+def _names(layer: Any) -> set[str]:
+    """The names of a layer's class and of those that it is made from."""
+    return {c.__name__ for c in type(layer).__mro__}
 
 
 _DIMENSIONS = ("1D", "2D", "3D")
@@ -379,7 +384,7 @@ RULES = (
 
 def rules_for(layer: Any, shape: Shape) -> Iterator[Rule]:
     """The rules that a layer breaks on an input with a sequence axis."""
-    names = {c.__name__ for c in type(layer).__mro__}
+    names = _names(layer)
     for rule in RULES:
         if names.intersection(rule.classes) and rule.when(layer, shape):
             yield rule

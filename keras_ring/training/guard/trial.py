@@ -48,7 +48,8 @@ class Verdict(enum.Enum):
 def of(
     layer: Any, arguments: Any, is_sequence: Callable[[Any], bool]
 ) -> Verdict:
-    """Verdict on what a layer does to a sequence. It is tried once.
+    """Verdict on what a layer does to a sequence. It is tried once for
+    arguments of the same ranks.
 
     Args:
         layer: a built layer.
@@ -64,9 +65,15 @@ def of(
     # Past Keras, which keeps track of attributes. What is frozen may do
     # something else.
     verdicts = layer.__dict__.setdefault(_VERDICTS, {})
-    if layer.trainable not in verdicts:
-        verdicts[layer.trainable] = _tried(layer, arguments, is_sequence)
-    verdict: Verdict = verdicts[layer.trainable]
+    ranks = tuple(
+        (len(a.shape), is_sequence(a))
+        for a in tree.flatten(arguments)
+        if _has_shape(a)
+    )
+    case = layer.trainable, ranks
+    if case not in verdicts:
+        verdicts[case] = _tried(layer, arguments, is_sequence)
+    verdict: Verdict = verdicts[case]
     return verdict
 
 
@@ -174,10 +181,6 @@ def _part(value: Any, split: bool, start: int, length: int) -> Any:
     return ops.convert_to_tensor(
         value[:, start : start + length] if split else value
     )
-
-
-def _has_nothing_to_build(layer: Any) -> bool:
-    return type(layer).build is keras.layers.Layer.build
 
 
 def _unflattened(result: np.ndarray) -> np.ndarray:
