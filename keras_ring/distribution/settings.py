@@ -56,12 +56,7 @@ class Settings:
         self._check_attention()
 
     def _check_attention(self) -> None:
-        if self.attention not in WAYS:
-            raise ValueError(
-                "`attention` must be one of "
-                f"{', '.join(map(repr, WAYS))}. Received: attention="
-                f"{arguments.shown(self.attention)}. Pass one of these."
-            )
+        arguments.choice("attention", self.attention, WAYS)
         if self.heads_parallel is None:
             return
         other = ", or None"

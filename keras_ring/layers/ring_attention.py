@@ -92,6 +92,8 @@ class RingAttention(Projections, keras.layers.Layer):
             costs a sum over the ring; and zeros where stock layers write
             out their scores (with `dropout`, for inputs of a rank other
             than 3, and if the scores are asked for).
+        attention: how devices share the attention of a sequence, as of
+            `keras_ring.DistributedStrategy`; as that says if None.
         strip_masks: take the Keras masks off the inputs when the layer runs,
             as `keras.layers.MultiHeadAttention` does: what is given the same
             tensors later finds no masks on them.
@@ -181,6 +183,7 @@ class RingAttention(Projections, keras.layers.Layer):
         rotary: bool | RotaryEmbedding | None = None,
         empty_rows: str = "zeros",
         strip_masks: bool = False,
+        attention: str | None = None,
         head_dim: int | None = None,
         num_query_heads: int | None = None,
         **kwargs: Any,
@@ -205,6 +208,7 @@ class RingAttention(Projections, keras.layers.Layer):
             sinks=sinks,
             empty_rows=empty_rows,
             strip_masks=strip_masks,
+            attention=attention,
             head_dim=head_dim,
             num_query_heads=num_query_heads,
         )
@@ -338,14 +342,10 @@ class RingAttention(Projections, keras.layers.Layer):
             out, lse = ring_attention(
                 *(query, key, value),
                 mask=masks.structured(),
-                scale=options.scale,
-                soft_cap=options.soft_cap,
                 bias=bias,
-                alibi=options.slopes,
                 sinks=self._sink_logits if options.sinks else None,
-                dropout=0.0 if seed is None else options.dropout,
-                dropout_seed=seed,
                 return_lse=True,
+                **options.of_call(seed),
             )
         if lse is not None and empty.is_mean(options, axes, masks):
             out = empty.mean_of_values(out, lse, value, masks)
@@ -381,9 +381,7 @@ class RingAttention(Projections, keras.layers.Layer):
             key: `(batch, key_length, key_heads, key_dim)`.
             value: `(batch, key_length, key_heads, value_dim)`.
             attention_mask: boolean, as in a call; all masks in one.
-            training: as in a call.
-            return_attention_scores: whether the scores were asked for.
-            use_causal_mask: hide later keys as well.
+            training, return_attention_scores, use_causal_mask: as in a call.
             attention_bias: `(batch, query_length, heads or 1, key_length)`.
 
         Returns:

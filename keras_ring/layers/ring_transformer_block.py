@@ -145,6 +145,7 @@ class RingTransformerBlock(keras.layers.Layer):
         kernel_initializer: Any = "glorot_uniform",
         bias_initializer: Any = "zeros",
         seed: int | None = None,
+        attention: str | None = None,
         **kwargs: Any,
     ):
         # Here, though the parts are built later and would refuse it then.
@@ -193,6 +194,8 @@ class RingTransformerBlock(keras.layers.Layer):
         self.epsilon = arguments.not_negative("epsilon", epsilon)
         self.remat = arguments.choice("remat", remat, ("feed_forward", "block"))
         self.chunk_size = arguments.integer("chunk_size", chunk_size)
+        # `attention` is the layer.
+        self._sharing = options.sharing(attention)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.seed = seed = arguments.seed("seed", seed)
@@ -234,6 +237,7 @@ class RingTransformerBlock(keras.layers.Layer):
             alibi=self.alibi,
             sinks=self.sinks,
             use_bias=self.use_bias,
+            attention=self._sharing,
             kernel_initializer=self.kernel_initializer,
             bias_initializer=self.bias_initializer,
             seed=self.seed,
@@ -355,6 +359,7 @@ class RingTransformerBlock(keras.layers.Layer):
         return {
             **super().get_config(),
             **{name: getattr(self, name) for name in plain},
+            "attention": self._sharing,
             "activation": keras.activations.serialize(self.activation),
             "rotary": rotary,
             "kernel_initializer": keras.initializers.serialize(

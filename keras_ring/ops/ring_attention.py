@@ -13,7 +13,7 @@ from keras_ring.attention.dense import dense_attention
 from keras_ring.attention.kernel import Inputs
 from keras_ring.attention.scoring import Dropout, Scoring
 from keras_ring.distribution import strategy, trials
-from keras_ring.distribution.settings import Settings
+from keras_ring.distribution.settings import WAYS, Settings
 from keras_ring.distribution.transport import Transport
 from keras_ring.distribution.world import LOCAL
 from keras_ring.masks import Carried, Mask
@@ -52,6 +52,7 @@ def ring_attention(
     dropout: float = 0.0,
     dropout_seed: Tensor | None = None,
     return_lse: bool = False,
+    attention: str | None = None,
 ) -> Any:
     """Compute exact softmax attention, the sequence sharded over devices.
 
@@ -98,6 +99,8 @@ def ring_attention(
         return_lse: return the log-sum-exp of the scores as well. With it
             results over disjoint sets of keys can be merged. Both parts are
             differentiable. The sinks are part of it, dropout is not.
+        attention: how devices share the attention of the sequence, as of
+            `keras_ring.DistributedStrategy`; as that says if None.
 
     Returns:
         `(batch, query_length, heads, value_dim)`, dtype of the query; with
@@ -123,6 +126,8 @@ def ring_attention(
     )
     checks.check_tensors(query, key, value)
     return_lse = arguments.flag("return_lse", return_lse)
+    if attention is not None:
+        attention = arguments.choice("attention", attention, WAYS)
     if trials.place() is not None:
         result = _made_up(query, value)
         return result if return_lse else result.out
@@ -165,6 +170,7 @@ def ring_attention(
         _attend,
         scoring=scoring,
         counts=tuple(len(side) for side in carried),
+        attention=attention,
     )
     tensors = [query, key, value, *carried.query, *carried.key]
     if world is None:
@@ -220,11 +226,13 @@ def _attend(
     *tensors: Tensor,
     scoring: Scoring,
     counts: tuple[int, ...],
+    attention: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention on one member of the ring, with its own gradient.
 
     `tensors` are query, key and value and then what the scoring carries,
-    side by side, `counts` of each.
+    side by side, `counts` of each. `attention` is the way to share the
+    sequence; None for the strategy's.
     """
     inputs, carried = tensors[:3], iter(tensors[3:])
     sides = (tuple(itertools.islice(carried, n)) for n in counts)
@@ -237,13 +245,16 @@ def _attend(
         first_row = ops.convert_to_tensor(first_row, dtype="int32")
         dropout = dataclasses.replace(scoring.dropout, first_row=first_row)
         scoring = dataclasses.replace(scoring, dropout=dropout)
+    settings = Settings() if world is None else world.strategy
     shared = sharing.choose(
         transport,
         selection.choose(query.dtype, reference.device(query)),
         scoring,
         (sizes(query)[1], sizes(key)[1]),
         sharing.Heads(query.shape[2], key.shape[2]),
-        Settings() if world is None else world.strategy,
+        settings.balance,
+        attention or settings.attention,
+        settings.heads_parallel,
     )
     out, lse = shared.attend(
         Inputs(*(ops.transpose(t, (0, 2, 1, 3)) for t in inputs)), scoring

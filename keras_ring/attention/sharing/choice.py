@@ -11,7 +11,6 @@ from keras_ring.attention.sharing.all_to_all import AllToAll
 from keras_ring.attention.sharing.base import Sharing
 from keras_ring.attention.sharing.ring import Ring
 from keras_ring.distribution import placement
-from keras_ring.distribution.settings import Settings
 from keras_ring.distribution.transport import LocalTransport, Transport
 
 
@@ -46,7 +45,9 @@ def choose(
     scoring: Scoring,
     lengths: tuple[Any, Any],
     heads: Heads,
-    settings: Settings,
+    balanced: placement.Choice,
+    attention: str,
+    heads_parallel: int | None,
 ) -> Sharing:
     """Pick the sharing for one call of attention.
 
@@ -57,7 +58,8 @@ def choose(
         lengths: of one shard of queries and of keys; no integer where one is
             not known.
         heads: of the whole attention.
-        settings: what the user asked for.
+        balanced: the user's word on balanced chunks, see `balance.pays`.
+        attention, heads_parallel: see `choose_way`.
 
     Raises:
         ValueError: if these heads cannot be shared as asked for.
@@ -65,7 +67,7 @@ def choose(
     size, mask = transport.size, scoring.mask
     reach = (math.inf, math.inf) if mask is None else mask.reach()
     first, last = placement.hops(size, *lengths, reach)
-    way = choose_way(size, heads, last - first, settings)
+    way = choose_way(size, heads, last - first, attention, heads_parallel)
     group: Transport
     ring: Transport
     if way.inner == 1:
@@ -75,7 +77,7 @@ def choose(
     else:
         group, ring = transport.split(way.inner)
     of_groups = (length * way.inner for length in lengths)
-    pays = balance.pays(settings.balance, ring.size, mask, *of_groups)
+    pays = balance.pays(balanced, ring.size, mask, *of_groups)
     if way.name == "all_gather":
         return AllGather(transport, kernel, pays)
     between = Ring(ring, kernel, pays)
@@ -84,7 +86,13 @@ def choose(
     return AllToAll(group, kernel, heads, between)
 
 
-def choose_way(size: int, heads: Heads, hops: int, settings: Settings) -> Way:
+def choose_way(
+    size: int,
+    heads: Heads,
+    hops: int,
+    name: str,
+    asked: int | None = None,
+) -> Way:
     """Pick the way to share a sequence.
 
     "auto" takes what moves the fewest bytes forward, of all-to-all, the mix
@@ -95,12 +103,13 @@ def choose_way(size: int, heads: Heads, hops: int, settings: Settings) -> Way:
         size: members that share the sequence.
         heads: of the attention.
         hops: that the ring would make.
-        settings: what the user asked for.
+        name: what the user asked for, of `settings.WAYS`.
+        asked: members of a group of "mixed"; as many as the heads allow if
+            None.
 
     Raises:
         ValueError: if these heads cannot be shared as asked for.
     """
-    name, asked = settings.attention, settings.heads_parallel
     if size == 1 or name == "ring":
         return Way("ring")
     if name == "all_gather":

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from keras_ring import arguments
+from keras_ring.distribution.settings import WAYS
 
 EMPTY_ROWS = ("zeros", "stock")
 
@@ -37,6 +38,7 @@ class AttentionOptions:
     sinks: bool
     empty_rows: str
     strip_masks: bool
+    attention: str | None
     seed: int | None
 
     @classmethod
@@ -92,10 +94,26 @@ class AttentionOptions:
             ),
             "output_shape": output_shape(given["output_shape"]),
             "attention_axes": attention_axes(given["attention_axes"]),
+            "attention": sharing(given["attention"]),
         }
         flags = "use_bias", "use_gate", "causal", "sinks", "strip_masks"
         made |= {name: arguments.flag(name, given[name]) for name in flags}
         return cls(**made, seed=arguments.seed("seed", given["seed"]))
+
+    def of_call(self, seed: Any) -> dict[str, Any]:
+        """The arguments of `ops.ring_attention` that follow from these.
+
+        Args:
+            seed: of the dropout of this call; None where nothing is dropped.
+        """
+        return {
+            "scale": self.scale,
+            "soft_cap": self.soft_cap,
+            "alibi": self.slopes,
+            "dropout": 0.0 if seed is None else self.dropout,
+            "dropout_seed": seed,
+            "attention": self.attention,
+        }
 
     def config(self) -> dict[str, Any]:
         """The arguments that make the same options again."""
@@ -252,6 +270,13 @@ def alibi_slopes(alibi: Any, heads: int) -> tuple[float, ...] | None:
         f"head. Received: alibi={arguments.shown(alibi)} for {heads} heads. "
         f"Pass a list of {heads} numbers."
     )
+
+
+def sharing(attention: Any) -> str | None:
+    """A way to share the attention of a sequence, or None as it is."""
+    if attention is None:
+        return None
+    return arguments.choice("attention", attention, WAYS)
 
 
 def output_shape(value: Any) -> tuple[int, ...] | None:
