@@ -103,7 +103,7 @@ class PositionEmbedding(keras.layers.Layer):
                 inside = ops.logical_and(
                     start >= 0, end <= self.sequence_length
                 )
-                vectors = ops.where(inside, vectors, float("nan"))
+                vectors = ops.where(inside, vectors, _nowhere(vectors))
         return ops.broadcast_to(vectors, shape)
 
     def compute_output_shape(
@@ -137,7 +137,7 @@ class PositionEmbedding(keras.layers.Layer):
             places = ops.arange(length, dtype="int32") + start_index
             vectors = dense_take(table, places)
             inside = ops.logical_and(places >= 0, places < self.sequence_length)
-            return ops.where(inside[:, None], vectors, float("nan"))
+            return ops.where(inside[:, None], vectors, _nowhere(vectors))
         if ring is None:
             return ops.slice(table, [start_index, 0], [length, width])
         first, true = placement.start(ring.index(), length), true_length(length)
@@ -160,3 +160,8 @@ def _has_values(tensor: Tensor, length: Any) -> bool:
     expression. Programs for open lengths are exported with one as well."""
     known = isinstance(length, int) or ops.is_tensor(length)
     return not without_values(tensor) and (known or not in_symbolic_scope())
+
+
+def _nowhere(vectors: Tensor) -> Tensor:
+    """Vectors of positions that the table does not have."""
+    return ops.full_like(vectors, float("nan"))

@@ -13,7 +13,6 @@ import numpy as np
 from keras import ops
 
 from keras_ring import precision, random_bits
-from keras_ring.attention import numerics
 from keras_ring.attention.blockwise import schedule
 from keras_ring.attention.blockwise.primitives import Primitives
 from keras_ring.attention.blockwise.schedule import Needed
@@ -183,7 +182,7 @@ class Tiling:
         scoring = self.scoring
         derivative = None
         if scoring.soft_cap is not None:
-            turn = numerics.tanh(products / scoring.soft_cap)
+            turn = precision.tanh(products / scoring.soft_cap)
             products = turn * scoring.soft_cap
             derivative = 1.0 - turn * turn
         extra = None
