@@ -13,7 +13,9 @@ from keras import ops
 import keras_ring
 from keras_ring import masks, precision
 from keras_ring.attention import numerics
+from keras_ring.attention.dense import dense_attention
 from keras_ring.attention.numerics import Partial
+from keras_ring.attention.scoring import Scoring
 from keras_ring.ops.sequence_mean import sequence_mean
 from tests import reference
 from tests.gradients import in_dtype, vjp
@@ -280,3 +282,17 @@ def test_float64_is_not_rounded_to_float32():
     close(ops.convert_to_numpy(grad), 1 - np.tanh(array) ** 2)
     close(ops.convert_to_numpy(mean), [array.mean()], rtol=1e-14)
     close(ops.convert_to_numpy(over_positions), [array.mean()], rtol=1e-14)
+
+
+def test_written_out_attention_in_float64():
+    draw = np.random.default_rng(1)
+    query, key, value = (draw.normal(size=(1, 7, 2, 4)) for _ in range(3))
+    want = reference.full_attention(
+        query, key, value, np.ones_like(value), scale=2.0, soft_cap=1.5
+    )
+    with in_dtype("float64"):
+        tensors = [ops.convert_to_tensor(t) for t in (query, key, value)]
+        have = dense_attention(*tensors, Scoring(scale=2.0, soft_cap=1.5))
+        out, lse = (ops.convert_to_numpy(t) for t in (have.out, have.lse))
+    np.testing.assert_allclose(out, want.out, atol=1e-14)
+    np.testing.assert_allclose(lse, want.lse, atol=1e-14)
