@@ -91,7 +91,7 @@ def forward_alone(
                 return new_top, new_total, new_acc
 
             return primitives.branch(
-                tiling.whole(i, j),
+                tiling.full(i, j),
                 lambda: compute(False),
                 lambda: compute(True),
             )
@@ -209,7 +209,7 @@ def backward_alone(
 
             # Stores stay outside: a compiler may copy what passes through.
             grad_query, grad_key, grad_value, own = primitives.branch(
-                tiling.whole(i, j),
+                tiling.full(i, j),
                 lambda: compute(False),
                 lambda: compute(True),
             )

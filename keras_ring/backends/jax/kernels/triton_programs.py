@@ -35,7 +35,8 @@ class Program:
     """One visit, as far as it is known before anything runs.
 
     Attributes:
-        mask: over placeholders, or None.
+        mask: of the visit, or None; a program reads the tensors that it is
+            given, and of those that the mask has only counts them.
         scale: factor on the products.
         tiles: q, s.
         lengths: queries and keys without padding.
