@@ -1,5 +1,7 @@
 """Gradients of a function of tensors, on whatever backend Keras runs on."""
 
+import contextlib
+
 import keras
 
 
@@ -75,3 +77,15 @@ def _torch(function, inputs, weights):
         for tensor, gradient in zip(inputs, gradients, strict=True)
     ]
     return [output.detach() for output in outputs], gradients
+
+
+@contextlib.contextmanager
+def in_dtype(dtype):
+    """JAX computes in float64 only where it is told to."""
+    if keras.backend.backend() == "jax" and dtype == "float64":
+        import jax
+
+        with jax.enable_x64(True):
+            yield
+    else:
+        yield

@@ -132,8 +132,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a window is one position wider",
-        "return (ops.abs(distance) < self.size)[None, None]",
-        "return (ops.abs(distance) <= self.size)[None, None]",
+        "return (ops.abs(distance) < min(self.size, _LAST))[None, None]",
+        "return (ops.abs(distance) <= min(self.size, _LAST))[None, None]",
         *("jax", "numerics", "window"),
     ),
     Mutation(
@@ -162,7 +162,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a prefix ends a position early",
-        "in_prefix = (key_positions < self.length)[None, None, None, :]",
+        "in_prefix = (key_positions < self._limit())[None, None, None, :]",
         "in_prefix = (key_positions < self.length - 1)[None, None, None, :]",
         *("jax", "numerics", "prefix"),
     ),

@@ -1,6 +1,5 @@
 """Ring attention against the float64 oracle, forward and every gradient."""
 
-import contextlib
 import dataclasses
 import zlib
 
@@ -15,7 +14,7 @@ from keras_ring.attention.blockwise.tiles import Tiling
 from keras_ring.attention.scoring import Scoring
 from keras_ring.attention.visit import Visit
 from tests import reference, worlds
-from tests.gradients import vjp
+from tests.gradients import in_dtype, vjp
 
 SIZES = [size for size in (1, 2, 3, 4, 5, 8) if size <= worlds.DEVICES]
 
@@ -106,18 +105,6 @@ CASES = {
 }  # fmt: skip
 
 
-@contextlib.contextmanager
-def precision(dtype):
-    """JAX computes in float64 only where it is told to."""
-    if keras.backend.backend() == "jax" and dtype == "float64":
-        import jax
-
-        with jax.enable_x64(True):
-            yield
-    else:
-        yield
-
-
 def problem(case, seed):
     """Random tensors of a case, as NumPy arrays of its dtype."""
     draw = np.random.default_rng(seed)
@@ -181,7 +168,7 @@ def check_against_oracle(size, case, data=None, seed=None):
         scale=case.scale,
         grad_lse=data["grad_lse"],
     )
-    with precision(case.dtype):
+    with in_dtype(case.dtype):
         got = ring.run(attend, *data.values())
         got = [ops.convert_to_numpy(tensor) for tensor in got]
     tolerance = TOLERANCE[case.dtype]

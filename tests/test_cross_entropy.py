@@ -10,7 +10,7 @@ from keras_ring.layers import LanguageModelHead
 from keras_ring.losses import ChunkedCrossEntropy
 from tests import worlds
 from tests.attention_layers import normal
-from tests.gradients import vjp
+from tests.gradients import in_dtype, vjp
 from tests.thinning import extra_on
 
 BATCH, LENGTH, WIDTH, CLASSES = 2, 12, 6, 19
@@ -342,3 +342,46 @@ def test_logits_for_inference():
         ours.layers[-1].logits(ours(x)[:, -1:]),
         ops.convert_to_numpy(stock(x)[:, -1:]),
     )
+
+
+def test_rounded_labels_are_refused():
+    """`ignore_class` is a label, too."""
+    _, y = batch()
+    head = language_model(True).layers[-1]
+    for ignore_class, fits in ((-256, True), (-257, False), (257, False)):
+        loss = ChunkedCrossEntropy(
+            head, ignore_class=ignore_class, dtype="bfloat16"
+        )
+        features = normal(4, *y.shape, WIDTH)
+        if fits:
+            loss(y, features)
+        else:
+            with pytest.raises(ValueError, match=f"class={ignore_class}"):
+                loss(y, features)
+
+
+def test_float64_is_not_rounded_to_float32():
+    options = OPTIONS["everything"]
+    *inputs, labels, weight = problem(**options)
+    *want, want_grads = reference(*inputs, labels, weight, **options)
+    with in_dtype("float64"):
+        have, have_grads = vjp(
+            entropy(labels, weight, 5, **options),
+            [t.astype("float64") for t in inputs],
+            [weight.astype("float64")] + [np.zeros_like(weight, "float64")] * 2,
+        )
+    for ours, theirs in zip(
+        (*have, *have_grads), (*want, *want_grads), strict=True
+    ):
+        close(ours, theirs, tolerance=1e-13)
+
+
+def test_logits_in_float64():
+    features = normal(4, 3, WIDTH).astype("float64")
+    with in_dtype("float64"):
+        head = LanguageModelHead(CLASSES, soft_cap=2.0, dtype="float64")
+        head.build((None, None, WIDTH))
+        kernel = ops.convert_to_numpy(head.kernel)
+        have = ops.convert_to_numpy(head.logits(features))
+    want = 2.0 * np.tanh(features @ kernel / 2.0)
+    np.testing.assert_allclose(have, want, atol=1e-14)

@@ -1,6 +1,8 @@
 """Dropout that is the same however the work is spread, and dropout that
 must not be."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -168,3 +170,59 @@ def check_stock_dropout(size):
 @pytest.mark.parametrize("size", [2, 4])
 def test_hidden_dropout_differs_between_shards(on_devices, size):
     on_devices(size, check_stock_dropout, size)
+
+
+class Always(keras.layers.Dropout):
+    """Dropout in inference, too."""
+
+    sequence_parallel_safe = True
+
+    def call(self, inputs):
+        return super().call(inputs, training=True)
+
+
+def check_drawing_in_predict(size):
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=size)
+    with strategy.scope():
+        inputs = keras.Input((None, WIDTH))
+        model = keras.Model(inputs, Always(0.5, seed=2)(inputs))
+        predicted = model.predict(np.ones((1, LENGTH, WIDTH)), verbose=0)
+    shards = np.split(predicted, size, axis=1)
+    for one, other in zip(shards[1:], shards[:-1], strict=True):
+        assert (one != other).any(), "shards share one dropout mask"
+
+
+def test_draws_in_predict_differ_between_shards(on_devices):
+    on_devices(2, check_drawing_in_predict, 2)
+
+
+def scores_in_fit(strategy=None):
+    """Weights after training through the scores, with dropout on them."""
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        inputs = keras.Input((LENGTH, WIDTH))
+        layer = keras_ring.layers.RingAttention(2, 4, dropout=0.4, seed=11)
+        out, _ = layer(inputs, return_attention_scores=True)
+        model = keras.Model(inputs, out)
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        draw = np.random.default_rng(3)
+        model.set_weights(
+            [
+                w if w.dtype.kind in "iu" else draw.normal(size=w.shape) / 2
+                for w in model.get_weights()
+            ]
+        )
+        return trained(model)
+
+
+def check_dropout_of_scores():
+    losses, weights = scores_in_fit()
+    strategy = keras_ring.DistributedStrategy(1, 2)
+    have, have_weights = scores_in_fit(strategy)
+    # As with `test_training_with_dropout_equals_one_device`.
+    np.testing.assert_allclose(have, losses, rtol=1e-5)
+    for one, other in zip(have_weights, weights, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_groups_drop_scores_of_their_own_samples(on_devices):
+    on_devices(2, check_dropout_of_scores)

@@ -36,6 +36,7 @@ CASES = {
     "causal-beside": Case("causal", starts=(70, 0), **SMALL),
     "causal-rows-without-keys": Case("causal", starts=(0, 50), **SMALL),
     "window": Case("window", queries=300, keys=300, heads=1, key_heads=1),
+    "window-of-everything": Case("window-of-everything", **SMALL),
     "window-causal": Case(
         "window-causal", queries=130, keys=300, starts=(300, 100)
     ),
@@ -118,6 +119,9 @@ def test_places_may_be_traced():
         masks.PrefixLM(40) & Before(90),
         masks.Causal() | masks.SlidingWindow(5),
         Before(120, queries=True) & masks.SlidingWindow(30),
+        masks.SlidingWindow(2**40),
+        masks.BlockCausal(2**40),
+        masks.PrefixLM(2**40),
     ],
     ids=str,
 )

@@ -1,8 +1,10 @@
 """Merging partial results, and what masks tell of blocks."""
 
+import functools
 import itertools
 import math
 import operator
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +13,12 @@ from keras import ops
 import keras_ring
 from keras_ring import masks, precision
 from keras_ring.attention import numerics
+from keras_ring.attention.dense import dense_attention
 from keras_ring.attention.numerics import Partial
+from keras_ring.attention.scoring import Scoring
+from keras_ring.ops.sequence_mean import sequence_mean
 from tests import reference
+from tests.gradients import in_dtype, vjp
 
 
 def partial_of(scores, values):
@@ -76,6 +82,9 @@ POSITIONAL = {
     "block-causal": masks.BlockCausal(3),
     "prefix": masks.PrefixLM(3),
     "no-prefix": masks.PrefixLM(0),
+    "window-of-everything": masks.SlidingWindow(sys.maxsize),
+    "block-of-everything": masks.BlockCausal(2**31),
+    "prefix-of-everything": masks.PrefixLM(sys.maxsize),
     "prefix-or-window": masks.PrefixLM(2) | masks.SlidingWindow(2),
 }
 
@@ -255,3 +264,35 @@ def test_structure_tells_masks_apart_but_not_their_tensors():
 def test_a_window_of_no_size_is_refused(size):
     with pytest.raises(ValueError, match="positive integer"):
         masks.SlidingWindow(size)
+
+
+def test_float64_is_not_rounded_to_float32():
+    draw = np.random.default_rng(0)
+    array = np.append(draw.normal(size=20), [0.0, 1e-12, 800.0, -800.0])
+    with in_dtype("float64"):
+        (mean, tanh), (grad,) = vjp(
+            lambda t: [precision.mean(t, -1, keepdims=True), precision.tanh(t)],
+            [array],
+            [np.zeros(1), np.ones_like(array)],
+        )
+        over_positions = sequence_mean(array[None])
+    # Float64 rounding of numbers of order one; of a mean, of the largest terms.
+    close = functools.partial(np.testing.assert_allclose, atol=1e-15)
+    close(ops.convert_to_numpy(tanh), np.tanh(array))
+    close(ops.convert_to_numpy(grad), 1 - np.tanh(array) ** 2)
+    close(ops.convert_to_numpy(mean), [array.mean()], atol=2e-13)
+    close(ops.convert_to_numpy(over_positions), [array.mean()], atol=2e-13)
+
+
+def test_written_out_attention_in_float64():
+    draw = np.random.default_rng(1)
+    query, key, value = (draw.normal(size=(1, 7, 2, 4)) for _ in range(3))
+    want = reference.full_attention(
+        query, key, value, np.ones_like(value), scale=2.0, soft_cap=1.5
+    )
+    with in_dtype("float64"):
+        tensors = [ops.convert_to_tensor(t) for t in (query, key, value)]
+        have = dense_attention(*tensors, Scoring(scale=2.0, soft_cap=1.5))
+        out, lse = (ops.convert_to_numpy(t) for t in (have.out, have.lse))
+    np.testing.assert_allclose(out, want.out, atol=1e-14)
+    np.testing.assert_allclose(lse, want.lse, atol=1e-14)

@@ -190,3 +190,44 @@ def test_a_strategy_within_another_is_refused():
         ring_of(2).scope(),
     ):
         pass
+
+
+def test_a_failed_eager_step_leaves_the_seeds():
+    """The generators stand as they did, on the replicas that shift theirs."""
+
+    def failing(targets, predictions):
+        world = strategy.current()
+        if world and world.inside() and world.own_rank() == 1:
+            raise ArithmeticError
+        return targets - predictions
+
+    failing.sequence_parallel_safe = True
+    ring = ring_of(2)
+    with ring.scope():
+        inputs = keras.Input((None, 4))
+        model = keras.Model(inputs, keras.layers.Dropout(0.5, seed=2)(inputs))
+        model.compile("sgd", failing, run_eagerly=True)
+        zeros = np.zeros((1, 4, 4), "float32")
+        with pytest.raises(ArithmeticError):
+            model.train_on_batch(zeros, zeros)
+    (state,) = (v for v in model.variables if v.name == "seed_generator_state")
+    values = ring.world.tf_strategy.experimental_local_results(state.value)
+    assert [int(value[0]) for value in values] == [2, 2]
+
+
+def test_a_function_may_return_other_things_for_other_shapes():
+    @tf.function
+    def program(shard):
+        if shard.shape[1] == 2:
+            return {"doubled": shard * 2}
+        return shard, shard + 1
+
+    ring = ring_of(2)
+    for length in (4, 6, 4):
+        array = np.arange(length, dtype="float32")[None]
+        result = ring.run(program, array)
+        if length == 4:
+            np.testing.assert_array_equal(result["doubled"], array * 2)
+        else:
+            np.testing.assert_array_equal(result[0], array)
+            np.testing.assert_array_equal(result[1], array + 1)

@@ -114,6 +114,7 @@ def fit(folder):
         loss=history.history["loss"],
         evaluated=evaluated,
         predicted=predicted,
+        kernel=ring.world.kernel_name("float32"),
     )
 
 
@@ -153,7 +154,10 @@ def test_fit_across_workers(start, tmp_path):
     )
     evaluated = model.evaluate(*data[:2], batch_size=4, verbose=0)
     predicted = model.predict(data[0], batch_size=4, verbose=0)
+    # As in one process with as many devices.
+    want = keras_ring.DistributedStrategy(2).world.kernel_name("float32")
     for result in results:
+        assert result["kernel"] == want
         # Sums in another order: float32 rounding over four Adam steps.
         np.testing.assert_allclose(
             result["loss"], history.history["loss"], rtol=1e-5

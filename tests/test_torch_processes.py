@@ -1,12 +1,16 @@
 """The pool of processes that the tests on PyTorch run in."""
 
+import gc
 import os
 import signal
 import time
 
 import numpy as np
 import pytest
+import torch
 
+import keras_ring
+from keras_ring.backends.torch.processes import groups
 from tests.processes import Pool
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -71,8 +75,6 @@ def test_a_call_that_hangs_is_an_error(pool):
 
 def threads_of_strategies():
     """Threads of this process after one strategy and after many more."""
-    import keras_ring
-
     counts = []
     for _ in range(2):
         for _ in range(5):
@@ -89,3 +91,27 @@ def test_strategies_of_one_shape_share_their_groups(on_devices):
     """Groups and their threads live as long as the process."""
     before, after = on_devices(2, threads_of_strategies)
     assert before == after
+
+
+def transports_of_strategies():
+    default = keras_ring.DistributedStrategy(sequence_parallel=2)
+    default.run(lambda: 3.0)
+    failures = groups._failures(torch.distributed.group.WORLD)
+    gc.collect()
+    before = len(failures.transports)
+    for _ in range(5):
+        strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
+        strategy.run(lambda: 3.0)
+    gc.collect()
+    return len(failures.transports) - before
+
+
+def test_transports_live_as_long_as_their_strategy(on_devices):
+    # The last strategy is still there: its ring, and everyone.
+    assert on_devices(2, transports_of_strategies) <= 2
+
+
+def test_devices_have_the_names_that_kernels_are_asked_for():
+    strategy = keras_ring.DistributedStrategy(devices=("gpu:0",))
+    with torch.device("cuda:0"):
+        assert groups.device_names(strategy) == ("cuda:0",)

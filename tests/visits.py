@@ -119,6 +119,7 @@ def masked(case, draw):
         "full": (None, every),
         "causal": (masks.Causal(), causal),
         "window": (masks.SlidingWindow(150), window),
+        "window-of-everything": (masks.SlidingWindow(2**31 - 1), every),
         "window-causal": (
             masks.Causal() & masks.SlidingWindow(150),
             causal & window,

@@ -63,7 +63,7 @@ def dense_attention(
     scores = ops.reshape(scores, (batch, heads, length, key_length))
     queries, keys = (ops.arange(n, dtype="int32") for n in (length, key_length))
     if scoring.soft_cap is not None:
-        scores = scoring.soft_cap * ops.tanh(scores / scoring.soft_cap)
+        scores = scoring.soft_cap * precision.tanh(scores / scoring.soft_cap)
     if scoring.slopes is not None:
         distance = ops.abs(queries[:, None] - keys[None, :])
         slopes = ops.cast(scoring.slopes, wide)[:, None, None]
@@ -102,10 +102,11 @@ def _dropped(
     scores: Tensor, dropout: Dropout, queries: Tensor, keys: Tensor
 ) -> Tensor:
     batch, heads = ops.shape(scores)[:2]
+    rows = dropout.first_row + ops.arange(batch, dtype="int32")
     kept = random_bits.keep(
         dropout.seed,
         [
-            ops.reshape(ops.arange(batch, dtype="int32"), (-1, 1, 1, 1)),
+            ops.reshape(rows, (-1, 1, 1, 1)),
             ops.reshape(ops.arange(heads, dtype="int32"), (1, -1, 1, 1)),
             queries[:, None],
             keys,

@@ -46,16 +46,18 @@ class Rows(NamedTuple):
     """Results and gradients of each query, over all keys of the sequence.
 
     Attributes:
-        out: (B, H, Q, E), dtype of the query or the accumulation dtype.
+        out: (B, H, Q, E), dtype of the query or the accumulation dtype; None
+            where a backend hands on rows to a kernel that needs delta alone.
         lse: (B, H, Q), accumulation dtype; `-inf` for a query that may
             attend to nothing.
-        delta: (B, H, Q), accumulation dtype: what `Kernel.row_delta` made.
+        delta: (B, H, Q), accumulation dtype, or what else `Kernel.row_delta`
+            made, which may be None.
         grad_out: (B, H, Q, E), dtype of the query.
     """
 
-    out: Tensor
+    out: Tensor | None
     lse: Tensor
-    delta: Tensor
+    delta: Tensor | None
     grad_out: Tensor
 
 
@@ -166,7 +168,8 @@ class Kernel(abc.ABC):
 
     def eager(self) -> "Kernel":
         """The same kernel for a few calls that are not repeated, where there
-        is a shorter way than to trace a program; see `kernels.agrees`."""
+        is a shorter way than to trace a program; see
+        `attention.selection.agrees`."""
         return self
 
     def row_delta(

@@ -8,10 +8,12 @@ merge exactly into the result over their union (Milakov and Gimelshein
 may attend to nothing has `out = 0` and `lse = -inf`.
 """
 
+import math
 from typing import Any, NamedTuple
 
-import keras
 from keras import ops
+
+from keras_ring import precision
 
 Tensor = Any
 
@@ -28,25 +30,6 @@ class Partial(NamedTuple):
     lse: Tensor
 
 
-def larger(first: Tensor, second: Tensor) -> Tensor:
-    """The elementwise maximum, in the dtype of both.
-
-    `ops.maximum` turns float64 into float32 on some backends.
-    """
-    return ops.where(first > second, first, second)
-
-
-def tanh(tensor: Tensor) -> Tensor:
-    """The hyperbolic tangent, in the dtype of the tensor.
-
-    `ops.tanh` turns float64 into float32 on some backends.
-    """
-    if keras.backend.standardize_dtype(tensor.dtype) != "float64":
-        return ops.tanh(tensor)
-    decay = ops.expm1(-2.0 * ops.abs(tensor))
-    return ops.sign(tensor) * (-decay / (decay + 2.0))
-
-
 def merge(first: Partial, second: Partial) -> Partial:
     """Combine attention over two disjoint sets of keys.
 
@@ -54,7 +37,7 @@ def merge(first: Partial, second: Partial) -> Partial:
     exponential can overflow: both weights are relative to the larger of the
     two log-sum-exps.
     """
-    top = larger(first.lse, second.lse)
+    top = precision.larger(first.lse, second.lse)
     empty = ops.isinf(top)
     reference = ops.where(empty, ops.zeros_like(top), top)
     weight_first = ops.exp(first.lse - reference)
@@ -67,6 +50,16 @@ def merge(first: Partial, second: Partial) -> Partial:
     share_first = ops.expand_dims(weight_first / safe_total, -1)
     share_second = ops.expand_dims(weight_second / safe_total, -1)
     return Partial(first.out * share_first + second.out * share_second, lse)
+
+
+def without_empty_rows(lse: Tensor) -> Tensor:
+    """The log-sum-exp as a backward takes it, `inf` for `-inf`.
+
+    A row that attends to nothing then has the probability `exp(score - inf)`,
+    which is 0, everywhere and gives nothing to any gradient.
+    """
+    empty = ops.full_like(lse, math.inf)
+    return ops.where(lse == -math.inf, empty, lse)
 
 
 def row_delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor) -> Tensor:

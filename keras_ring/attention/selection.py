@@ -70,7 +70,8 @@ def choose(dtype: str, device: str | None = None) -> Kernel:
 
 def name_in_steps(world: World, dtype: str) -> str:
     """Name of the kernel that `choose` gives to the steps of a world."""
-    device = world.devices[0].partition(":")[0]
+    # With several workers of TensorFlow a name begins with "worker:0/".
+    device = world.devices[0].rsplit("/", 1)[-1].partition(":")[0]
     with world.as_in_a_step():
         return choose(dtype, device).name
 

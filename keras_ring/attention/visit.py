@@ -61,7 +61,7 @@ class Side:
         return len(self.starts) * self.tiles_of_part
 
     @property
-    def full(self) -> bool:
+    def unpadded(self) -> bool:
         """True if no tile is padded, as far as is known."""
         if self.limit is None:
             return True
@@ -73,7 +73,7 @@ class Side:
             return ops.expand_dims(tensor, axis)
         before = tuple(ops.shape(tensor)[:axis])
         after = tuple(ops.shape(tensor)[axis + 1 :])
-        if not self.full:
+        if not self.unpadded:
             parts = len(self.starts)
             tensor = ops.reshape(tensor, (*before, parts, self.part, *after))
             widths: list = [(0, 0)] * len(tensor.shape)
@@ -85,7 +85,7 @@ class Side:
         """(..., count, tile, ...) -> (..., length, ...)."""
         before = tuple(ops.shape(tiles)[:axis])
         after = tuple(ops.shape(tiles)[axis + 2 :])
-        if not self.full:
+        if not self.unpadded:
             parts, padded = len(self.starts), self.tiles_of_part * self.tile
             tiles = ops.reshape(tiles, (*before, parts, padded, *after))
             kept = (slice(None),) * (axis + 1) + (slice(0, self.part),)

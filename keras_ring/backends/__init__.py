@@ -5,9 +5,10 @@
 - `kernel.py`: `KERNELS`, which compute attention over one K/V block, by
   preference; the last is `KERNEL`, the blockwise reference, with the control
   flow it is written in.
-- `runtime.py`: `World`, `current()` and `custom_gradient()`: how the framework
-  carries a strategy. Private names of Keras and of the framework appear in no
-  `transport.py`.
+- `runtime.py`: `World`, `current()`, `custom_gradient()`, `vjp()` and
+  `exporting()`: how the framework carries a strategy, differentiates a function
+  with its own gradient, and whether it exports a program. Private names of
+  Keras and of the framework appear in no `transport.py`.
 - `trainer.py`: `prepare()` and `install()`: what a strategy changes in Keras'
   own trainer. It does not import the runtime, which imports it.
 

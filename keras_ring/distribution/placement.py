@@ -219,16 +219,3 @@ def _arc(first: int, needed: Iterable[int], size: int) -> tuple[int, int]:
     return first, max(
         (first + (hop - first) % size for hop in needed), default=first
     )
-
-
-def check_divisible(length: int, size: int, name: str) -> None:
-    """Refuse a length that the ring cannot split into equal chunks."""
-    if length % size:
-        down, up = length // size * size, -(-length // size) * size
-        raise ValueError(
-            f"The sequence length of `{name}` must be a multiple of the "
-            f"sequence-parallel size, because every device holds an equal "
-            f"chunk. Received: length={length}, sequence_parallel={size}. "
-            f"Pad the sequence to {up} (and mask the padding), cut it to "
-            f"{down}, or use a size that divides {length}."
-        )

@@ -54,7 +54,7 @@ def remember(part: Any, world: World | None) -> None:
 
 
 def home(parts: Iterable[Any]) -> World | None:
-    """The world that the first of some layers was made under that was made
-    under any."""
+    """The world of the first of some layers that has one: under which it was
+    made or used."""
     homes = (part.__dict__.get(_HOME) for part in parts)
     return next((world for world in homes if world is not None), None)

@@ -14,7 +14,7 @@ from keras import ops, tree
 from keras_ring import backends
 from keras_ring.distribution import padding
 from keras_ring.distribution.transport import Transport
-from keras_ring.precision import accumulation_dtype
+from keras_ring.precision import accumulation_dtype, is_floating
 
 Tensor = Any
 
@@ -36,7 +36,7 @@ def gather(
         every = ring.all_gather(shard, axis)
         return every if true is None else padding.trim(every, axis, true)
 
-    if "float" not in keras.backend.standardize_dtype(tensor.dtype):
+    if not is_floating(tensor):
         return whole(tensor)
 
     def forward(shard: Tensor) -> tuple[tuple, tuple]:

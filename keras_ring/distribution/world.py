@@ -8,8 +8,9 @@ Two ways to see a sequence exist. On JAX a layer sees the global sequence
 and the compiler splits it; on TensorFlow and PyTorch a layer that runs
 inside a step sees its own shard. `layers_see_shards` says which, and
 `inside()` whether the running code is in such a step. Outside a step (a
-model called by hand, symbolic building) every backend computes on what it
-is given, whole, on one device.
+model called by hand) TensorFlow and PyTorch compute on what they are given,
+whole, on one device; on JAX attention goes around the ring wherever a strategy
+is active, and on one device only while shapes are inferred.
 """
 
 import abc
@@ -126,8 +127,9 @@ class World(abc.ABC):
         `tensors` are as a layer sees them, with the sequence on axis 1, and
         so are the results. `shared` have no sequence axis (weights, seeds)
         and are given to every member as they are; a gradient that `function`
-        gives one is the member's term of a sum. Where the code is not in a
-        step, `function` gets a ring of one and the whole tensors.
+        gives one is the member's term of a sum. Where layers see shards and
+        the code is not in a step, and on JAX while shapes are inferred,
+        `function` gets a ring of one and the whole tensors.
         """
 
     @abc.abstractmethod

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import arguments, tensor_arguments
+from keras_ring import arguments, precision, tensor_arguments
 from keras_ring.distribution import strategy
 from keras_ring.layers import dense_options
 from keras_ring.layers.attention import options
@@ -154,14 +154,14 @@ class LanguageModelHead(dense_options.DenseOptions, keras.layers.Layer):
                 f"{tuple(features.shape)}. Pass the output of the model."
             )
         dtype = self.compute_dtype
-        logits = ops.matmul(
+        logits = precision.matmul(
             ops.cast(features, dtype), ops.cast(self.kernel, dtype)
         )
         if self.bias is not None:
             logits = ops.add(logits, ops.cast(self.bias, dtype))
         if self.soft_cap is None:
             return logits
-        return self.soft_cap * ops.tanh(logits / self.soft_cap)
+        return self.soft_cap * precision.tanh(logits / self.soft_cap)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return tuple(input_shape)

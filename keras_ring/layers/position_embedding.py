@@ -104,7 +104,7 @@ class PositionEmbedding(keras.layers.Layer):
                 inside = ops.logical_and(
                     start >= 0, end <= self.sequence_length
                 )
-                vectors = ops.where(inside, vectors, float("nan"))
+                vectors = ops.where(inside, vectors, _nowhere(vectors))
         return ops.broadcast_to(vectors, shape)
 
     def compute_output_shape(
@@ -131,7 +131,7 @@ class PositionEmbedding(keras.layers.Layer):
         )
         there = ops.where(inside, positions, ops.zeros_like(positions))
         vectors = dense_take(table, there)
-        return ops.where(inside[..., None], vectors, float("nan"))
+        return ops.where(inside[..., None], vectors, _nowhere(vectors))
 
     def _natural(self, table: Tensor, length: Any, start_index: Any) -> Tensor:
         """The vectors of the natural positions that the layer sees."""
@@ -173,3 +173,8 @@ def _has_values(tensor: Tensor, length: Any) -> bool:
     expression. Programs for open lengths are exported with one as well."""
     known = isinstance(length, int) or ops.is_tensor(length)
     return not without_values(tensor) and (known or not in_symbolic_scope())
+
+
+def _nowhere(vectors: Tensor) -> Tensor:
+    """Vectors of positions that the table does not have."""
+    return ops.full_like(vectors, float("nan"))

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import arguments, backends, random_bits
+from keras_ring import arguments, backends, precision, random_bits
 from keras_ring.distribution import strategy
 from keras_ring.keras_internals import full_values, mask_of
 from keras_ring.layers import dense_options
@@ -16,7 +16,6 @@ from keras_ring.layers.blockwise_feed_forward import BlockwiseFeedForward
 from keras_ring.layers.ring_attention import RingAttention
 from keras_ring.layers.rotary_embedding import rotary_of
 from keras_ring.ops.positional_dropout import positional_dropout
-from keras_ring.precision import accumulation_dtype
 from keras_ring.recompute.rematerialised import rematerialised
 
 Shape = tuple[int | None, ...]
@@ -391,10 +390,10 @@ def _normalised(norm: keras.layers.Layer, x: Tensor) -> Tensor:
     Keras calls are missing in ONNX."""
     if not backends.load().runtime.exporting(x):
         return norm(x)
-    x = ops.cast(x, accumulation_dtype(norm.compute_dtype))
+    x = ops.cast(x, precision.accumulation_dtype(norm.compute_dtype))
     if isinstance(norm, keras.layers.LayerNormalization):
-        x = x - ops.mean(x, axis=-1, keepdims=True)
-    size = ops.mean(ops.square(x), axis=-1, keepdims=True)
+        x = x - precision.mean(x, -1, keepdims=True)
+    size = precision.mean(ops.square(x), -1, keepdims=True)
     x = x * ops.rsqrt(size + norm.epsilon)
     if isinstance(norm, keras.layers.LayerNormalization):
         x = x * norm.gamma + norm.beta

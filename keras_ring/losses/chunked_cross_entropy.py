@@ -36,8 +36,8 @@ class ChunkedCrossEntropy(keras.losses.Loss):
 
     Args:
         head: the `LanguageModelHead` that ends the model.
-        label_smoothing: what the other classes get of the label's
-            probability, from 0 to less than 1.
+        label_smoothing: share of the label's probability that is spread
+            evenly over all classes, from 0 to less than 1.
         ignore_class: a label whose tokens have no loss and do not count in
             the mean; it need not be a class.
         z_loss: factor on the squared log-sum-exp of the logits.
@@ -211,12 +211,16 @@ class ChunkedCrossEntropy(keras.losses.Loss):
     def _check_exact(self) -> None:
         """Refuse a dtype in which Keras would round the labels."""
         head, largest = self.head, _LARGEST_LABEL.get(self.dtype)
-        if head is None or largest is None or head.vocabulary_size <= largest:
+        if head is None or largest is None:
             return
+        ignored = abs(self.ignore_class or 0)
+        if max(head.vocabulary_size, ignored) <= largest:
+            return
+        also = f" and ignore_class={self.ignore_class}" if ignored else ""
         raise ValueError(
             "Keras casts the labels to the dtype of the loss, which must hold "
             f"each of them exactly. Received: dtype={self.dtype}, exact up to "
-            f"{largest}, for {head.vocabulary_size} classes. Pass "
+            f"{largest}, for {head.vocabulary_size} classes{also}. Pass "
             "dtype='float32' to the loss."
         )
 

@@ -14,6 +14,9 @@ from keras_ring.masks.mask import Carried, Mask, Shape, Span, either, fits
 
 Tensor = Any
 
+# The largest position that an int32 holds; "no limit" may be a larger number.
+_LAST = 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Causal(Mask):
@@ -77,21 +80,22 @@ class SlidingWindow(Mask):
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
         below, above = queries.first - keys.last, keys.first - queries.last
-        some = (below < self.size) & (above < self.size)
+        size = min(self.size, _LAST)
+        some = (below < size) & (above < size)
         below, above = queries.last - keys.first, keys.last - queries.first
-        return some, (below < self.size) & (above < self.size)
+        return some, (below < size) & (above < size)
 
     def band(self) -> Band:
         size = min(self.size, FAR)
         return Band(1 - size, size - 1)
 
     def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
-        distance = queries - keys
-        return (distance < self.size) & (distance > -self.size)
+        distance, size = queries - keys, min(self.size, _LAST)
+        return (distance < size) & (distance > -size)
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         distance = query_positions[:, None] - key_positions[None, :]
-        return (ops.abs(distance) < self.size)[None, None]
+        return (ops.abs(distance) < min(self.size, _LAST))[None, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,17 +129,22 @@ class BlockCausal(Mask):
         return True
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
+        size = min(self.size, _LAST)
         return (
-            queries.last // self.size >= keys.first // self.size,
-            queries.first // self.size >= keys.last // self.size,
+            queries.last // size >= keys.first // size,
+            queries.first // size >= keys.last // size,
         )
 
     def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
-        return div(queries, self.size) >= div(keys, self.size)
+        size = min(self.size, _LAST)
+        return div(queries, size) >= div(keys, size)
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        query_blocks = query_positions // self.size
-        key_blocks = key_positions // self.size
+        size = min(self.size, _LAST)
+        query_blocks, key_blocks = (
+            query_positions // size,
+            key_positions // size,
+        )
         return (query_blocks[:, None] >= key_blocks[None, :])[None, None]
 
 
@@ -196,7 +205,7 @@ class PrefixLM(Mask):
         return True
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
-        shortest = longest = self.length
+        shortest = longest = self._limit()
         if not isinstance(self.length, int):
             shortest, longest = ops.min(self.length), ops.max(self.length)
         some, every = Causal().relation(queries, keys)
@@ -206,11 +215,11 @@ class PrefixLM(Mask):
         )
 
     def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
-        return (queries >= keys) | (keys < self.length)
+        return (queries >= keys) | (keys < self._limit())
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         if isinstance(self.length, int):
-            in_prefix = (key_positions < self.length)[None, None, None, :]
+            in_prefix = (key_positions < self._limit())[None, None, None, :]
         else:
             length = ops.cast(self.length, "int32")
             in_prefix = (key_positions[None, :] < length[:, None])[
@@ -218,6 +227,10 @@ class PrefixLM(Mask):
             ]
         causal = Causal().allowed(query_positions, key_positions)
         return ops.logical_or(causal, in_prefix)
+
+    def _limit(self) -> Any:
+        length = self.length
+        return min(length, _LAST) if isinstance(length, int) else length
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from keras import ops
 from keras_ring import arguments, backends, tensor_arguments
 from keras_ring.distribution import padding, strategy
 from keras_ring.distribution.world import World
-from keras_ring.precision import accumulation_dtype
+from keras_ring.precision import accumulation_dtype, is_floating
 
 Tensor = Any
 
@@ -62,7 +62,7 @@ def gather_batch(tensor: Tensor, sequence: bool = True) -> Tensor:
     split = sequence and world.sequence_size > 1
     if not split and world.data_size == 1:
         return tensor
-    if "float" not in keras.backend.standardize_dtype(tensor.dtype):
+    if not is_floating(tensor):
         whole = _joined(world, tensor, split)
     else:
         custom_gradient = backends.load().runtime.custom_gradient

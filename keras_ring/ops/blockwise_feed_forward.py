@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_ring import arguments, tensor_arguments
+from keras_ring import arguments, precision, tensor_arguments
 from keras_ring.ops.positional_dropout import (
     batch_rows,
     check_seed,
@@ -118,7 +118,7 @@ def blockwise_feed_forward(
 
 
 def _dense(inputs: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    outputs = ops.matmul(inputs, weights[f"{name}_kernel"])
+    outputs = precision.matmul(inputs, weights[f"{name}_kernel"])
     bias = weights.get(f"{name}_bias")
     return outputs if bias is None else ops.add(outputs, bias)
 

@@ -4,8 +4,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_ring import arguments, tensor_arguments
-from keras_ring.precision import accumulation_dtype
+from keras_ring import arguments, precision, tensor_arguments
 from keras_ring.recompute.chunked import map_chunks
 
 Tensor = Any
@@ -54,8 +53,8 @@ def chunked_cross_entropy(
         kernel: `(features, classes)`.
         labels: integers `(batch, length)`, `0 <= label < classes`.
         bias: `(classes,)` or None.
-        label_smoothing: what the other classes get of the label's
-            probability, from 0 to less than 1.
+        label_smoothing: share of the label's probability that is spread
+            evenly over all classes, from 0 to less than 1.
         ignore_index: a label whose tokens have no loss; it need not be a
             class.
         z_loss: factor on the squared log-sum-exp, which keeps the logits
@@ -101,17 +100,17 @@ def chunked_cross_entropy(
         )
     chunk_size = arguments.integer("chunk_size", chunk_size)
     classes = kernel.shape[1]
-    dtype = accumulation_dtype(features.dtype)
+    dtype = precision.accumulation_dtype(features.dtype)
 
     def function(
         features: Tensor, labels: Tensor, kernel: Tensor, *bias: Tensor
     ) -> tuple[Tensor, ...]:
-        logits = ops.matmul(features, kernel)
+        logits = precision.matmul(features, kernel)
         if bias:
             logits = ops.add(logits, bias[0])
         logits = ops.cast(logits, dtype)
         if soft_cap is not None:
-            logits = soft_cap * ops.tanh(logits / soft_cap)
+            logits = soft_cap * precision.tanh(logits / soft_cap)
         top = ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True))
         lse = ops.log(ops.sum(ops.exp(logits - top), axis=-1)) + top[..., 0]
         # By comparison and not by index: what a device does not hold, or a
@@ -124,11 +123,11 @@ def chunked_cross_entropy(
         )
         loss = lse - (1.0 - label_smoothing) * picked
         if label_smoothing:
-            loss = loss - label_smoothing * ops.mean(logits, axis=-1)
+            loss = loss - label_smoothing * precision.mean(logits, -1)
         if z_loss:
             loss = loss + z_loss * lse * lse
         known = ops.logical_and(labels >= 0, labels < classes)
-        loss = ops.where(known, loss, float("nan"))
+        loss = ops.where(known, loss, ops.full_like(loss, float("nan")))
         best = ops.cast(ops.argmax(logits, axis=-1), "int32")
         correct = ops.cast(ops.equal(best, labels), dtype)
         if ignore_index is not None:

@@ -4,13 +4,13 @@ from typing import Any
 
 from keras import ops
 
+from keras_ring import precision
 from keras_ring.ops.sequence import (
     ring_sum,
     sequence_positions,
     shard_ring,
     true_length,
 )
-from keras_ring.precision import accumulation_dtype
 
 Tensor = Any
 
@@ -25,10 +25,10 @@ def sequence_mean(tensor: Tensor) -> Tensor:
         `(batch, ...)` in the accumulation dtype, the same on every device of
         a ring. What a ring pads does not count. The gradient is exact.
     """
-    tensor = ops.cast(tensor, accumulation_dtype(tensor.dtype))
+    tensor = ops.cast(tensor, precision.accumulation_dtype(tensor.dtype))
     ring = shard_ring()
     if ring is None:
-        return ops.mean(tensor, axis=1)
+        return precision.mean(tensor, 1)
     length = ops.shape(tensor)[1]
     true = true_length(length)
     if true is None:

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_ring import tensor_arguments
 from keras_ring.ops.sequence import ring_sum, shard_ring, whole_length
+from keras_ring.precision import is_floating
 
 Tensor = Any
 Index = int | Sequence[int]
@@ -107,6 +108,6 @@ def _taken(tensor: Tensor, positions: list[int]) -> Tensor:
     rows = ops.where(here, rows, ops.zeros_like(rows))
     if keras.backend.standardize_dtype(tensor.dtype) == "bool":
         return ops.cast(ring.sum(ops.cast(rows, "int32")), "bool")
-    if "float" not in keras.backend.standardize_dtype(tensor.dtype):
+    if not is_floating(tensor):
         return ring.sum(rows)
     return ring_sum(rows)

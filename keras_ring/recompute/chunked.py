@@ -14,12 +14,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 from keras import ops
 
 from keras_ring import backends
 from keras_ring.distribution import padding, strategy
-from keras_ring.precision import accumulation_dtype
+from keras_ring.precision import accumulation_dtype, is_floating
 from keras_ring.shapes import sizes
 
 Tensor = Any
@@ -119,7 +118,7 @@ def _map_local(
         return tuple(outputs), arguments
 
     def backward(arguments: tuple, *grads: Tensor) -> tuple:
-        places = [i for i, t in enumerate(arguments) if _is_floating(t)]
+        places = [i for i, t in enumerate(arguments) if is_floating(t)]
         local = [i for i in places if i < count]
         common = [i for i in places if i >= count]
         gradients: list[Tensor | None] = [None] * len(arguments)
@@ -230,7 +229,3 @@ class _Chunks:
             tensor, (shape[1], self.count * self.size, *shape[3:])
         )
         return tensor[:, : self.length]
-
-
-def _is_floating(tensor: Tensor) -> bool:
-    return "float" in keras.backend.standardize_dtype(tensor.dtype)

@@ -10,9 +10,8 @@ that the function depends on is handed to it.
 from collections.abc import Callable
 from typing import Any
 
-import keras
-
 from keras_ring import backends
+from keras_ring.precision import is_floating
 
 Tensor = Any
 
@@ -37,7 +36,7 @@ def rematerialised(
         return tuple(function(*tensors)), tensors
 
     def backward(tensors: tuple, *grads: Tensor) -> tuple:
-        places = [i for i, t in enumerate(tensors) if _is_floating(t)]
+        places = [i for i, t in enumerate(tensors) if is_floating(t)]
 
         def of_floating(*floating: Tensor) -> tuple[Tensor, ...]:
             inputs = list(tensors)
@@ -58,7 +57,3 @@ def rematerialised(
         return function(*tensors) if exporting else with_gradient(*tensors)
 
     return computed
-
-
-def _is_floating(tensor: Tensor) -> bool:
-    return "float" in keras.backend.standardize_dtype(tensor.dtype)

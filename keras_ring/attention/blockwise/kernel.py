@@ -18,6 +18,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_ring import precision
 from keras_ring.attention import numerics
 from keras_ring.attention.blockwise.primitives import Primitives
 from keras_ring.attention.blockwise.tiles import Tiling
@@ -74,7 +75,7 @@ def forward_alone(
                     masked=masked,
                     turned=False,
                 )
-                new_top = numerics.larger(top, ops.max(scores, axis=-1))
+                new_top = precision.larger(top, ops.max(scores, axis=-1))
                 reference = ops.where(
                     ops.isinf(new_top), ops.zeros_like(new_top), new_top
                 )
@@ -90,7 +91,7 @@ def forward_alone(
                 return new_top, new_total, new_acc
 
             return primitives.branch(
-                tiling.whole(i, j),
+                tiling.full(i, j),
                 lambda: compute(False),
                 lambda: compute(True),
             )
@@ -145,10 +146,8 @@ def backward_alone(
     tiling = Tiling(primitives, query, key, visit)
     dtype, scoring = tiling.dtype, visit.scoring
     read, write = primitives.read, primitives.write
-    # A row that attends to nothing, and a row that only pads its tile, gets
-    # p = exp(score - inf) = 0 everywhere.
-    no_row = ops.full_like(lse, float("inf"))
-    lse = ops.where(lse == -float("inf"), no_row, lse)
+    # A row that only pads its tile is one that attends to nothing, too.
+    lse = numerics.without_empty_rows(lse)
     scaled = ops.cast(query, dtype) * scoring.scale
     queries = tiling.store_queries(scaled)
     lses = tiling.store_queries(lse, fill=float("inf"))
@@ -210,7 +209,7 @@ def backward_alone(
 
             # Stores stay outside: a compiler may copy what passes through.
             grad_query, grad_key, grad_value, own = primitives.branch(
-                tiling.whole(i, j),
+                tiling.full(i, j),
                 lambda: compute(False),
                 lambda: compute(True),
             )

@@ -13,7 +13,6 @@ import numpy as np
 from keras import ops
 
 from keras_ring import precision, random_bits
-from keras_ring.attention import numerics
 from keras_ring.attention.blockwise import schedule
 from keras_ring.attention.blockwise.primitives import Primitives
 from keras_ring.attention.blockwise.schedule import Needed
@@ -160,7 +159,7 @@ class Tiling:
         counts = self.queries.count, self.keys.count
         return schedule.needed(self.some, counts, turned)
 
-    def whole(self, query_index: Any, key_index: Any) -> Any:
+    def full(self, query_index: Any, key_index: Any) -> Any:
         """True if every pair of a tile is allowed."""
         return self._pick(self.every, query_index, key_index)
 
@@ -183,7 +182,7 @@ class Tiling:
         scoring = self.scoring
         derivative = None
         if scoring.soft_cap is not None:
-            turn = numerics.tanh(products / scoring.soft_cap)
+            turn = precision.tanh(products / scoring.soft_cap)
             products = turn * scoring.soft_cap
             derivative = 1.0 - turn * turn
         extra = None
@@ -323,11 +322,11 @@ class Tiling:
     def _relations(self) -> tuple[Any, Any]:
         """`relation` of every tile at once: bools, or arrays that broadcast
         to (query tiles, key tiles)."""
-        whole, mask = self.keys.full, self.scoring.mask
+        unpadded, mask = self.keys.unpadded, self.scoring.mask
         if mask is None:
-            return True, whole
+            return True, unpadded
         some, every = relations(mask, self.queries, self.keys)
-        return some, every if whole else False
+        return some, every if unpadded else False
 
     def _pick(self, relation: Any, i: Any, j: Any) -> Any:
         """The entry of one tile."""

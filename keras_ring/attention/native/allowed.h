@@ -28,7 +28,8 @@ struct Band {
   }
 };
 
-// A tile that is contiguous in queries and in keys.
+// Neighbouring queries or keys: from `begin` to before `end` in the chunk, the
+// first of them at the global `position`.
 struct Range {
   Index begin, end, position;
   Index size() const { return end - begin; }

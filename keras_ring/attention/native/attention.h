@@ -30,7 +30,7 @@ struct keras_ring_visit {
   // A pair counts if least <= query position - key position <= most, the key
   // lies before the position `stop` and the query before the position `rows`.
   int64_t least, most, stop, rows;
-  float scale;      // Of the products.
+  float scale;      // Of the products; above 0.
   int32_t threads;  // At most so many.
   // (batch, heads, queries, keys), neighbours along the keys: 0 where a pair
   // does not count. Null where there is nothing to add to the above.

@@ -2,9 +2,9 @@
 
 A library is compiled once for a processor and kept in a folder of the user:
 `$KERAS_RING_CACHE`, by default `keras_ring` in `$XDG_CACHE_HOME` or
-`~/.cache`. The compiler is `$KERAS_RING_CXX`, or else `$CXX`, or else `c++`,
-`g++` or `clang++`, the first that works; nothing is compiled where the former
-is empty.
+`~/.cache`. The compiler is `$KERAS_RING_CXX`. Where that is not set it is the
+first that works of `$CXX`, `c++`, `g++` and `clang++`; where it is set and
+empty nothing is compiled.
 
 A file's name ends with a digest of what is in it, so that one that was damaged
 is never loaded. Of processes that need one at the same time one compiles and
@@ -80,7 +80,8 @@ class Once:
         self._why: UnavailableError | None = None
 
     def __call__(self) -> Any:
-        """
+        """Return what was loaded, now or before.
+
         Raises:
             UnavailableError: if it failed, now or before.
         """

@@ -3,7 +3,8 @@
 The objective is the mean of the replicas' losses, whoever computes them: so
 before an optimizer sees the gradients they are averaged over all replicas. An
 optimizer that clips them, or looks for an overflow, then sees those of one
-device. The private names of Keras' optimizers are in this file and `trainer`.
+device. The private names of Keras' optimizers are in this file, `trainer` and
+`scope`.
 """
 
 from collections.abc import Callable, Sequence

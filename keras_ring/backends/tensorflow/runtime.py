@@ -258,7 +258,8 @@ class World(Member):
     def program(
         self, function: Callable[..., Any]
     ) -> Callable[[list[Any]], Any]:
-        results: list[Any] = []
+        # Of the results of each trace, by what they look like.
+        structures: dict[str, Any] = {}
 
         def on_replica(shards: Any, sizes: training.Sizes) -> Any:
             splits = [shard.shape.rank >= 2 for shard in shards]
@@ -266,8 +267,13 @@ class World(Member):
             own = training.Step(self, None, axes, (shards,), (splits,))
             with step.run(own):
                 result = function(*shards)
-                results[:] = [result]
-                return training.result_on_replica(
+                structure = tree.map_structure(
+                    lambda t: None if t is None else 0, result
+                )
+                structures.setdefault(repr(structure), structure)
+                number = list(structures).index(repr(structure))
+                # The constant says which one a program was traced with.
+                return tf.constant(number), training.result_on_replica(
                     self,
                     [
                         tf.convert_to_tensor(t)
@@ -293,12 +299,14 @@ class World(Member):
                 self, tensors, [len(t.shape) >= 2 for t in tensors]
             )
             with self.scope():
-                values, true = compiled(*parts)
+                number, (values, true) = compiled(*parts)
                 joined = iter(
                     [whole(*pair) for pair in zip(values, true, strict=True)]
                 )
+            number = self.tf_strategy.experimental_local_results(number)[0]
             return tree.map_structure(
-                lambda t: None if t is None else next(joined), results[-1]
+                lambda t: None if t is None else next(joined),
+                list(structures.values())[int(number)],
             )
 
         return program

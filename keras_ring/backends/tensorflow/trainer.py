@@ -3,7 +3,8 @@ strategy changes in them.
 
 A model is given steps of its own; what is wrapped only calls what it wraps
 where no step runs. Private names of these on TensorFlow are in this file, those
-of optimizers also in `gradients.py`.
+of optimizers also in `gradients.py`, and in `scope.py` those of what was made
+outside of a scope.
 """
 
 import functools

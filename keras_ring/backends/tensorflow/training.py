@@ -108,16 +108,21 @@ def _own_seeds(world: Member, model: Any) -> Iterator[None]:
     ]
     for state in states:
         state.assign(keras.ops.add(state, (offset, 0)))
-    yield
-    for state in states:
-        state.assign(keras.ops.subtract(state, (offset, 0)))
+    try:
+        yield
+    finally:
+        for state in states:
+            state.assign(keras.ops.subtract(state, (offset, 0)))
 
 
 def predictions(world: Member, model: Any) -> Callable[..., Any]:
     """A step of prediction: a list of batches in, joined outputs out."""
 
     def on_replica(data: Any, sizes: Sizes, splits: Any) -> Any:
-        with step.run(_step_on_replica(world, model, data, sizes, splits)):
+        with (
+            step.run(_step_on_replica(world, model, data, sizes, splits)),
+            _own_seeds(world, model),
+        ):
             return result_on_replica(world, model.predict_step(data))
 
     def program(data: Any, sizes: Sizes, splits: Any) -> Any:

@@ -6,7 +6,8 @@ The processes meet in the ring, in one sum of the gradients per step and in
 one of the metrics. The mesh is numbered row by row: a process is
 `data_index * sequence_size + sequence_index`.
 
-Private names of Keras appear in `trainer.py` and `seeds.py` alone.
+Private names of Keras appear in `trainer.py`, `callbacks.py` and `seeds.py`
+alone.
 """
 
 import contextlib

@@ -4,8 +4,8 @@ Every step of Keras passes through a step function, `optimizer.apply` and
 `get_metrics_result`; these, the inference of shapes before the first, the
 reduction of a loss and the list of callbacks are wrapped once, and so is
 saving. Without an active strategy of more than one process each wrapper only
-calls what it wraps. Private names of Keras on PyTorch are in this file and, of
-its global seed, in `seeds.py`.
+calls what it wraps. Private names of Keras on PyTorch are in this file, of its
+callbacks in `callbacks.py`, and of its global seed in `seeds.py`.
 """
 
 import functools

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_ring.attention.dense import Dense, dense_attention
 from keras_ring.attention.scoring import Dropout, Scoring
+from keras_ring.distribution import strategy
 from keras_ring.layers.attention.axes import AttentionAxes
 from keras_ring.layers.attention.masks import AttentionMasks
 from keras_ring.layers.attention.options import AttentionOptions
@@ -45,7 +46,11 @@ def written_out(
     masks = AttentionMasks(None, (), pairs, causal, None)
     if dropout_seed is not None:
         seed = ops.cast(dropout_seed, "int32")
-        dropout = Dropout(options.dropout, seed, 0)
+        world = strategy.current()
+        # Each group of devices sees a part of the batch.
+        group = 0 if world is None else world.data_index()
+        first_row = group * ops.shape(query)[0]
+        dropout = Dropout(options.dropout, seed, first_row)
     scale = options.scale
     scoring = Scoring(
         scale=options.heads.key_dim**-0.5 if scale is None else scale,

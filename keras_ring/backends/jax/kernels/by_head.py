@@ -25,7 +25,7 @@ from keras_ring.attention.kernel import (
 from keras_ring.attention.numerics import Partial
 from keras_ring.attention.visit import Visit
 from keras_ring.backends.jax.kernels import local
-from keras_ring.backends.jax.kernels.fused import by_place
+from keras_ring.backends.jax.kernels.parts import by_place
 
 
 class ByHeadKernel(FallbackKernel):

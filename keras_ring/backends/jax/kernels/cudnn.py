@@ -88,6 +88,8 @@ class CuDnnKernel(FusedKernel):
         for one, another kernel computes it."""
         query, _, value = inputs
         lse, delta = rows.lse, rows.delta
+        assert rows.out is not None
+        assert delta is not None
         dtype = precision.accumulation_dtype(str(query.dtype))
         out, pull = rows.out.astype(dtype), rows.grad_out.astype(dtype)
         products = pull * out

@@ -9,7 +9,7 @@ to another kernel.
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from keras_ring import precision
+from keras_ring.attention import numerics
 from keras_ring.attention.kernel import (
     FallbackKernel,
     Gradients,
@@ -28,6 +29,7 @@ from keras_ring.attention.kernel import (
 )
 from keras_ring.attention.numerics import Partial
 from keras_ring.attention.visit import Visit
+from keras_ring.backends.jax.kernels.parts import add, by_place, joined
 from keras_ring.masks import Mask
 from keras_ring.masks.mask import both
 
@@ -191,8 +193,7 @@ class FusedKernel(FallbackKernel):
             )
 
         def fused(causal: bool) -> Gradients:
-            # exp(score - inf) = 0: a row that sees nothing gives nothing.
-            lse = jnp.where(rows.lse == -jnp.inf, jnp.inf, rows.lse)
+            lse = numerics.without_empty_rows(rows.lse)
             grads = self.call_backward(
                 inputs, rows._replace(lse=lse), visit.scoring.scale, causal
             )
@@ -208,19 +209,6 @@ class FusedKernel(FallbackKernel):
         return found
 
 
-def by_place(inputs: Inputs, visit: Visit) -> bool:
-    """True if a visit, of sizes that are known, has scores that are scaled
-    products and are masked by their places: what a mask carries would have to
-    be cut along with the tensors."""
-    mask = visit.scoring.mask
-    sizes = [size for tensor in inputs for size in tensor.shape]
-    return (
-        all(isinstance(size, int) and size for size in sizes)
-        and visit.scoring.only_products
-        and (mask is None or not any(mask.carried()))
-    )
-
-
 def _beside_causal(mask: Mask | None) -> list[Mask] | None:
     """The other conditions on a pair, under a mask that is causal too; None
     under one that is not."""
@@ -229,17 +217,6 @@ def _beside_causal(mask: Mask | None) -> list[Mask] | None:
     parts = mask.parts()
     found = [part for part in parts if not part.purely_causal()]
     return found if len(found) < len(parts) else None
-
-
-def add(sums: dict[int, Any], place: int, share: Any) -> None:
-    """Add what belongs to a part of a chunk to the sum that is there."""
-    have = sums.get(place)
-    sums[place] = share if have is None else have + share
-
-
-def joined(parts: Sequence[jax.Array]) -> jax.Array:
-    """(B, H, part, ...) -> (B, H, length, ...)."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 2)
 
 
 def not_traced(value: Any) -> bool | None:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from keras_ring.attention import numerics
 from keras_ring.attention.kernel import (
     FallbackKernel,
     Gradients,
@@ -27,7 +28,7 @@ from keras_ring.attention.kernel import (
 from keras_ring.attention.numerics import Partial
 from keras_ring.attention.visit import Visit
 from keras_ring.backends.jax.kernels import local
-from keras_ring.backends.jax.kernels.fused import add, joined
+from keras_ring.backends.jax.kernels.parts import add, joined
 from keras_ring.masks import Mask
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -107,8 +108,7 @@ class TritonKernel(FallbackKernel):
         carry: jax.Array | None,
     ) -> Gradients:
         query, key, value = inputs
-        # exp(score - inf) = 0: a row that sees nothing gives nothing.
-        lse = jnp.where(rows.lse == -jnp.inf, jnp.inf, rows.lse)
+        lse = numerics.without_empty_rows(rows.lse)
         grad_out = rows.grad_out.astype(query.dtype)
         shapes = query.shape, key.shape, value.shape
         grads: list[dict[int, Any]] = [{}, {}, {}]

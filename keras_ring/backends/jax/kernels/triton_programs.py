@@ -26,13 +26,17 @@ from keras_ring.masks import Carried, Mask
 
 Ref = Any
 
+# As far as everything: a longer reach added to a position may not be int32.
+_FAR = 2**30
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
     """One visit, as far as it is known before anything runs.
 
     Attributes:
-        mask: over placeholders, or None.
+        mask: of the visit, or None; a program reads the tensors that it is
+            given, and of those that the mask has only counts them.
         scale: factor on the products.
         tiles: q, s.
         lengths: queries and keys without padding.
@@ -374,9 +378,9 @@ def _within(
     """
     low: Any = jnp.int32(0)
     high: Any = jnp.int32(-(-length // tile))
-    if back != math.inf:
+    if back < _FAR:
         low = lax.div(jnp.maximum(first - int(back), 0), jnp.int32(tile))
-    if ahead != math.inf:
+    if ahead < _FAR:
         end = jnp.maximum(first + size + int(ahead), 0)
         high = jnp.minimum(high, lax.div(end + (tile - 1), jnp.int32(tile)))
     return low, high

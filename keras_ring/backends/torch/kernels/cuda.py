@@ -1,4 +1,4 @@
-"""PyTorch's fused attention for GPUs of the CUDA kind.
+"""Fused attention of PyTorch for CUDA devices.
 
 Three operations, all private, each with its own shapes and limits; presence
 is checked here, results in `keras_ring.attention.selection`:

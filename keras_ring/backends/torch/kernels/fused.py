@@ -223,6 +223,7 @@ class FusedKernel(FallbackKernel):
         key_width, value_width = query.shape[3], value.shape[3]
         accumulate = accumulation_dtype(query.dtype)
         width, more = self._backward_width(inputs, rows)
+        assert rows.out is not None
         out, grad_out = rows.out.to(accumulate), rows.grad_out.to(accumulate)
         if rows.delta is not None:
             grad_out = torch.nn.functional.pad(grad_out, (0, more), value=1.0)

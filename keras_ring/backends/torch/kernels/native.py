@@ -115,7 +115,7 @@ class TorchNativeKernel(NativeKernel):
             share = _backward(
                 _cut(inputs, own, columns),
                 # The library is not given `out`: it is in delta already.
-                Rows(None, *(tensor[:, :, own] for tensor in rows[1:])),
+                Rows(None, *(t[:, :, own] for t in rows[1:] if t is not None)),
                 pairs,
                 carry[:, :, own],
             )

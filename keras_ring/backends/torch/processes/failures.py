@@ -24,7 +24,8 @@ import datetime
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +79,10 @@ class Failures(Waits):
     def __init__(self, store: dist.Store, forget: Callable[[], None]):
         self.store = store
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.transports: list[RingTransport] = []
+        # Of strategies that are still there; their groups stay for others of
+        # the same shape.
+        self.transports: weakref.WeakSet[RingTransport] = weakref.WeakSet()
+        self._groups: set[dist.ProcessGroup] = set()
         # How often all failed alike and were given new groups.
         self.resets = 0
         self._forget = forget
@@ -93,6 +97,11 @@ class Failures(Waits):
         )
         self._thread.start()
         atexit.register(self.end)
+
+    def watch(self, transports: Sequence[RingTransport]) -> None:
+        """Look after transports, and end their groups when all have failed."""
+        self.transports.update(transports)
+        self._groups.update(transport.group for transport in transports)
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
@@ -171,12 +180,15 @@ class Failures(Waits):
 
     def _drop_groups(self) -> None:
         """End the process groups, and with them their connections."""
-        transports, self.transports = self.transports, []
+        transports, groups = list(self.transports), self._groups
+        self.transports.clear()
+        self._groups = set()
         self._forget()
-        for transport in transports:
+        for group in groups:
             # It may have been ended by the program.
             with contextlib.suppress(Exception):
-                dist.destroy_process_group(transport.group)
+                dist.destroy_process_group(group)
+        for transport in transports:
             transport.close()
 
     # The store.

@@ -107,12 +107,14 @@ def device_names(strategy: Settings) -> tuple[str, ...]:
             f"{kind!r}. Set the environment variable KERAS_TORCH_DEVICE="
             f"{own.type} before Keras is imported, or change `devices`."
         )
-    return strategy.devices
+    # As PyTorch calls them, which is what kernels are asked for.
+    return tuple(name.replace("gpu", "cuda") for name in strategy.devices)
 
 
 def _named_device(strategy: Settings) -> torch.device:
     """The device that `devices` names for this process."""
-    name = (strategy.devices or ("cpu",))[rank()]
+    assert strategy.devices is not None  # The callers have looked.
+    name = strategy.devices[rank()]
     try:
         return torch.device(name.replace("gpu", "cuda"))
     except RuntimeError as error:
@@ -163,7 +165,7 @@ def connect(strategy: Settings, mesh: Mesh) -> Groups:
         transports.append(
             RingTransport(own_ring, strategy.timeout, memory, failures)
         )
-    failures.transports += transports
+    failures.watch(transports)
     ring = transports[1] if mesh.size(SEQUENCE) > 1 else LOCAL
     return Groups(transports[0], ring, failures, failures.resets)
 

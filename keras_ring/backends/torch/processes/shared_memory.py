@@ -169,7 +169,7 @@ class Inbox:
         return slot
 
 
-class Member(NamedTuple):
+class Peer(NamedTuple):
     """One process of a group, as the others know it.
 
     Attributes:
@@ -191,7 +191,7 @@ class SharedMemory:
         rank: of this one.
     """
 
-    def __init__(self, members: list[Member], rank: int):
+    def __init__(self, members: list[Peer], rank: int):
         self.members, self.rank = members, rank
         self._outboxes: dict[int, Outbox] = {}
         self._inboxes: dict[int, Inbox] = {}
@@ -214,16 +214,16 @@ def connect(group: dist.ProcessGroup) -> SharedMemory | None:
     """The shared memory of a group on CPUs; every member calls this.
 
     Returns:
-        None for all of them unless each can open the memory of the one
-        before it: on one machine, and not in containers that see other
-        processes.
+        None for all members, unless each can open the memory of the member
+        before it. Members on other machines cannot, nor can those in
+        containers that do not see each other's processes.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     name = f"keras_ring-{secrets.token_hex(8)}"
     trial = Outbox(name)
     _, note = trial.take(1) if _possible() else (None, Note(NONE, 0, NONE))
     members: Any = [None] * size
-    own = Member(name, os.getpid(), note)
+    own = Peer(name, os.getpid(), note)
     dist.all_gather_object(members, own, group=group)
     before = members[rank - 1]
     found = before.trial.slot >= 0
