@@ -269,10 +269,10 @@ MUTATIONS = [
     ),
     Mutation(
         "PyTorch: messages go the other way",
-        "(self.index() + by) % self.size,\n"
-        "            (self.index() - by) % self.size,",
-        "(self.index() - by) % self.size,\n"
-        "            (self.index() + by) % self.size,",
+        "permutation[self.index()],\n"
+        "            permutation.index(self.index()),",
+        "permutation.index(self.index()),\n"
+        "            permutation[self.index()],",
         *("torch", "transport", ""),
     ),
     Mutation(
@@ -280,6 +280,39 @@ MUTATIONS = [
         "            if slot.free:\n",
         "            if True:\n",
         *("torch", "torch_shared_memory", ""),
+    ),
+    # Ways to share the sequence.
+    Mutation(
+        "every device drops as for the first heads",
+        'heads = dropout.first_head + ops.arange(self.heads, dtype="int32")',
+        'heads = ops.arange(self.heads, dtype="int32")',
+        *("torch", "ways differential", "training or random_cases"),
+    ),
+    Mutation(
+        "all-to-all: every device takes the slopes of the first heads",
+        "slopes = ops.slice(slopes, (first,), (own,))",
+        "slopes = ops.slice(slopes, (first * 0,), (own,))",
+        *("jax", "ways differential", "training or random_cases"),
+    ),
+    Mutation(
+        "all-to-all: gradients of repeated heads are not summed",
+        "return ops.sum(ops.reshape(grad, shape), axis=2)",
+        "return ops.reshape(grad, shape)[:, :, 0]",
+        *("jax", "ways", "training"),
+    ),
+    Mutation(
+        "all-gather: a device keeps the gradients of its own keys alone",
+        "asked = ops.cast(asked, accumulation_dtype(dtype))",
+        "asked = ops.cast(asked[:1], accumulation_dtype(dtype))",
+        *("torch", "ways", "training"),
+    ),
+    Mutation(
+        "groups of neighbours are those of the ring between them",
+        "place % self.inner if self.neighbours else place // self.inner\n"
+        "\n    def start_exchange",
+        "place // self.inner if self.neighbours else place % self.inner\n"
+        "\n    def start_exchange",
+        *("tensorflow", "transport", "groups"),
     ),
     # Training.
     Mutation(

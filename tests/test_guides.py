@@ -12,7 +12,7 @@ from keras_ring import backends, masks
 from keras_ring.attention.kernel import Inputs
 from keras_ring.attention.scoring import Scoring
 from keras_ring.distribution import strategy
-from keras_ring.distribution.world import LOCAL
+from keras_ring.distribution.transport import LOCAL
 from tests import reference
 from tests.conformance import KernelConformance
 from tests.gradients import vjp

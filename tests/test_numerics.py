@@ -91,7 +91,7 @@ POSITIONAL = {
 
 @pytest.mark.parametrize("name", POSITIONAL)
 def test_relation_agrees_with_the_pairs(name):
-    """For every block of up to 4 x 4 positions: `some` and `every` are what
+    """For every block of up to 4 x 4 positions: `nonempty` and `full` are what
     the pairs say. A block that is not empty may be called partial only."""
     mask = POSITIONAL[name]
     simple = not isinstance(mask, (masks.And, masks.Or))
@@ -104,17 +104,17 @@ def test_relation_agrees_with_the_pairs(name):
                 first_query : first_query + queries,
                 first_key : first_key + keys,
             ]
-            some, every = mask.relation(
+            nonempty, full = mask.relation(
                 masks.Span(first_query, first_query + queries - 1),
                 masks.Span(first_key, first_key + keys - 1),
             )
-            # Of masks in one, `every` of an `|` may be missed.
-            assert every <= pairs.all()
-            assert some >= pairs.any()
+            # Of masks in one, `full` of an `|` may be missed.
+            assert full <= pairs.all()
+            assert nonempty >= pairs.any()
             if simple:
-                assert some == pairs.any()
+                assert nonempty == pairs.any()
             if not isinstance(mask, masks.Or):
-                assert every == pairs.all()
+                assert full == pairs.all()
 
 
 @pytest.mark.parametrize("name", POSITIONAL)
@@ -230,17 +230,17 @@ def test_relation_of_tensors_agrees_with_the_pairs(name, tile):
         masks.Span(first[:, None], first[:, None] + tile - 1),
         masks.Span(first[None], first[None] + tile - 1),
     )
-    some, every = (
+    nonempty, full = (
         np.broadcast_to(ops.convert_to_numpy(r), (count, count))
         for r in relation
     )
     blocks = pairs.reshape(2, count, tile, count, tile)
-    assert (some >= blocks.any((0, 2, 4))).all()
-    assert (every <= blocks.all((0, 2, 4))).all()
+    assert (nonempty >= blocks.any((0, 2, 4))).all()
+    assert (full <= blocks.all((0, 2, 4))).all()
     # It does tell tiles apart, and exactly where ids are in order.
     if name != "prefixes":
-        np.testing.assert_array_equal(some, blocks.any((0, 2, 4)))
-        np.testing.assert_array_equal(every, blocks.all((0, 2, 4)))
+        np.testing.assert_array_equal(nonempty, blocks.any((0, 2, 4)))
+        np.testing.assert_array_equal(full, blocks.all((0, 2, 4)))
 
 
 def test_masks_combine_with_masks_only():

@@ -180,8 +180,10 @@ class Visit:
             if not isinstance(length, int):
                 length = ops.convert_to_tensor(length, dtype="int32")
             sides.append(Side(starts, length))
-        some, every = relations(mask, *sides)
-        return _reduced(some, np.any, ops.any), _reduced(every, np.all, ops.all)
+        nonempty, full = relations(mask, *sides)
+        return _reduced(nonempty, np.any, ops.any), _reduced(
+            full, np.all, ops.all
+        )
 
 
 def in_tiles(tensor: Tensor, side: Side) -> Tensor:

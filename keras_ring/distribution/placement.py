@@ -93,7 +93,7 @@ def portions(length: Any, parts: int, most: int | None) -> list[Portion]:
     return [Portion(parts, begin, end) for begin, end in cuts]
 
 
-class Band(NamedTuple):
+class QueryBand(NamedTuple):
     """Neighbouring positions of a chunk: all of it, or some of one part.
 
     Attributes:
@@ -121,7 +121,7 @@ class Band(NamedTuple):
         return (starts[self.part] + self.offset,)
 
 
-def bands(length: Any, parts: int, most: int | None) -> list[Band]:
+def bands(length: Any, parts: int, most: int | None) -> list[QueryBand]:
     """A chunk cut into bands, as equal as can be, in order.
 
     Args:
@@ -130,10 +130,10 @@ def bands(length: Any, parts: int, most: int | None) -> list[Band]:
         most: positions of a band; None for the whole chunk at once.
     """
     if most is None or not isinstance(length, int) or length <= most:
-        return [Band()]
+        return [QueryBand()]
     part = length // parts
     return [
-        Band(number, number * part + begin, number * part + end, begin)
+        QueryBand(number, number * part + begin, number * part + end, begin)
         for number in range(parts)
         for begin, end in _cut(part, -(-part // most))
     ]

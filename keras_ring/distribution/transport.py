@@ -295,6 +295,9 @@ class LocalTransport(Transport):
         return tensor
 
 
+LOCAL = LocalTransport()
+
+
 def check_permutation(permutation: Sequence[int], size: int) -> None:
     """Refuse what is not a permutation of the ring's indices."""
     if sorted(permutation) != list(range(size)):

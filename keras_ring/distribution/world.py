@@ -25,7 +25,7 @@ import keras
 from keras_ring.distribution.lengths import Lengths
 from keras_ring.distribution.mesh import BATCH, SEQUENCE, Mesh
 from keras_ring.distribution.settings import Settings
-from keras_ring.distribution.transport import LocalTransport, Transport
+from keras_ring.distribution.transport import Transport
 
 Tensor = Any
 
@@ -189,6 +189,3 @@ class World(abc.ABC):
         """Called when one of those has ended, with an error or without:
         leave the model usable and keep nothing of it."""
         del model
-
-
-LOCAL = LocalTransport()

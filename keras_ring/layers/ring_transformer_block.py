@@ -89,6 +89,8 @@ class RingTransformerBlock(keras.layers.Layer):
         kernel_initializer: initializer of all kernels.
         bias_initializer: initializer of all biases.
         seed: seed of the dropouts.
+        attention: how devices share the attention of a sequence, see
+            `RingAttention`.
         **kwargs: name, dtype and others of `keras.layers.Layer`.
 
     Call arguments:

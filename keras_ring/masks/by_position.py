@@ -81,9 +81,9 @@ class SlidingWindow(Mask):
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
         below, above = queries.first - keys.last, keys.first - queries.last
         size = min(self.size, _LAST)
-        some = (below < size) & (above < size)
+        nonempty = (below < size) & (above < size)
         below, above = queries.last - keys.first, keys.last - queries.first
-        return some, (below < size) & (above < size)
+        return nonempty, (below < size) & (above < size)
 
     def band(self) -> Band:
         size = min(self.size, FAR)
@@ -208,10 +208,10 @@ class PrefixLM(Mask):
         shortest = longest = self._limit()
         if not isinstance(self.length, int):
             shortest, longest = ops.min(self.length), ops.max(self.length)
-        some, every = Causal().relation(queries, keys)
+        nonempty, full = Causal().relation(queries, keys)
         return (
-            either(some, _below(keys.first, longest)),
-            either(every, _below(keys.last, shortest)),
+            either(nonempty, _below(keys.first, longest)),
+            either(full, _below(keys.last, shortest)),
         )
 
     def tile(self, queries: Any, keys: Any, div: Callable) -> Any:

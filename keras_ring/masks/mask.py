@@ -156,8 +156,8 @@ class Mask(abc.ABC):
             keys: positions of the key tiles.
 
         Returns:
-            `(some, every)`: `some` is false only if no pair of a tile is
-            allowed, `every` is true only if all are. Python bools where that
+            `(nonempty, full)`: `nonempty` is false only if no pair of a tile is
+            allowed, `full` is true only if all are. Python bools where that
             is all there is to say, else boolean arrays that broadcast to
             `(query tiles, key tiles)`.
         """
@@ -315,12 +315,12 @@ class _Pair(Mask):
     def _relations(
         self, combine: Callable[[Any, Any], Any], queries: Span, keys: Span
     ) -> tuple[Any, Any]:
-        some, every = zip(
+        nonempty, full = zip(
             self.first.relation(queries, keys),
             self.second.relation(queries, keys),
             strict=True,
         )
-        return combine(*some), combine(*every)
+        return combine(*nonempty), combine(*full)
 
 
 class And(_Pair):
@@ -352,7 +352,7 @@ class And(_Pair):
         return first & second
 
     def needed(self, relation: Callable[[Mask], tuple[Any, Any]]) -> Mask:
-        return self._without(lambda some, every: bool(every), relation)
+        return self._without(lambda nonempty, full: bool(full), relation)
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         return ops.logical_and(
@@ -383,7 +383,9 @@ class Or(_Pair):
         return first | second
 
     def needed(self, relation: Callable[[Mask], tuple[Any, Any]]) -> Mask:
-        return self._without(lambda some, every: not bool(some), relation)
+        return self._without(
+            lambda nonempty, full: not bool(nonempty), relation
+        )
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         return ops.logical_or(

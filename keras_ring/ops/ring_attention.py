@@ -14,8 +14,7 @@ from keras_ring.attention.kernel import Inputs
 from keras_ring.attention.scoring import Dropout, Scoring
 from keras_ring.distribution import strategy, trials
 from keras_ring.distribution.settings import WAYS, Settings
-from keras_ring.distribution.transport import Transport
-from keras_ring.distribution.world import LOCAL
+from keras_ring.distribution.transport import LOCAL, Transport
 from keras_ring.masks import Carried, Mask
 from keras_ring.masks.by_position import Before
 from keras_ring.ops import attention_checks as checks

@@ -32,28 +32,28 @@ class Needed(NamedTuple):
         return counts[index], lambda number: order[index][number]
 
 
-def needed(some: Any, shape: tuple[Any, Any], turned: bool) -> Needed:
+def needed(nonempty: Any, shape: tuple[Any, Any], turned: bool) -> Needed:
     """For tiles of queries, or of keys if `turned`.
 
     Args:
-        some: whether some pair of a tile is allowed: a bool, or an array
+        nonempty: whether some pair of a tile is allowed: a bool, or an array
             that broadcasts to `shape`.
         shape: tiles of queries and of keys.
     """
     # A single tile may as well be computed when it has no pair.
     alone = all(isinstance(count, int) and count == 1 for count in shape)
     others = shape[0 if turned else 1]
-    if alone or isinstance(some, (bool, np.bool_)):
-        return Needed(others if alone or some else 0)
-    xp: Any = np if isinstance(some, np.ndarray) else ops
-    some = xp.broadcast_to(some, shape)
-    some = xp.transpose(some) if turned else some
+    if alone or isinstance(nonempty, (bool, np.bool_)):
+        return Needed(others if alone or nonempty else 0)
+    xp: Any = np if isinstance(nonempty, np.ndarray) else ops
+    nonempty = xp.broadcast_to(nonempty, shape)
+    nonempty = xp.transpose(nonempty) if turned else nonempty
     places = xp.arange(others, dtype="int32")
-    behind = xp.where(some, places, places + others)
+    behind = xp.where(nonempty, places, places + others)
     counts = (
-        xp.sum(some, axis=1, dtype="int32")
+        xp.sum(nonempty, axis=1, dtype="int32")
         if xp is np
-        else ops.sum(ops.cast(some, "int32"), axis=1)
+        else ops.sum(ops.cast(nonempty, "int32"), axis=1)
     )
     order = xp.argsort(behind, axis=1)
     return Needed(counts, order.astype("int32") if xp is np else order)

@@ -60,7 +60,7 @@ class Tiling:
         self.scoring = visit.scoring
         self.primitives = primitives
         self.dtype = precision.accumulation_dtype(query.dtype)
-        self.some, self.every = self._relations()
+        self._nonempty, self._full = self._relations()
         carried = self.scoring.carried()
         self.stores = Carried(
             tuple(
@@ -157,11 +157,11 @@ class Tiling:
         """The tiles of keys that each tile of queries has pairs with; if
         `turned` which tiles of queries each tile of keys has pairs with."""
         counts = self.queries.count, self.keys.count
-        return schedule.needed(self.some, counts, turned)
+        return schedule.needed(self._nonempty, counts, turned)
 
     def full(self, query_index: Any, key_index: Any) -> Any:
         """True if every pair of a tile is allowed."""
-        return self._pick(self.every, query_index, key_index)
+        return self._pick(self._full, query_index, key_index)
 
     def scored(
         self, products: Tensor, i: Any, j: Any, masked: bool, turned: bool
@@ -325,8 +325,8 @@ class Tiling:
         unpadded, mask = self.keys.unpadded, self.scoring.mask
         if mask is None:
             return True, unpadded
-        some, every = relations(mask, self.queries, self.keys)
-        return some, every if unpadded else False
+        nonempty, full = relations(mask, self.queries, self.keys)
+        return nonempty, full if unpadded else False
 
     def _pick(self, relation: Any, i: Any, j: Any) -> Any:
         """The entry of one tile."""

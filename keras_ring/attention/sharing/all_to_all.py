@@ -42,7 +42,7 @@ class AllToAll(Sharing):
 
     @property
     def repeats(self) -> int:
-        """How often a key head is there, so that each member has as many."""
+        """Number of copies of a key head, so that each member has as many."""
         return math.lcm(self.heads[1], self.transport.size) // self.heads[1]
 
     def enter(self, inputs: Inputs, scoring: Scoring) -> tuple[Inputs, Scoring]:

@@ -11,7 +11,7 @@ from keras_ring.attention.sharing.all_to_all import AllToAll
 from keras_ring.attention.sharing.base import Sharing
 from keras_ring.attention.sharing.ring import Ring
 from keras_ring.distribution import placement
-from keras_ring.distribution.transport import LocalTransport, Transport
+from keras_ring.distribution.transport import LOCAL, Transport
 
 
 class Heads(NamedTuple):
@@ -27,7 +27,7 @@ class Heads(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How the members of one sequence share its attention.
+    """A way to share the attention of one sequence.
 
     Attributes:
         name: of `settings.WAYS`, but not "auto".
@@ -188,6 +188,3 @@ def _instead(heads: int, size: int) -> str:
         else f'attention="mixed" with heads_parallel={inner}, or '
     )
     return f'Use {mixed}attention="ring", which takes any number of heads.'
-
-
-LOCAL = LocalTransport()

@@ -32,7 +32,7 @@ from keras_ring.attention.sharing.balance import Balanced
 from keras_ring.attention.sharing.base import cast_each
 from keras_ring.attention.visit import Visit
 from keras_ring.distribution import placement
-from keras_ring.distribution.placement import Band, Portion
+from keras_ring.distribution.placement import Portion, QueryBand
 from keras_ring.masks import Carried
 from keras_ring.shapes import sizes
 
@@ -140,10 +140,10 @@ class _Loop:
             partial: Partial | None,
         ) -> Partial:
             key, value, *tensors = visiting
-            some, visit = self._visit(own, starts, key, tensors)
+            nonempty, visit = self._visit(own, starts, key, tensors)
             inputs = Inputs(own.query, key, value)
             found: Partial = self.kernel.branch(
-                some,
+                nonempty,
                 lambda: self.kernel.forward(inputs, visit, partial),
                 lambda: (
                     nothing(own.query, value) if partial is None else partial
@@ -262,11 +262,11 @@ class _Loop:
             grad_query: Tensor | None,
         ) -> Gradients:
             key, value, *tensors = visiting
-            some, visit = self._visit(own, starts, key, tensors)
+            nonempty, visit = self._visit(own, starts, key, tensors)
             inputs, rows = Inputs(own.query, key, value), own.rows
             assert rows is not None
             found: Gradients = self.kernel.branch(
-                some,
+                nonempty,
                 lambda: self.kernel.backward(inputs, rows, visit, grad_query),
                 lambda: no_gradients(grad_query, inputs, visit.scoring),
             )
@@ -455,19 +455,19 @@ class _Loop:
             key_starts=key_starts,
             scoring=self.scoring.replace(carried),
         )
-        some, every = visit.relation(*lengths)
-        if self.balanced and not isinstance(some, bool):
+        nonempty, full = visit.relation(*lengths)
+        if self.balanced and not isinstance(nonempty, bool):
             # As good as always: not worth a branch of the program.
-            some = True
-        if every is True:
+            nonempty = True
+        if full is True:
             # Known before anything runs: nothing is masked in this step.
             visit = dataclasses.replace(
                 visit, scoring=dataclasses.replace(visit.scoring, mask=None)
             )
-        return some, visit
+        return nonempty, visit
 
 
-def _in_band(rows: Rows, band: Band) -> Rows:
+def _in_band(rows: Rows, band: QueryBand) -> Rows:
     """The rows of some of the queries; a kernel may have no delta."""
     return Rows(*(None if t is None else band.of(t, axis=2) for t in rows))
 

@@ -23,7 +23,7 @@ from keras_ring.backends.jax.transport import Place, RingTransport, at, place
 from keras_ring.distribution import scopes, world
 from keras_ring.distribution.mesh import AXES, BATCH, SEQUENCE
 from keras_ring.distribution.strategy import DistributedStrategy
-from keras_ring.distribution.world import LOCAL
+from keras_ring.distribution.transport import LOCAL
 from keras_ring.keras_internals import in_symbolic_scope, without_values
 from keras_ring.training import batches, wrappers
 

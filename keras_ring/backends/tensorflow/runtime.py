@@ -30,7 +30,7 @@ from keras_ring.backends.tensorflow.transport import (
 from keras_ring.distribution import padding, scopes, shards
 from keras_ring.distribution.mesh import AXES, SEQUENCE
 from keras_ring.distribution.strategy import DistributedStrategy
-from keras_ring.distribution.world import LOCAL
+from keras_ring.distribution.transport import LOCAL
 from keras_ring.keras_internals import in_symbolic_scope
 from keras_ring.training import step
 

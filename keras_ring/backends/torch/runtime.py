@@ -27,8 +27,7 @@ from keras_ring.backends.torch.training import Step
 from keras_ring.distribution import padding, scopes, shards
 from keras_ring.distribution.padding import PaddedAxis
 from keras_ring.distribution.strategy import DistributedStrategy
-from keras_ring.distribution.transport import Transport
-from keras_ring.distribution.world import LOCAL
+from keras_ring.distribution.transport import LOCAL, Transport
 from keras_ring.keras_internals import without_values
 from keras_ring.training import step as steps
 from keras_ring.training import wrappers

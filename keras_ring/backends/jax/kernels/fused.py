@@ -114,7 +114,7 @@ class FusedKernel(FallbackKernel):
     def _kinds(self, visit: Visit, queries: int, keys: int) -> Any:
         """Kind of a part of a visit: nothing, whole, a causal square or
         anything else, as the number of a branch, which may be traced."""
-        some, every = visit.relation(queries, keys)
+        nonempty, full = visit.relation(queries, keys)
         square: Any = False
         others = _beside_causal(visit.scoring.mask)
         if others is not None and queries == keys:
@@ -124,15 +124,19 @@ class FusedKernel(FallbackKernel):
                 scoring = dataclasses.replace(visit.scoring, mask=other)
                 alone = dataclasses.replace(visit, scoring=scoring)
                 square = both(square, alone.relation(queries, keys)[1])
-        whole = [not_traced(t) for t in (some, every, square)]
+        whole = [not_traced(t) for t in (nonempty, full, square)]
         if all(known is not None for known in whole):
-            some, every, square = whole
-            number: Any = 1 if every else 0 if not some else 2 if square else 3
+            nonempty, full, square = whole
+            number: Any = (
+                1 if full else 0 if not nonempty else 2 if square else 3
+            )
         else:
             number = jnp.where(
-                every,
+                full,
                 1,
-                jnp.where(jnp.logical_not(some), 0, jnp.where(square, 2, 3)),
+                jnp.where(
+                    jnp.logical_not(nonempty), 0, jnp.where(square, 2, 3)
+                ),
             )
         return number
 

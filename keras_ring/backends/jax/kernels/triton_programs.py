@@ -273,10 +273,10 @@ def _forward(program: Program, *refs: Ref) -> None:
             jnp.zeros((rows, value_ref.shape[1]), jnp.float32),
         ),
     )
-    some = total > 0.0
-    total = jnp.where(some, total, 1.0)
+    nonempty = total > 0.0
+    total = jnp.where(nonempty, total, 1.0)
     out_ref[...] = acc / total[:, None]
-    lse_ref[...] = jnp.where(some, top + jnp.log(total), -jnp.inf)
+    lse_ref[...] = jnp.where(nonempty, top + jnp.log(total), -jnp.inf)
 
 
 def _grad_query(program: Program, *refs: Ref) -> None:

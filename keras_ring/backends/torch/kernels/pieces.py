@@ -143,10 +143,10 @@ def pieces(
     whole = Piece(
         slice(0, query_length), slice(0, key_length), 0, 0, visit.scoring.mask
     )
-    some, every = visit.relation(query_length, key_length)
-    if bool(every):
+    nonempty, full = visit.relation(query_length, key_length)
+    if bool(full):
         return [dataclasses.replace(whole, mask=None)]
-    if not bool(some):
+    if not bool(nonempty):
         return []
     mask: Any = whole.mask
     whole = dataclasses.replace(whole, mask=_on("cpu", mask))
@@ -197,10 +197,10 @@ def _nth(number: int, length: int) -> slice:
 def _simplest(piece: Piece, grain: Grain) -> list[Piece]:
     """The rectangle in as few parts as do without a mask where they can."""
     mask: Any = piece.mask
-    some, every = (bool(entry) for entry in _relation(mask, *piece.spans()))
-    if not some:
+    nonempty, full = (bool(entry) for entry in _relation(mask, *piece.spans()))
+    if not nonempty:
         return []
-    if every:
+    if full:
         return [dataclasses.replace(piece, mask=None)]
     mask = mask.needed(lambda part: _relation(part, *piece.spans()))
     piece = dataclasses.replace(piece, mask=mask)
@@ -252,12 +252,12 @@ def _evenly(same: list[Piece]) -> Iterator[Piece]:
 def _relation(mask: Mask, queries: Span, keys: Span) -> tuple[Any, Any]:
     """`mask.relation` of a rectangle that is one tile."""
     query, key, shared = mask.carried()
-    some, every = mask.replace(
+    nonempty, full = mask.replace(
         Carried(
             tuple(t[None] for t in query), tuple(t[None] for t in key), shared
         )
     ).relation(queries, keys)
-    return some, every
+    return nonempty, full
 
 
 def _halves(length: int, small: int) -> list[slice]:

@@ -18,8 +18,7 @@ from keras_ring.backends.torch.processes.shared_memory import SharedMemory
 from keras_ring.backends.torch.transport import Reporting, RingTransport
 from keras_ring.distribution.mesh import AXES, SEQUENCE, Mesh
 from keras_ring.distribution.settings import Settings
-from keras_ring.distribution.transport import Transport
-from keras_ring.distribution.world import LOCAL
+from keras_ring.distribution.transport import LOCAL, Transport
 
 
 class Groups(NamedTuple):
