@@ -12,7 +12,8 @@ from benchmarks import options, reports
 
 # For every backend.
 SUITE = (
-    *("single_device", "ring", "chunking", "balance", "growth", "train_step"),
+    *("single_device", "ring", "ways", "chunking", "balance", "growth"),
+    "train_step",
 )
 # Of one framework, or of all together.
 JAX_ONLY = ("context_table", "tpu_aot")

@@ -38,6 +38,7 @@ def attention(
     size=1,
     dtype="float32",
     chunk=512,
+    way=None,
 ):
     """A step of the named contestant.
 
@@ -52,6 +53,8 @@ def attention(
         size: devices of the ring.
         dtype: of query, key and value.
         chunk: of a peer's own blocks.
+        way: to share the attention of `ring_attention`; the strategy's if
+            None.
     """
     shape = (batch, length, heads, head_dim)
     if name in LAYERS:
@@ -64,7 +67,7 @@ def attention(
         )
     backend = os.environ["KERAS_BACKEND"]
     return {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}[backend](
-        name, shape, size, dtype
+        name, shape, size, dtype, functools.partial(_causal, way)
     )
 
 
@@ -76,11 +79,12 @@ def draw(shape, count=4):
     ]
 
 
-def _causal(query, key, value):
+def _causal(way, query, key, value):
     import keras_ring
 
+    options = {} if way is None else {"attention": way}
     return keras_ring.ops.ring_attention(
-        query, key, value, mask=keras_ring.masks.Causal()
+        query, key, value, mask=keras_ring.masks.Causal(), **options
     )
 
 
@@ -92,7 +96,7 @@ def _keras_attention(query, key, value):
     return ops.dot_product_attention(query, key, value, mask=mask)
 
 
-def _jax(name, shape, size, dtype):
+def _jax(name, shape, size, dtype, ours):
     import jax
 
     tensors = draw(shape)
@@ -105,8 +109,8 @@ def _jax(name, shape, size, dtype):
                 strategy.world.mesh, jax.sharding.PartitionSpec(None, "seq")
             )
             with strategy.scope():
-                return _jax_step(_causal, tensors, dtype, split)
-        attend = _causal
+                return _jax_step(ours, tensors, dtype, split)
+        attend = ours
     elif name == "jax.nn.dot_product_attention":
         attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)
     else:
@@ -132,11 +136,11 @@ def _jax_step(attend, tensors, dtype, sharding=None):
     return lambda: jax.block_until_ready(compiled(*placed))
 
 
-def _tensorflow(name, shape, size, dtype):
+def _tensorflow(name, shape, size, dtype, ours):
     import tensorflow as tf
 
     tensors = [tf.cast(t, dtype) for t in draw(shape)]
-    attend = _causal if name == "ring_attention" else _keras_attention
+    attend = ours if name == "ring_attention" else _keras_attention
 
     def both(*tensors):
         *inputs, grad_out = tensors
@@ -188,7 +192,7 @@ def ready(result):
         tensor[(0,) * tensor.shape.rank].numpy()
 
 
-def _torch(name, shape, size, dtype):
+def _torch(name, shape, size, dtype, ours):
     import torch
 
     if name == "F.scaled_dot_product_attention":
@@ -202,14 +206,14 @@ def _torch(name, shape, size, dtype):
             tensors,
         )
     if name != "ring_attention" or size == 1:
-        attend = _causal if name == "ring_attention" else _keras_attention
+        attend = ours if name == "ring_attention" else _keras_attention
         return _torch_step(attend, _torch_tensors(shape, dtype))
     import keras_ring
 
     strategy = keras_ring.DistributedStrategy(sequence_parallel=size)
     world = strategy.world
     step = _torch_step(
-        _causal, _own_chunk(_torch_tensors(shape, dtype), size, world.rank)
+        ours, _own_chunk(_torch_tensors(shape, dtype), size, world.rank)
     )
 
     def inside():

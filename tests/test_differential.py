@@ -13,6 +13,7 @@ from keras import ops
 
 import keras_ring
 from keras_ring import masks
+from keras_ring.distribution.settings import WAYS
 from tests import differential, reference, rounding, worlds
 
 SEED = 231001889
@@ -33,6 +34,12 @@ PROGRAMS = [
     ),
 ]
 CASES = 15
+# Programs with tensors of their own for each head.
+OTHER_WAYS = {
+    "jax": ((110, "all_to_all"), (280, "all_gather"), (13, "mixed")),
+    "tensorflow": ((9, "all_to_all"), (30, "all_gather"), (63, "mixed")),
+    "torch": ((9, "all_to_all"), (180, "all_gather"), (63, "mixed")),
+}[keras.backend.backend()]
 
 SIZES = [size for size in (1, 2, 3, 4, 8) if size <= worlds.DEVICES]
 
@@ -41,7 +48,19 @@ SIZES = [size for size in (1, 2, 3, 4, 8) if size <= worlds.DEVICES]
 def test_random_cases_equal_the_oracle(on_devices, number):
     program = differential.draw_program(SEED, number)
     on_devices(
-        program.devices, differential.check_cases, SEED, number, range(CASES)
+        program.devices,
+        differential.check_cases,
+        *(SEED, number, range(CASES), "ring"),
+    )
+
+
+@pytest.mark.parametrize(("number", "attention"), OTHER_WAYS)
+def test_other_ways_equal_the_oracle(on_devices, number, attention):
+    program = differential.draw_program(SEED, number)
+    on_devices(
+        program.devices,
+        differential.check_cases,
+        *(SEED, number, range(CASES), attention),
     )
 
 
@@ -88,6 +107,7 @@ def test_the_draws_reach_every_option():
     assert cut == set(differential.PORTIONS)
     assert {p.kernel for p in programs} == {"auto", "blockwise"}
     assert {p.balance for p in programs} == {"auto", True}
+    assert {p.attention for p in programs} == set(WAYS)
     sizes = {p.mesh for p in programs}
     assert sizes == {
         m for m in differential.MESHES if m[0] * m[1] <= worlds.DEVICES

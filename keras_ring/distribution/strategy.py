@@ -131,7 +131,8 @@ class DistributedStrategy(Settings):
             return self.world.run(function, list(tensors), _checked_result)
 
     def summary(self, print_fn: Callable[[str], Any] = print) -> None:
-        """Print the mesh, the devices and the kernel that is used.
+        """Print the mesh, the devices, the way to share a sequence and the
+        kernel that is used.
 
         Args:
             print_fn: called once per line.
@@ -149,6 +150,7 @@ class DistributedStrategy(Settings):
             f"  sequence parallel  {world.sequence_size}",
             f"  model parallel     {self.model_parallel}",
             f"  devices            {world.layout.size()}",
+            f"  attention          {self._shared_by()}",
             f"  kernel             {kernel}",
             "  a layer sees       "
             + ("its shard" if world.layers_see_shards else "the whole sequence")
@@ -159,6 +161,20 @@ class DistributedStrategy(Settings):
             lines.append(f"  ring {number}             {ring}")
         for line in lines:
             print_fn(line)
+
+    def _shared_by(self) -> str:
+        """The way to share a sequence, for `summary`."""
+        group = (
+            ""
+            if self.heads_parallel is None
+            else f", heads in groups of {self.heads_parallel}"
+        )
+        if self.attention == "auto":
+            return f"auto ({_CHOICE}{group})"
+        return f"{self.attention}{group}"
+
+
+_CHOICE = "what of ring, all_to_all and mixed moves the fewest bytes"
 
 
 def _check_shared(name: str, tensor: Any) -> None:

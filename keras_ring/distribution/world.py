@@ -121,6 +121,7 @@ class World(abc.ABC):
         function: Callable[..., Any],
         tensors: list[Tensor],
         shared: Sequence[Tensor] = (),
+        by_sample: bool = False,
     ) -> Any:
         """`function(transport, *shards, *shared)` on every member.
 
@@ -129,7 +130,8 @@ class World(abc.ABC):
         and are given to every member as they are; a gradient that `function`
         gives one is the member's term of a sum. Where layers see shards and
         the code is not in a step, and on JAX while shapes are inferred,
-        `function` gets a ring of one and the whole tensors.
+        `function` gets a ring of one and the whole tensors. With `by_sample`
+        a shared tensor may have an entry for each sample that a layer sees.
         """
 
     @abc.abstractmethod

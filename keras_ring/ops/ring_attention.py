@@ -175,7 +175,9 @@ def ring_attention(
     if world is None:
         out, lse = function(LOCAL, *tensors, *shared)
     else:
-        out, lse = world.per_shard(function, tensors, shared)
+        out, lse = world.per_shard(
+            function, tensors, shared, _has_samples(mask, sizes(query)[0])
+        )
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
     return AttentionResult(out, lse) if return_lse else out
@@ -190,6 +192,14 @@ def _made_up(query: Tensor, value: Tensor) -> AttentionResult:
         out = out + ops.repeat(value, shape[2] // value.shape[2], axis=2)
     lse = ops.zeros(shape, dtype=precision.accumulation_dtype(query.dtype))
     return AttentionResult(out, lse)
+
+
+def _has_samples(mask: Mask | None, batch: Any) -> bool:
+    """True if a tensor of a mask that has no sequence axis, as the lengths of
+    prefixes, may have an entry for each sample."""
+    shared = () if mask is None else mask.carried().shared
+    shapes = [tuple(getattr(tensor, "shape", ())) for tensor in shared]
+    return any(shape and shape[0] == batch for shape in shapes)
 
 
 def _dropout(rate: float, seed: Tensor | None) -> Dropout | None:

@@ -180,7 +180,7 @@ def _counted(number: int, name: str) -> str:
 
 
 def _instead(heads: int, size: int) -> str:
-    """What can be done where heads cannot be shared."""
+    """Alternatives for heads that cannot be shared."""
     inner = _largest(heads, size)
     mixed = (
         ""

@@ -109,6 +109,7 @@ class World(world.World):
         function: Callable[..., Any],
         tensors: list[jax.Array],
         shared: Sequence[jax.Array] = (),
+        by_sample: bool = False,
     ) -> Any:
         if (
             self.sequence_size == 1
@@ -118,7 +119,8 @@ class World(world.World):
             return function(LOCAL, *tensors, *shared)
         # The batch as well where it is split evenly: of collectives over the
         # sequence alone the compiler gathers the batch around some.
-        rows = BATCH if self._splits_rows(tensors) else None
+        splits = not by_sample and self._splits_rows(tensors)
+        rows = BATCH if splits else None
         sharded = PartitionSpec(rows, SEQUENCE)
         whole = PartitionSpec(None, SEQUENCE)
         dtypes = [tensor.dtype for tensor in shared]

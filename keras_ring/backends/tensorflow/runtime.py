@@ -199,7 +199,9 @@ class World(Member):
         function: Callable[..., Any],
         tensors: list[tf.Tensor],
         shared: Sequence[tf.Tensor] = (),
+        by_sample: bool = False,
     ) -> Any:
+        del by_sample  # The code sees the samples of its part of the batch.
         if not self.inside():
             return function(LOCAL, *tensors, *shared)
         if padding.whole() and self.sequence_size > 1:

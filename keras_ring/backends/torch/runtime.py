@@ -113,7 +113,9 @@ class World(Member):
         function: Callable[..., Any],
         tensors: list[torch.Tensor],
         shared: Sequence[torch.Tensor] = (),
+        by_sample: bool = False,
     ) -> Any:
+        del by_sample  # The code sees the samples of its part of the batch.
         if not self.inside() or any(map(without_values, tensors)):
             return function(LOCAL, *tensors, *shared)
         if padding.whole() and self.sequence_size > 1:
