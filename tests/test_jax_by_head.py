@@ -35,7 +35,7 @@ class TestByHead(KernelConformance):
     first = (
         *("full", "one-query", "grouped-query", "wide-values"),
         *("causal-grouped", "causal-more-keys", "causal-beside"),
-        *("causal-rows-without-keys", "window-causal", "prefix", "bfloat16"),
+        *("causal-rows-without-keys", "window", "prefix", "bfloat16"),
     )
     left = {  # noqa: RUF012
         name: CASES[name] for name in ("padding", "segments", "pairs-per-head")

@@ -15,14 +15,20 @@ CHUNK = 52
 LENGTH = DEVICES * CHUNK  # 416: no other size in the model.
 
 
-def compiled_step(attention):
+def compiled_step(attention, data=1, heads=2, key_heads=2):
     """The optimised program of one device for one train step."""
-    strategy = keras_ring.DistributedStrategy(sequence_parallel=DEVICES)
+    strategy = keras_ring.DistributedStrategy(
+        sequence_parallel=DEVICES // data,
+        data_parallel=data,
+        attention="ring" if attention == "stock" else attention,
+    )
     with strategy.scope():
         tokens = keras.Input((None,), dtype="int32")
         x = keras.layers.Embedding(32, 16)(tokens)
-        if attention == "ring":
-            x = x + keras_ring.layers.RingAttention(2, 8, causal=True)(x)
+        if attention != "stock":
+            x = x + keras_ring.layers.RingAttention(
+                heads, 8, num_key_value_heads=key_heads, causal=True
+            )(x)
         else:
             stock = keras.layers.MultiHeadAttention(2, 8)
             x = x + stock(x, x, use_causal_mask=True)
@@ -31,7 +37,7 @@ def compiled_step(attention):
             "adam",
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
-        batch = np.zeros((2, LENGTH), "int32")
+        batch = np.zeros((2 * data, LENGTH), "int32")
         model.train_on_batch(batch, batch)
         state = (
             [v.value for v in model.trainable_variables],
@@ -65,6 +71,18 @@ def test_no_activation_is_gathered(ring_program):
     assert "collective-permute" in ring_program
     assert "all-gather" not in ring_program
     assert "all-to-all" not in ring_program
+
+
+@pytest.mark.parametrize("attention", ["all_to_all", "mixed", "all_gather"])
+def test_other_ways_gather_keys_and_values_alone(attention):
+    """And the batch, which is split as well, stays split."""
+    text = compiled_step(attention, data=2, heads=4).as_text()
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
+    # Once forward and once backward: batch, key heads, length, size.
+    keys = f"2,2,{LENGTH},8"
+    assert gathered == ([keys] * 4 if attention == "all_gather" else [])
+    assert " all-to-all(" in text
+    assert attention != "mixed" or " collective-permute" in text
 
 
 def test_stock_attention_is_what_these_tests_would_catch():

@@ -6,6 +6,6 @@ They lie one in a file (docs/adding-a-sharing.md).
 """
 
 from keras_ring.attention.sharing.base import Sharing
-from keras_ring.attention.sharing.choice import Heads, choose
+from keras_ring.attention.sharing.choice import Heads, choose, choose_way
 
-__all__ = ["Heads", "Sharing", "choose"]
+__all__ = ["Heads", "Sharing", "choose", "choose_way"]

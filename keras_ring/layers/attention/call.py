@@ -72,6 +72,7 @@ class AttentionCall:
         axes = AttentionAxes.of(len(shapes[0]), options.attention_axes)
         limits.check_scores(scores, options.flash_attention)
         limits.check_ring(axes, scores, overridden)
+        limits.check_heads(options)
         return axes
 
     def masks(

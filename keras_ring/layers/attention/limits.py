@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from keras_ring.attention.sharing import Heads, choose_way
 from keras_ring.distribution import strategy
 from keras_ring.layers.attention.axes import AttentionAxes
+from keras_ring.layers.attention.options import AttentionOptions
 
 
 def check_overridden(overridden: bool) -> None:
@@ -41,6 +43,19 @@ def check_positions(axes: AttentionAxes, **by_position: Any) -> None:
             "embedding need one sequence axis. Received: attention over the "
             f"axes {axes.axes}, {received}. Pass the allowed pairs as "
             "`attention_mask`."
+        )
+
+
+def check_heads(options: AttentionOptions) -> None:
+    """Refuse heads that the devices cannot share as they were asked to."""
+    world = strategy.current()
+    if world is not None:
+        choose_way(
+            world.sequence_size,
+            Heads(options.heads.query, options.heads.key_value),
+            world.sequence_size - 1,
+            options.attention or world.strategy.attention,
+            world.strategy.heads_parallel,
         )
 
 
