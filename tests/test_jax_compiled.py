@@ -78,9 +78,9 @@ def test_other_ways_gather_keys_and_values_alone(attention):
     """And the batch, which is split as well, stays split."""
     text = compiled_step(attention, data=2, heads=4).as_text()
     gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
-    # Once forward and once backward: batch, key heads, length, size.
-    keys = f"2,2,{LENGTH},8"
-    assert gathered == ([keys] * 4 if attention == "all_gather" else [])
+    # Batch, key heads, length, size.
+    keys = {f"2,2,{LENGTH},8"} if attention == "all_gather" else set()
+    assert set(gathered) == keys
     assert " all-to-all(" in text
     assert attention != "mixed" or " collective-permute" in text
 

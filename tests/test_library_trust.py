@@ -198,7 +198,7 @@ def test_a_broken_compiler_is_followed_by_the_next(
         script(broken, text)
     monkeypatch.setenv(variable, str(broken))
     if text == "sleep 100":
-        monkeypatch.setattr(library, "PATIENCE", 8.0)
+        monkeypatch.setattr(library, "PATIENCE", 15.0)
     if text is None and variable == "CXX":
         made = library.build("small", [source])
     else:

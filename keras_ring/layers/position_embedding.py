@@ -177,4 +177,4 @@ def _has_values(tensor: Tensor, length: Any) -> bool:
 
 def _nowhere(vectors: Tensor) -> Tensor:
     """Vectors of positions that the table does not have."""
-    return ops.full_like(vectors, float("nan"))
+    return ops.zeros_like(vectors) + float("nan")

@@ -127,7 +127,7 @@ def chunked_cross_entropy(
         if z_loss:
             loss = loss + z_loss * lse * lse
         known = ops.logical_and(labels >= 0, labels < classes)
-        loss = ops.where(known, loss, ops.full_like(loss, float("nan")))
+        loss = ops.where(known, loss, ops.zeros_like(loss) + float("nan"))
         best = ops.cast(ops.argmax(logits, axis=-1), "int32")
         correct = ops.cast(ops.equal(best, labels), dtype)
         if ignore_index is not None:

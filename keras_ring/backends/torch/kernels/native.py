@@ -115,7 +115,10 @@ class TorchNativeKernel(NativeKernel):
             share = _backward(
                 _cut(inputs, own, columns),
                 # The library is not given `out`: it is in delta already.
-                Rows(None, *(t[:, :, own] for t in rows[1:] if t is not None)),
+                Rows(
+                    None,
+                    *(None if t is None else t[:, :, own] for t in rows[1:]),
+                ),
                 pairs,
                 carry[:, :, own],
             )
