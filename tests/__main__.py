@@ -146,6 +146,7 @@ def together(backend: str, outcomes: list[Outcome]) -> Outcome:
 def run(job: Job) -> tuple[Outcome, str]:
     """Run pytest in a process, and count; returns what it printed as well."""
     start = time.monotonic()
+    print(f"{job.title} begins.", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         done = subprocess.run(
