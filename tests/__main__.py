@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from tests.thinning import BACKENDS
 
-# Processes at a time. Those of PyTorch start more.
+# Processes at a time; those of PyTorch start more.
 AT_ONCE = 2
 # Processes of a backend, in the order in which they begin: the longest first.
 # TensorFlow keeps every program with a gradient of its own for as long as the
