@@ -130,7 +130,11 @@ def run_all(jobs: list[Job]) -> list[Outcome]:
         for number, done in enumerate(ended, start=1):
             title = jobs[places[done]].title
             print(f"\n==== {title} ====\n{done.result()[1]}")
-            print(f"{number} of {len(jobs)} processes have ended.", flush=True)
+            print(
+                f"It ended with exit code {done.result()[0].exit_code}; "
+                f"{number} of {len(jobs)} processes have ended.",
+                flush=True,
+            )
     return [future.result()[0] for future in running]
 
 

@@ -150,16 +150,21 @@ def test_a_library_that_is_damaged_or_planted_is_not_loaded(folder, source):
     finally:
         os.umask(umask)
     whole = made.read_bytes()
-    assert ctypes.CDLL(str(made)).answer() == 42
+
+    def answer(path):
+        """In a process of its own: a file that is damaged while it is loaded
+        ends the process that has it."""
+        code = f"import ctypes; print(ctypes.CDLL({str(path)!r}).answer())"
+        return subprocess.check_output([sys.executable, "-c", code])
+
+    assert answer(made) == b"42\n"
     # Whatever the umask, what is made on the way is the user's alone.
     assert not made.stat().st_mode & 0o022
     assert not folder.parent.stat().st_mode & 0o022
     for wrong in (b"", whole[: len(whole) // 2], b"\0" + whole[1:]):
         made.write_bytes(wrong)
         again = library.build("small", [source])
-        code = f"import ctypes; print(ctypes.CDLL({str(again)!r}).answer())"
-        found = subprocess.check_output([sys.executable, "-c", code])
-        assert found == b"42\n"
+        assert answer(again) == b"42\n"
         # What was wrong is gone.
         assert list(folder.glob("*.so")) == [again]
     again.chmod(0o666)
