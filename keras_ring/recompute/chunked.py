@@ -68,7 +68,8 @@ def map_chunks(
         )
     if world is None or padding.whole():
         return run(None, *tensors, *shared)
-    return world.per_shard(run, list(tensors), shared)
+    # What is shared may have an entry for each sample, as in a dropout.
+    return world.per_shard(run, list(tensors), shared, by_sample=True)
 
 
 def _map_local(
