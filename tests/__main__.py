@@ -27,7 +27,7 @@ from tests.thinning import BACKENDS
 
 # Processes at a time; those of PyTorch start more.
 AT_ONCE = 2
-# Processes of a backend, in the order in which they begin: the longest first.
+# Processes of a backend, in the order in which they begin.
 # TensorFlow keeps every program with a gradient of its own for as long as the
 # process lives, and so needs most.
 PARTS = {"torch": 2, "jax": 4, "tensorflow": 8}
@@ -119,6 +119,15 @@ def all_jobs(
         Job(backend, ["tests", *arguments], folder, f"{number}/{parts}")
         for number in range(1, parts + 1)
     ]
+
+
+def apart(jobs: list[Job]) -> list[Job]:
+    """The same jobs, PyTorch's at the start and in the middle: one alone
+    keeps two cores busy."""
+    torch = [job for job in jobs if job.backend == "torch"]
+    others = [job for job in jobs if job.backend != "torch"]
+    middle = len(others) // 2
+    return torch[:1] + others[:middle] + torch[1:] + others[middle:]
 
 
 def run_all(jobs: list[Job]) -> list[Outcome]:
@@ -219,6 +228,7 @@ def main() -> int:
             jobs.append(Job(backend, [*QUICK, *arguments], folder))
         else:
             jobs += all_jobs(backend, arguments + once, folder)
+    jobs = apart(jobs)
     quick = [Job(backend, QUICK, also) for backend in backends if also]
     start = time.monotonic()
     found = run_all(jobs + quick)
