@@ -132,8 +132,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a window is one position wider",
-        "return (ops.abs(distance) < min(self.size, _LAST))[None, None]",
-        "return (ops.abs(distance) <= min(self.size, _LAST))[None, None]",
+        "return (ops.abs(distance) < _limit(self.size))[None, None]",
+        "return (ops.abs(distance) <= _limit(self.size))[None, None]",
         *("jax", "numerics", "window"),
     ),
     Mutation(
@@ -162,8 +162,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a prefix ends a position early",
-        "in_prefix = (key_positions < self._limit())[None, None, None, :]",
-        "in_prefix = (key_positions < self.length - 1)[None, None, None, :]",
+        "in_prefix = (key_positions < _limit(self.length))",
+        "in_prefix = (key_positions < self.length - 1)",
         *("jax", "numerics", "prefix"),
     ),
     # Scores and their gradients.
@@ -308,10 +308,8 @@ MUTATIONS = [
     ),
     Mutation(
         "groups of neighbours are those of the ring between them",
-        "place % self.inner if self.neighbours else place // self.inner\n"
-        "\n    def start_exchange",
-        "place // self.inner if self.neighbours else place % self.inner\n"
-        "\n    def start_exchange",
+        "return index % inner if neighbours else index // inner",
+        "return index // inner if neighbours else index % inner",
         *("tensorflow", "transport", "groups"),
     ),
     # Training.

@@ -191,6 +191,21 @@ class Kernel(abc.ABC):
             *(ops.cast(tensor, dtype) for tensor in (out, grad_out, grad_lse))
         )
 
+    def rows(self, partial: Partial, grads: Partial, dtype: str) -> Rows:
+        """Make the rows of a backward.
+
+        Args:
+            partial: over all keys of the sequence.
+            grads: the gradients of both.
+            dtype: the accumulation dtype.
+        """
+        return Rows(
+            partial.out,
+            ops.cast(partial.lse, dtype),
+            self.row_delta(partial.out, grads.out, grads.lse),
+            grads.out,
+        )
+
     def add(self, total: Tensor, share: Tensor) -> Tensor:
         """The sum of two tensors; `total` may be overwritten."""
         return total + share

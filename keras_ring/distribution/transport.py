@@ -214,8 +214,7 @@ class Group(PointToPoint):
         self.portion, self.eager = ring.portion, ring.eager
 
     def index(self) -> Any:
-        place = self.ring.index()
-        return place % self.inner if self.neighbours else place // self.inner
+        return index_in_group(self.ring.index(), self.inner, self.neighbours)
 
     def start_exchange(
         self, tensors: Sequence[Tensor], permutation: Sequence[int]
@@ -250,6 +249,12 @@ def groups(size: int, inner: int, neighbours: bool) -> list[list[int]]:
     """
     rows = [list(range(i, i + inner)) for i in range(0, size, inner)]
     return rows if neighbours else [list(c) for c in zip(*rows, strict=True)]
+
+
+def index_in_group(index: Any, inner: int, neighbours: bool) -> Any:
+    """The number of a member in its group, of that in the ring; see
+    `groups`."""
+    return index % inner if neighbours else index // inner
 
 
 def in_groups(

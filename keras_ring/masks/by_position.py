@@ -18,6 +18,11 @@ Tensor = Any
 _LAST = 2**31 - 1
 
 
+def _limit(size: Any) -> Any:
+    """A size that int32 positions can be compared with; tensors as they are."""
+    return min(size, _LAST) if isinstance(size, int) else size
+
+
 @dataclasses.dataclass(frozen=True)
 class Causal(Mask):
     """A query attends to its own position and to earlier ones.
@@ -80,7 +85,7 @@ class SlidingWindow(Mask):
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
         below, above = queries.first - keys.last, keys.first - queries.last
-        size = min(self.size, _LAST)
+        size = _limit(self.size)
         nonempty = (below < size) & (above < size)
         below, above = queries.last - keys.first, keys.last - queries.first
         return nonempty, (below < size) & (above < size)
@@ -90,12 +95,12 @@ class SlidingWindow(Mask):
         return Band(1 - size, size - 1)
 
     def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
-        distance, size = queries - keys, min(self.size, _LAST)
+        distance, size = queries - keys, _limit(self.size)
         return (distance < size) & (distance > -size)
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         distance = query_positions[:, None] - key_positions[None, :]
-        return (ops.abs(distance) < min(self.size, _LAST))[None, None]
+        return (ops.abs(distance) < _limit(self.size))[None, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,18 +134,18 @@ class BlockCausal(Mask):
         return True
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
-        size = min(self.size, _LAST)
+        size = _limit(self.size)
         return (
             queries.last // size >= keys.first // size,
             queries.first // size >= keys.last // size,
         )
 
     def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
-        size = min(self.size, _LAST)
+        size = _limit(self.size)
         return div(queries, size) >= div(keys, size)
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        size = min(self.size, _LAST)
+        size = _limit(self.size)
         query_blocks, key_blocks = (
             query_positions // size,
             key_positions // size,
@@ -205,7 +210,7 @@ class PrefixLM(Mask):
         return True
 
     def relation(self, queries: Span, keys: Span) -> tuple[Any, Any]:
-        shortest = longest = self._limit()
+        shortest = longest = _limit(self.length)
         if not isinstance(self.length, int):
             shortest, longest = ops.min(self.length), ops.max(self.length)
         nonempty, full = Causal().relation(queries, keys)
@@ -215,11 +220,13 @@ class PrefixLM(Mask):
         )
 
     def tile(self, queries: Any, keys: Any, div: Callable) -> Any:
-        return (queries >= keys) | (keys < self._limit())
+        return (queries >= keys) | (keys < _limit(self.length))
 
     def allowed(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         if isinstance(self.length, int):
-            in_prefix = (key_positions < self._limit())[None, None, None, :]
+            in_prefix = (key_positions < _limit(self.length))[
+                None, None, None, :
+            ]
         else:
             length = ops.cast(self.length, "int32")
             in_prefix = (key_positions[None, :] < length[:, None])[
@@ -227,10 +234,6 @@ class PrefixLM(Mask):
             ]
         causal = Causal().allowed(query_positions, key_positions)
         return ops.logical_or(causal, in_prefix)
-
-    def _limit(self) -> Any:
-        length = self.length
-        return min(length, _LAST) if isinstance(length, int) else length
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,9 +9,7 @@ whole while attention is computed, and nothing of them is kept in between.
 import dataclasses
 from typing import Any
 
-from keras import ops
-
-from keras_ring.attention.kernel import Gradients, Inputs, Rows
+from keras_ring.attention.kernel import Gradients, Inputs
 from keras_ring.attention.numerics import Partial
 from keras_ring.attention.scoring import Scoring
 from keras_ring.attention.sharing import balance
@@ -52,19 +50,9 @@ class AllGather(Balanced):
         scoring: Scoring,
     ) -> Gradients:
         dtype = accumulation_dtype(inputs.query.dtype)
-        rows = Rows(
-            partial.out,
-            ops.cast(partial.lse, dtype),
-            self.kernel.row_delta(partial.out, grads.out, grads.lse),
-            grads.out,
-        )
+        rows = self.kernel.rows(partial, grads, dtype)
         whole, visit = self._everything(inputs, scoring)
-        found = self.kernel.backward(whole, rows, visit, None)
-        if found.bias is not None:
-            # The chunks of the keys may be padded, and the bias not.
-            bias = found.bias[..., : sizes(scoring.bias)[3]]
-            found = found._replace(bias=bias)
-        return found
+        return self.kernel.backward(whole, rows, visit, None)
 
     def leave(self, grads: list[Tensor], dtype: Any) -> list[Tensor]:
         query, *sides = grads

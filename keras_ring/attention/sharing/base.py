@@ -17,6 +17,7 @@ from keras_ring.attention.numerics import Partial
 from keras_ring.attention.scoring import Scoring
 from keras_ring.distribution.transport import Transport
 from keras_ring.masks import Carried
+from keras_ring.shapes import sizes
 
 Tensor = Any
 
@@ -68,7 +69,8 @@ class Sharing(abc.ABC):
 
         Returns:
             In the accumulation dtype; the bias' gradient is that of the local
-            rows over all keys, the slopes' is this device's term of a sum.
+            rows over all keys, which padding may follow, the slopes' is this
+            device's term of a sum.
         """
 
     def enter(self, inputs: Inputs, scoring: Scoring) -> tuple[Inputs, Scoring]:
@@ -154,7 +156,9 @@ class Sharing(abc.ABC):
             found = self.backward(placed, Partial(out, lse), pulls, own)
             others: list[Tensor | None] = [None] * sum(counts)
             if bias is not None and found.bias is not None:
-                grad_bias = ops.cast(found.bias, bias.dtype)
+                # The chunks of the keys may be padded, and the bias not.
+                grad_bias = found.bias[..., : sizes(bias)[3]]
+                grad_bias = ops.cast(grad_bias, bias.dtype)
                 others[0] = self.leave_bias(grad_bias, bias.shape[2])
             if own.slopes is not None:
                 slopes = ops.cast(found.slopes, own.slopes.dtype)

@@ -65,9 +65,12 @@ def choose(
         ValueError: if these heads cannot be shared as asked for.
     """
     size, mask = transport.size, scoring.mask
-    reach = (math.inf, math.inf) if mask is None else mask.reach()
-    first, last = placement.hops(size, *lengths, reach)
-    way = choose_way(size, heads, last - first, attention, heads_parallel)
+    hops = size - 1
+    if attention == "auto" and mask is not None:
+        # To count them takes time that grows with the square of the ring.
+        first, last = placement.hops(size, *lengths, mask.reach())
+        hops = last - first
+    way = choose_way(size, heads, hops, attention, heads_parallel)
     group: Transport
     ring: Transport
     if way.inner == 1:

@@ -186,12 +186,7 @@ class _Loop:
         """
         query, key, value = inputs
         dtype = precision.accumulation_dtype(query.dtype)
-        rows = Rows(
-            partial.out,
-            ops.cast(partial.lse, dtype),
-            self.kernel.row_delta(partial.out, grads.out, grads.lse),
-            grads.out,
-        )
+        rows = self.kernel.rows(partial, grads, dtype)
         hops = self._hops(query, key)
         queries = self._queries(query, rows)
         staying: list[dict[str, Tensor]] = [{} for _ in queries]
@@ -213,7 +208,6 @@ class _Loop:
             grad_bias = placement.joined(
                 [own.pop("bias") for own in staying], 1, axis=1
             )
-            grad_bias = grad_bias[..., : sizes(self.scoring.bias)[3]]
         slopes: list[Tensor] = []
         for own in staying:
             if "slopes" in own:

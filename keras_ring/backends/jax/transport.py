@@ -15,6 +15,7 @@ from keras_ring.distribution.transport import (
     check_permutation,
     groups,
     in_groups,
+    index_in_group,
 )
 
 
@@ -134,5 +135,7 @@ class _Group(RingTransport):
         self.ring, self.inner, self.neighbours = ring, inner, neighbours
 
     def index(self) -> jax.Array:
-        place = self.ring.index()
-        return place % self.inner if self.neighbours else place // self.inner
+        found: jax.Array = index_in_group(
+            self.ring.index(), self.inner, self.neighbours
+        )
+        return found
