@@ -13,6 +13,8 @@ from keras_ring.distribution.placement import Choice
 
 # Ways to share the attention of a sequence.
 WAYS = ("ring", "all_to_all", "all_gather", "mixed", "auto")
+# What devices keep a part of each, rather than the whole.
+SHARDS = ("none", "optimizer", "weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Settings:
     timeout: float = 300.0
     attention: str = "ring"
     heads_parallel: int | None = None
+    shard: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("sequence_parallel", "data_parallel", "model_parallel"):
@@ -54,6 +57,14 @@ class Settings:
             )
         self._keep("timeout", arguments.positive("timeout", self.timeout))
         self._check_attention()
+        arguments.choice("shard", self.shard, SHARDS)
+        if self.shard != "none" and keras.backend.backend() == "tensorflow":
+            raise NotImplementedError(
+                "On TensorFlow every replica has a whole copy of each "
+                "variable: its MirroredStrategy knows nothing else. Received: "
+                f"shard={self.shard!r}. Use the backend JAX or PyTorch, or "
+                'shard="none".'
+            )
 
     def _check_attention(self) -> None:
         arguments.choice("attention", self.attention, WAYS)

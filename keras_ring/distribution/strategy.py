@@ -54,11 +54,18 @@ class DistributedStrategy(Settings):
             the groups. "auto": what moves the fewest bytes.
         heads_parallel: number of devices in a group of "mixed"; as many as
             the heads allow if None.
+        shard: what the devices of the data and the sequence axis keep in
+            parts, with the same result. "none": each has everything.
+            "optimizer": what the optimizer keeps of each weight, such as
+            moments (ZeRO-1). "weights": that, the weights and their
+            gradients as well (ZeRO-3, fully sharded data parallelism); each
+            weight is gathered where it is used. Not on TensorFlow.
 
     Raises:
         ValueError: for sizes that are no positive integers, or that do not
             fit the devices (when the strategy is first used).
-        NotImplementedError: for `model_parallel` other than 1.
+        NotImplementedError: for `model_parallel` other than 1, and for
+            `shard` on TensorFlow.
 
     Example:
 
@@ -151,6 +158,7 @@ class DistributedStrategy(Settings):
             f"  model parallel     {self.model_parallel}",
             f"  devices            {world.layout.size()}",
             f"  attention          {self._shared_by()}",
+            f"  sharded            {self.shard}",
             f"  kernel             {kernel}",
             "  a layer sees       "
             + ("its shard" if world.layers_see_shards else "the whole sequence")

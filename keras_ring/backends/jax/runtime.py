@@ -18,7 +18,7 @@ from keras import tree
 
 from keras_ring import precision
 from keras_ring.attention import selection
-from keras_ring.backends.jax import compilation_cache, trainer
+from keras_ring.backends.jax import compilation_cache, trainer, weights
 from keras_ring.backends.jax.transport import Place, RingTransport, at, place
 from keras_ring.distribution import scopes, world
 from keras_ring.distribution.mesh import AXES, BATCH, SEQUENCE
@@ -30,7 +30,7 @@ from keras_ring.training import batches, wrappers
 
 class Distribution(keras.distribution.ModelParallel):
     """The Keras distribution that a `World` sets: data split over batch and
-    sequence, variables whole on every device."""
+    sequence, variables whole on every device unless they are sharded."""
 
     def __init__(self, ring_world: "World"):
         mesh = keras.distribution.DeviceMesh(
@@ -50,6 +50,29 @@ class Distribution(keras.distribution.ModelParallel):
         spec = self.ring_world.partition_spec(tuple(data_shape), split=False)
         axes = list(spec) + [None] * (len(data_shape) - len(spec))
         return keras.distribution.TensorLayout(axes, self.device_mesh)
+
+    def get_variable_layout(self, variable: Any) -> Any:
+        layout = super().get_variable_layout(variable)
+        # Counters and states of random numbers are of no use in parts.
+        if self.ring_world.strategy.shard == "weights" and (
+            variable.trainable or len(variable.shape) > 1
+        ):
+            return self.in_parts(layout, variable.shape)
+        return layout
+
+    def in_parts(self, layout: Any, shape: Sequence[int]) -> NamedSharding:
+        """The layout of what devices keep in parts.
+
+        Args:
+            layout: without that; None for one that is whole.
+            shape: of the variable.
+        """
+        mesh = self.device_mesh.backend_mesh
+        layout = getattr(layout, "backend_layout", layout)
+        spec = PartitionSpec() if layout is None else layout.spec
+        if weights.is_shared(layout):
+            return layout
+        return NamedSharding(mesh, weights.split(shape, spec, mesh))
 
 
 class World(world.World):

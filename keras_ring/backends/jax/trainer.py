@@ -1,7 +1,7 @@
 """Keras' trainer on JAX, and what a strategy changes in it.
 
-What it places a batch by, and the values that it detaches from variables while
-it runs steps. Inert without a strategy. Private names of Keras' trainer on JAX
+What it places a batch by, the values that it detaches from variables while it
+runs steps, and where sharded weights are whole. Inert without a strategy. Private names of Keras' trainer on JAX
 are in this file.
 """
 
@@ -13,12 +13,13 @@ import jax
 import keras
 from keras import tree
 
+from keras_ring.backends.jax import weights
 from keras_ring.keras_internals import (
     compiled_variables,
     defining,
     unknown_keras,
 )
-from keras_ring.wrapping import Function, wrap_once
+from keras_ring.wrapping import Function, is_wrapper, mark, wrap_once
 
 _DETACHED = "_keras_ring_detached"
 Current = Callable[[], Any]
@@ -73,9 +74,10 @@ def _is_gone(value: Any) -> bool:
 
 
 def install(current: Current) -> None:
-    """Teach Keras' trainer two things, once: to place a batch by what the
-    model says of each array, and to keep the values that it detaches from the
-    variables, see `recover`.
+    """Teach Keras' trainer three things, once: to place a batch by what the
+    model says of each array, to keep the values that it detaches from the
+    variables, see `recover`, and to use weights of which each device keeps a
+    part.
 
     Args:
         current: tells the active world.
@@ -85,21 +87,36 @@ def install(current: Current) -> None:
     """
     try:
         from keras.src.backend.jax import trainer
+        from keras.src.optimizers.loss_scale_optimizer import (
+            LossScaleOptimizer,
+        )
 
+        optimizer = keras.optimizers.Optimizer
+        wrappers: list[tuple[Any, str, Any]] = [
+            (trainer, "_distribute_data", _distribute_data),
+            *(
+                (defining(keras.Model, name), name, wrap)
+                for name, wrap in (
+                    ("_get_jax_state", _get_jax_state),
+                    ("compute_loss_and_updates", _compute_loss),
+                )
+            ),
+            *(
+                (defining(optimizer, name), name, wrap)
+                for name, wrap in (
+                    ("add_variable", _add_variable),
+                    ("stateless_apply", _stateless_apply),
+                )
+            ),
+            (LossScaleOptimizer, "stateless_apply", _stateless_apply),
+        ]
         wrap_once(
             [
-                (
-                    trainer,
-                    "_distribute_data",
-                    functools.partial(_distribute_data, current),
-                ),
-                (
-                    defining(keras.Model, "_get_jax_state"),
-                    "_get_jax_state",
-                    functools.partial(_get_jax_state, current),
-                ),
+                (owner, name, functools.partial(wrap, current))
+                for owner, name, wrap in wrappers
             ]
         )
+        _install_value(current)
     except (ImportError, AttributeError) as error:
         raise unknown_keras(
             "feeds its JAX trainer in a way that keras_ring does not know",
@@ -140,3 +157,91 @@ def _get_jax_state(current: Current, detach: Function) -> Function:
         return detach(self, *args, **kwargs)
 
     return get_jax_state
+
+
+def _install_value(current: Current) -> None:
+    """Make a sharded weight whole where a program reads it."""
+    owner = defining(keras.Variable, "value")
+    original: Any = vars(owner)["value"]
+    if is_wrapper(original.fget):
+        return
+
+    @functools.wraps(original.fget)
+    def value(self: Any) -> Any:
+        found = original.fget(self)
+        if not isinstance(found, jax.core.Tracer) or weights.reads_parts():
+            return found
+        active = current()
+        if active is None or active.strategy.shard != "weights":
+            return found
+        layout = getattr(self, "_layout", None)
+        sharding = getattr(layout, "backend_layout", layout)
+        if not weights.is_shared(sharding):
+            return found
+        return weights.gathered(found, sharding)
+
+    owner.value = original.getter(mark(value))
+
+
+def _compute_loss(current: Current, compute: Function) -> Function:
+    """Gather weights once more for the gradient of a loss."""
+
+    def compute_loss_and_updates(
+        self: Any, *args: Any, training: bool = False, **kwargs: Any
+    ) -> Any:
+        active = current()
+        run = functools.partial(compute, self, training=training)
+        if not training or active is None or active.strategy.shard != "weights":
+            return run(*args, **kwargs)
+        return weights.gathered_again(run)(*args, **kwargs)
+
+    return compute_loss_and_updates
+
+
+def _add_variable(current: Current, add: Function) -> Function:
+    """What an optimizer keeps of a weight lies in parts."""
+
+    def add_variable(
+        self: Any,
+        shape: Any,
+        *args: Any,
+        layout: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        active = current()
+        if active is not None and active.strategy.shard != "none":
+            layout = active.distribution.in_parts(layout, shape)
+        return add(self, shape, *args, layout=layout, **kwargs)
+
+    return add_variable
+
+
+def _stateless_apply(current: Current, apply: Function) -> Function:
+    """An optimizer works on parts: each device updates its own."""
+
+    def stateless_apply(
+        self: Any,
+        optimizer_variables: Any,
+        grads: Any,
+        trainable_variables: Any,
+    ) -> Any:
+        active = current()
+        if active is None or active.strategy.shard == "none":
+            return apply(self, optimizer_variables, grads, trainable_variables)
+        variables = self._trainable_variables
+        layouts = [getattr(variable, "_layout", None) for variable in variables]
+        parts = [
+            active.distribution.in_parts(layout, variable.shape)
+            for layout, variable in zip(layouts, variables, strict=True)
+        ]
+        place = keras.distribution.distribute_tensor
+        with weights.in_parts():
+            updated, kept = apply(
+                self,
+                optimizer_variables,
+                list(map(place, grads, parts)),
+                list(map(place, trainable_variables, parts)),
+            )
+        return list(map(place, updated, layouts)), kept
+
+    return stateless_apply

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 from keras import tree
 
+from keras_ring.backends.torch import weights
 from keras_ring.backends.torch.member import Member
 
 WRITING = tuple(
@@ -59,9 +60,31 @@ def for_rank(world: Member, callbacks: Any) -> list[Any]:
     restores = any(
         isinstance(c, keras.callbacks.BackupAndRestore) for c in given
     )
-    kept = [c for c in given if world.rank == 0 or not isinstance(c, WRITING)]
+    writing: tuple[Any, ...] = WRITING
+    if weights.shared(world, "optimizer"):
+        _check_saves(world, given)
+        # Every process has parts of what it saves.
+        saves = keras.callbacks.ModelCheckpoint
+        writing = tuple(kind for kind in WRITING if kind is not saves)
+    kept = [c for c in given if world.rank == 0 or not isinstance(c, writing)]
     if world.rank != 0:
         for callback in kept:
             if isinstance(getattr(callback, "verbose", None), int):
                 callback.verbose = 0
     return [*kept, InStep(world, restores)]
+
+
+def _check_saves(world: Member, callbacks: Sequence[Any]) -> None:
+    """Refuse callbacks that save on rank 0 what processes share."""
+    for callback in callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, keras.callbacks.BackupAndRestore) or (
+            name == "OrbaxCheckpoint"
+        ):
+            raise ValueError(
+                "On PyTorch a model whose state processes share is saved by "
+                "all of them together, and not by rank 0. Received: the "
+                f"callback {name} with shard={world.strategy.shard!r}. Use "
+                "keras.callbacks.ModelCheckpoint, and load its file inside "
+                "the scope to go on."
+            )

@@ -15,7 +15,12 @@ from typing import Any
 import keras
 
 from keras_ring.backends.torch import callbacks as ring_callbacks
-from keras_ring.backends.torch import saving, training
+from keras_ring.backends.torch import (
+    saving,
+    shared_variables,
+    training,
+    weights,
+)
 from keras_ring.backends.torch.member import Member
 from keras_ring.backends.torch.processes import groups
 from keras_ring.distribution import scopes
@@ -39,6 +44,7 @@ def prepare(world: Member, model: Any) -> None:
             f"jit_compile=True for the model {model.name!r}. Compile it "
             "with jit_compile=False (the default on PyTorch)."
         )
+    shared_variables.check(world, model)
     world.agreement.start(model)
 
 
@@ -78,6 +84,7 @@ def install(current: Current) -> None:
             (keras.Model, "save", _save),
             (keras.Model, "save_weights", _save),
         ]
+        targets += shared_variables.targets()
         if hasattr(keras.Model, "_initialize_ddp"):  # From Keras 3.16 on.
             owner = defining(keras.Model, "_initialize_ddp")
             targets.append((owner, "_initialize_ddp", _initialize_ddp))
@@ -90,6 +97,7 @@ def install(current: Current) -> None:
                 ),
             ]
         )
+        shared_variables.install_properties()
     except (ImportError, AttributeError) as error:
         raise unknown_keras(
             "has another trainer on PyTorch than keras_ring knows", error
@@ -247,19 +255,36 @@ def _apply(
 
     def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
         world = current()
-        if world is None or world.size == 1 or not world.inside():
+        shares = weights.shared(world, "optimizer")
+        if world is None or not (shares or (world.size > 1 and world.inside())):
             return original(self, grads, trainable_variables)
         if trainable_variables is not None:
             # It may be gone through once only.
             trainable_variables = list(trainable_variables)
         # Optimizers nest: what was averaged is not averaged again.
         with world.applying() as outermost:
-            if outermost:
-                variables = trainable_variables or self._trainable_variables
+            if not outermost:
+                return original(self, grads, trainable_variables)
+            variables = trainable_variables or self._trainable_variables
+            if shares and not self.built:
+                self.build(variables)
+            grads, variables = list(grads), list(variables)
+            if world.inside():
                 grads = training.reduced_gradients(
-                    world, list(grads), list(variables), scales_losses(self)
+                    world, grads, variables, scales_losses(self)
                 )
-            return original(self, grads, trainable_variables)
+            else:
+                # Shares something: of whole gradients, the same on everyone.
+                grads = training.own_parts(grads, variables)
+            if not shares:
+                return original(self, grads, trainable_variables)
+            return shared_variables.apply(
+                world,
+                lambda own: original(self, own, trainable_variables),
+                grads,
+                variables,
+                scales_losses(self),
+            )
 
     return apply
 

@@ -17,6 +17,7 @@ import keras
 import torch
 from keras import tree
 
+from keras_ring.backends.torch import weights
 from keras_ring.backends.torch.member import Member
 from keras_ring.distribution.padding import PaddedAxis
 from keras_ring.keras_internals import sublayers
@@ -200,13 +201,45 @@ def reduced_gradients(
 ) -> list[Any]:
     """Everyone's mean gradient of each variable (the sum, if the losses have
     been divided by the number of processes), in one transfer per dtype; None
-    where there is none."""
+    where there is none. Of weights that processes share it is this process'
+    part of that."""
     wrappers.check_overwritten(world, variables)
     present = [g is not None for g in gradients]
     world.agreement.check_gradients(present, variables)
-    sums = iter(_summed(world, [g for g in gradients if g is not None]))
     count = 1 if summed else world.size
-    return [next(sums) / count if p else None for p in present]
+    if weights.shared(world, "weights"):
+        if keeps_parts(world):
+            # The backward has added them up.
+            return [None if g is None else g / count for g in gradients]
+        scale = world.size / count  # What a step of the user's saw are means.
+        return [
+            None if g is None else g * scale
+            for g in own_parts(gradients, variables)
+        ]
+    sums = iter(_summed(world, [g for g in gradients if g is not None]))
+    means = [next(sums) / count if p else None for p in present]
+    if weights.shared(world, "optimizer"):
+        return own_parts(means, variables)
+    return means
+
+
+def own_parts(gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """This process' parts of whole gradients."""
+    return [
+        g if g is None or part is None else part.cut(g)
+        for g, part in zip(
+            gradients, map(weights.part_of, variables), strict=True
+        )
+    ]
+
+
+def keeps_parts(world: Member) -> bool:
+    """True in a step of Keras' own, which does nothing with gradients but
+    apply them: there parts of them are enough."""
+    own: Any = getattr(world.step, "model", None)
+    return own is not None and (
+        getattr(type(own), "train_step", None) is keras.Model.train_step
+    )
 
 
 def run_step(
@@ -221,10 +254,14 @@ def run_step(
     previous, world.step = world.step, own
     own.start_metrics()
     try:
+        again = contextlib.nullcontext()
+        if weights.shared(world, "weights"):
+            again = weights.gathering_again()
         with (
             world.stepping(),
             step.run(own),
             world.agreement.own_seeds(model),
+            again,
         ):
             logs = function([own.local])
         return own.finish(logs)

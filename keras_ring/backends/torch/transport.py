@@ -99,6 +99,21 @@ class RingTransport(PointToPoint):
             dist.all_reduce(total, group=self.group)
         return total.to(tensor.dtype)
 
+    def sum_of_parts(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This member's part of the sum of everyone's tensor.
+
+        Args:
+            tensor: of rank 1, with a multiple of `size` numbers.
+        """
+        _check_no_gradient([tensor])
+        own = tensor.new_empty(tensor.numel() // self.size)
+        # The name before PyTorch 2.13.
+        older = getattr(dist, "reduce_scatter_tensor", None)
+        scatter: Any = getattr(dist, "reduce_scatter_single", older)
+        with self.reporting:
+            scatter(own, tensor.contiguous(), group=self.group)
+        return own
+
     def _start(
         self, tensors: Sequence[torch.Tensor], target: int, source: int
     ) -> Pending:

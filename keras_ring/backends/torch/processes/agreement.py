@@ -21,7 +21,7 @@ import torch.distributed as dist
 from keras import tree
 
 from keras_ring import random_bits
-from keras_ring.backends.torch import seeds
+from keras_ring.backends.torch import seeds, weights
 from keras_ring.backends.torch.member import Member
 from keras_ring.backends.torch.processes import groups
 from keras_ring.backends.torch.transport import RingTransport
@@ -142,6 +142,9 @@ class Agreement:
             variables += optimizer.variables
         device = groups.keras_device()
         for variable in variables:
+            part = weights.part_of(variable)
+            if part is not None and not part.keeps_whole:
+                continue  # It is that of rank 0 from the start.
             value = variable.value.detach()
             # NCCL sends from GPUs only.
             buffer = value.to(device).contiguous()
@@ -259,6 +262,9 @@ def _weights_digest(model: Any) -> str:
         *model.weights,
         *(optimizer.variables if optimizer is not None else ()),
     ):
+        part = weights.part_of(variable)
+        if part is not None and not part.keeps_whole:
+            continue  # No other process has the same.
         flat = variable.value.detach().reshape(-1)
         sample = flat[:: max(flat.numel() // SAMPLE, 1)]
         digest.update(str(tuple(variable.shape)).encode())

@@ -1,0 +1,163 @@
+"""Sharded weights on JAX: where they lie, and how they are made whole for use.
+
+With `shard="weights"` each weight, its gradient and what the optimizer keeps of
+it lie in equal parts on the devices of the data and the sequence axis (ZeRO-3;
+Rajbhandari et al. 2019, https://arxiv.org/abs/1910.02054). A step gathers a
+weight where it is read. With `shard="optimizer"` (ZeRO-1) that holds for what
+the optimizer keeps alone.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
+
+# Devices that share weights, and the parts of them that may do so where all
+# of them cannot split any axis of a weight.
+Axes = tuple[str, ...]
+
+_NAME = "keras_ring_gathered_weight"
+# What lies between a part of a weight and the whole one in a program.
+_GATHERS = ("sharding_constraint", "name")
+_IN_PARTS: ContextVar[bool] = ContextVar("keras_ring_in_parts", default=False)
+
+
+def split(
+    shape: Sequence[int], base: PartitionSpec, mesh: jax.sharding.Mesh
+) -> PartitionSpec:
+    """Partition of a weight over the devices that share weights.
+
+    Args:
+        shape: of the weight.
+        base: its partition without that, such as one over the model axis.
+        mesh: with the axes "batch" and "seq".
+
+    Returns:
+        `base`, and the longest axis that it leaves whole split over as many
+        devices as split it evenly.
+    """
+    taken: list[Any] = [*base, *[None] * (len(shape) - len(base))]
+    free = [axis for axis in range(len(shape)) if taken[axis] is None]
+    for axes in _by_size(mesh):
+        size = _size(mesh, axes)
+        fits = [axis for axis in free if shape[axis] % size == 0]
+        if size > 1 and fits:
+            taken[max(fits, key=lambda axis: shape[axis])] = axes
+            break
+    return PartitionSpec(*taken)
+
+
+def _by_size(mesh: jax.sharding.Mesh) -> list[Axes]:
+    """Sets of axes of devices that share weights, the largest first."""
+    ways: list[Axes] = [("batch", "seq"), ("seq",), ("batch",)]
+    return sorted(ways, key=lambda axes: -_size(mesh, axes))
+
+
+def _size(mesh: jax.sharding.Mesh, axes: Axes) -> int:
+    size = 1
+    for axis in axes:
+        size *= mesh.shape[axis]
+    return size
+
+
+def without_sharing(sharding: NamedSharding) -> NamedSharding:
+    """The partition of a weight where it is used: whole on all devices that
+    share weights; along the model axis it stays as it is."""
+    axes = [
+        None if set(_names(entry)) & {"batch", "seq"} else entry
+        for entry in sharding.spec
+    ]
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+
+def _names(entry: Any) -> Axes:
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def is_shared(sharding: Any) -> bool:
+    """True if an array with this partition is not whole where it is used."""
+    return isinstance(sharding, NamedSharding) and any(
+        {"batch", "seq"} & set(_names(entry)) for entry in sharding.spec
+    )
+
+
+def gathered(value: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """A weight for use, from the parts of it.
+
+    Args:
+        value: the weight in a program, of any shape and dtype.
+        sharding: of the parts.
+
+    Returns:
+        The weight. Its gradient lies as the parts do.
+    """
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return _whole(value, sharding)
+    return _differentiable(value, sharding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _differentiable(value: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return _whole(value, sharding)
+
+
+def _forward(
+    value: jax.Array, sharding: NamedSharding
+) -> tuple[jax.Array, None]:
+    return _whole(value, sharding), None
+
+
+def _backward(
+    sharding: NamedSharding, kept: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    del kept
+    return (jax.lax.with_sharding_constraint(gradient, sharding),)
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _whole(value: jax.Array, sharding: NamedSharding) -> jax.Array:
+    # The parts first: or the compiler may take the parts from the whole.
+    value = jax.lax.with_sharding_constraint(value, sharding)
+    whole = jax.lax.with_sharding_constraint(value, without_sharing(sharding))
+    return checkpoint_name(whole, _NAME)
+
+
+def gathered_again(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose gradient gathers weights again, so that between its
+    forward and its backward they are in parts. All else is kept.
+
+    Args:
+        function: of nested arrays.
+    """
+
+    def kept(primitive: Any, *values: Any, **parameters: Any) -> bool:
+        del values, parameters
+        return primitive.name not in _GATHERS
+
+    return jax.checkpoint(function, policy=kept)
+
+
+@contextlib.contextmanager
+def in_parts() -> Iterator[None]:
+    """Inside, variables have the parts of weights as values: an optimizer
+    works on these."""
+    token = _IN_PARTS.set(True)
+    try:
+        yield
+    finally:
+        _IN_PARTS.reset(token)
+
+
+def reads_parts() -> bool:
+    """True inside of `in_parts`."""
+    return _IN_PARTS.get()

@@ -1,0 +1,273 @@
+"""Keras' variables and optimizers on PyTorch, where processes share weights.
+
+A variable of which this process keeps a part still looks whole to all code but
+an optimizer's. Inert for variables that processes do not share. Private names
+of these parts of Keras are in this file.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import torch
+
+from keras_ring.backends.torch import training, weights
+from keras_ring.backends.torch.member import Member
+from keras_ring.keras_internals import defining
+from keras_ring.wrapping import is_wrapper, mark
+
+Current = Callable[[], Member | None]
+
+
+def check(world: Member, model: Any) -> None:
+    """Before the steps of a model whose weights are shared.
+
+    Raises:
+        ValueError: for a model or an optimizer that was made outside the
+            scope, and for an optimizer that does not update each number by
+            itself.
+    """
+    if not weights.shared(world, "optimizer"):
+        return
+    shard = world.strategy.shard
+    for variable in model.trainable_variables:
+        part = weights.part_of(variable)
+        if part is None and shard == "weights":
+            raise ValueError(
+                'A model with shard="weights" must be built inside the scope '
+                f"of its strategy. Received: the variable {variable.path!r} "
+                f"of the model {model.name!r}, which is whole. Build and "
+                "compile the model inside `with strategy.scope():`."
+            )
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None:
+        check_optimizer(optimizer, shard, model.trainable_variables)
+
+
+def check_optimizer(
+    optimizer: Any, shard: str, variables: Sequence[Any]
+) -> None:
+    """Refuse an optimizer that cannot work on parts, see `check`."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    names = ", ".join(weights.BY_ELEMENT)
+    if not _by_element(inner):
+        raise ValueError(
+            "On PyTorch processes can share what an optimizer keeps where it "
+            "updates each number of a weight by that number's gradient alone. "
+            f"Received: {type(inner).__name__} with shard={shard!r}. Use one "
+            f'of {names}, the backend JAX, or shard="none".'
+        )
+    for variable in variables:
+        if variable.constraint is not None:
+            raise ValueError(
+                "A constraint needs the whole of a weight, of which a process "
+                f"has a part. Received: {variable.path!r} with the constraint "
+                f"{type(variable.constraint).__name__} and shard={shard!r}. "
+                'Leave the constraint out, use the backend JAX, or shard="'
+                'none".'
+            )
+    if optimizer.built and any(
+        len(slot.shape) and weights.part_of(slot) is None
+        for slot in inner.variables
+    ):
+        raise ValueError(
+            "An optimizer whose state is shared must be built inside the "
+            f"scope of the strategy. Received: {optimizer.name!r}, built "
+            f"outside of it, with shard={shard!r}. Compile the model with a "
+            "new one inside `with strategy.scope():`."
+        )
+
+
+def _by_element(optimizer: Any) -> bool:
+    """True for Keras' own optimizers of `weights.BY_ELEMENT`, and for classes
+    made of them that have no update of their own."""
+    step = getattr(type(optimizer), "update_step", None)
+    return any(
+        getattr(getattr(keras.optimizers, name, None), "update_step", 0) is step
+        for name in weights.BY_ELEMENT
+    )
+
+
+def apply(
+    world: Member,
+    update: Callable[[list[Any]], Any],
+    gradients: Sequence[Any],
+    variables: Sequence[Any],
+    scaled: bool,
+) -> Any:
+    """Update this process' parts of weights.
+
+    Args:
+        world: the processes.
+        update: applies gradients.
+        gradients: this process' parts of everyone's means.
+        variables: whose gradients these are.
+        scaled: whether a step is left out where a gradient is not finite.
+    """
+    gradients = list(gradients)
+    if scaled:
+        gradients = weights.alike(world, gradients)
+    with weights.reading_parts():
+        result = update(gradients)
+    for variable in variables:
+        part = weights.part_of(variable)
+        if part is not None and not part.keeps_whole:
+            variable._value.grad = None
+    weights.gather_updated(variables)
+    return result
+
+
+def targets() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Methods of Keras that are wrapped, for `trainer.install`."""
+    from keras.src.backend.torch.layer import TorchLayer
+    from keras.src.optimizers.base_optimizer import BaseOptimizer
+
+    variable = keras.Variable
+    return [
+        (defining(variable, "_initialize"), "_initialize", _initialize),
+        (defining(variable, "_direct_assign"), "_direct_assign", _assign),
+        (TorchLayer, "_track_variables", _tracking),
+        (TorchLayer, "_post_track_variable", _tracking),
+        (BaseOptimizer, "add_variable_from_reference", _add_slot),
+        (BaseOptimizer, "_clip_gradients", _clip_gradients),
+    ]
+
+
+def install_properties() -> None:
+    """Let shared variables look whole, and like parts to an optimizer."""
+    from keras.src.backend.common.stateless_scope import (
+        get_stateless_scope,
+        in_stateless_scope,
+    )
+
+    def value(original: Callable[[Any], Any], self: Any) -> Any:
+        found = original(self)
+        part = weights.part_of(self)
+        if part is None or found.is_meta:
+            return found
+        if in_stateless_scope() and (
+            get_stateless_scope().get_current_value(self) is not None
+        ):
+            return found
+        if weights.reads_parts():
+            return weights.flat(self, part)
+        if weights.reads_values():
+            return self._value
+        if part.keeps_whole:
+            return found
+        own = self._value
+        if own.grad is not None:
+            # After a backward, whose gradients somebody asks for.
+            if training.keeps_parts(part.world):
+                return own
+            return weights.with_gradient(part, own)
+        return weights.gathered(part, own, found.dtype)
+
+    def shape(original: Callable[[Any], Any], self: Any) -> Any:
+        part = weights.part_of(self)
+        if part is None or not weights.reads_parts():
+            return original(self)
+        return (part.stop - part.start,)
+
+    for name, read in (("value", value), ("shape", shape)):
+        owner = defining(keras.Variable, name)
+        known: Any = vars(owner)[name]
+        if not is_wrapper(known.fget):
+            wrapper = functools.wraps(known.fget)(
+                functools.partial(read, known.fget)
+            )
+            setattr(owner, name, known.getter(mark(wrapper)))
+
+
+def _initialize(
+    original: Callable[..., Any], current: Current
+) -> Callable[..., Any]:
+    """Of a new weight keep this process' part."""
+
+    def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        world = current()
+        if (
+            world is not None
+            and weights.shared(world, "weights")
+            and self.trainable
+            and not weights.reads_parts()
+            and not self._value.is_meta
+        ):
+            weights.keep_part(self, world)
+
+    return initialize
+
+
+def _assign(
+    original: Callable[..., Any], current: Current
+) -> Callable[..., Any]:
+    """Of a new value keep this process' part."""
+    del current
+
+    def direct_assign(self: Any, value: Any) -> Any:
+        part = weights.part_of(self)
+        if part is None or (part.keeps_whole and not weights.reads_parts()):
+            return original(self, value)
+        if not weights.reads_parts():
+            value = part.cut(value)
+        with torch.no_grad():
+            return weights.flat(self, part).copy_(value)
+
+    return direct_assign
+
+
+def _tracking(
+    original: Callable[..., Any], current: Current
+) -> Callable[..., Any]:
+    """PyTorch's parameters of a layer are what this process keeps."""
+    del current
+
+    def track(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with weights.reading_values():
+            return original(self, *args, **kwargs)
+
+    return track
+
+
+def _add_slot(
+    original: Callable[..., Any], current: Current
+) -> Callable[..., Any]:
+    """What an optimizer keeps of a shared weight is as large as the part."""
+
+    def add_variable_from_reference(
+        self: Any, reference_variable: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        world = current()
+        if world is not None and weights.shared(world, "optimizer"):
+            weights.keep_whole(reference_variable, world)
+        with weights.reading_parts():
+            slot = original(self, reference_variable, *args, **kwargs)
+        weights.keep_slot(slot, reference_variable)
+        return slot
+
+    return add_variable_from_reference
+
+
+def _clip_gradients(
+    original: Callable[..., Any], current: Current
+) -> Callable[..., Any]:
+    """A norm is that of the whole gradient, of which this process has a
+    part."""
+
+    def clip_gradients(self: Any, grads: Any) -> Any:
+        world = current()
+        limit = self.clipnorm or self.global_clipnorm
+        if world is None or not weights.reads_parts() or not limit:
+            return original(self, grads)
+        present = [g for g in grads if g is not None]
+        found = weights.norms(world, present)
+        if not self.clipnorm:
+            found = torch.linalg.vector_norm(found).expand(len(present))
+        factors = iter(limit / torch.clamp(found, min=limit))
+        return [
+            None if g is None else g * next(factors).to(g.dtype) for g in grads
+        ]
+
+    return clip_gradients

@@ -1,0 +1,312 @@
+"""Weights, gradients and what an optimizer keeps, in parts on all devices."""
+
+import contextlib
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import keras_ring
+
+BACKEND = keras.backend.backend()
+VOCABULARY, WIDTH, LENGTH = 32, 16, 18
+pytestmark = pytest.mark.skipif(
+    BACKEND == "tensorflow",
+    reason="TensorFlow keeps whole variables (test_tensorflow_replicas.py)",
+)
+
+
+class OwnStep(keras.Model):
+    """With a step of the user's, that changes the gradients."""
+
+    def train_step(self, *arguments):
+        if BACKEND == "jax":
+            return super().train_step(*arguments)
+        import torch
+
+        x, y = arguments[0]
+        self.zero_grad()
+        loss = self.compute_loss(x, y, self(x, training=True))
+        loss.backward()
+        weights = self.trainable_weights
+        gradients = [v.value.grad * 2 for v in weights]
+        with torch.no_grad():
+            self.optimizer.apply(gradients, weights)
+        self._loss_tracker.update_state(loss)
+        return self.compute_metrics(x, y, None)
+
+
+OPTIMIZERS = {
+    "adam": lambda: keras.optimizers.Adam(1e-2),
+    "everything": lambda: keras.optimizers.AdamW(
+        1e-2,
+        weight_decay=0.1,
+        global_clipnorm=0.5,
+        use_ema=True,
+        ema_momentum=0.9,
+        ema_overwrite_frequency=3,
+    ),
+    "clipnorm": lambda: keras.optimizers.SGD(
+        0.1, momentum=0.9, clipnorm=0.05, gradient_accumulation_steps=2
+    ),
+}
+
+
+def build(
+    optimizer="adam", head=False, model=keras.Model, remat="feed_forward"
+):
+    """A small language model, compiled."""
+    tokens = keras.Input((None,), dtype="int32")
+    x = keras.layers.Embedding(VOCABULARY, WIDTH)(tokens)
+    x = keras_ring.layers.RingTransformerBlock(
+        4, 3 * WIDTH, causal=True, rotary=True, remat=remat, use_bias=False
+    )(x)
+    x = keras.layers.LayerNormalization()(x)
+    if head:
+        logits = keras_ring.layers.LanguageModelHead(VOCABULARY)
+        made = model(tokens, logits(x))
+        loss = keras_ring.losses.ChunkedCrossEntropy(logits, chunk_size=8)
+    else:
+        made = model(tokens, keras.layers.Dense(VOCABULARY)(x))
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    made.compile(OPTIMIZERS[optimizer](), loss)
+    return made
+
+
+def data():
+    draw = np.random.default_rng(0)
+    x = draw.integers(0, VOCABULARY, (8, LENGTH)).astype("int32")
+    return x, np.roll(x, -1, 1)
+
+
+def trained(strategy, **options):
+    """A model after some steps, and what it tells of them."""
+    keras.utils.set_random_seed(0)
+    x, y = data()
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        model = build(**options)
+        fitted = model.fit(
+            x, y, batch_size=4, epochs=2, shuffle=False, verbose=0
+        )
+        found = [*fitted.history["loss"]]
+        found.append(model.evaluate(x, y, batch_size=4, verbose=0))
+        if options.get("head"):
+            found[-1] = found[-1][0]
+        predicted = np.asarray(model.predict(x[:3], verbose=0))
+    return model, found, predicted
+
+
+def held(variables):
+    """Bytes of variables on the device that has most of them."""
+    if BACKEND == "torch":
+        return sum(
+            v._value.numel() * v._value.element_size() for v in variables
+        )
+    by_device = {}
+    for variable in variables:
+        for shard in variable.value.addressable_shards:
+            known = by_device.get(shard.device, 0)
+            by_device[shard.device] = known + shard.data.nbytes
+    return max(by_device.values())
+
+
+def check_training(sizes, shard, options):
+    data_size, ring, way = sizes
+    strategy = keras_ring.DistributedStrategy(
+        data_parallel=data_size,
+        sequence_parallel=ring,
+        attention=way,
+        shard=shard,
+    )
+    one, losses, predicted = trained(None, **options)
+    model, found, outputs = trained(strategy, **options)
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    np.testing.assert_allclose(outputs, predicted, atol=2e-4)
+    devices = data_size * ring
+    # Counters are on every device.
+    parts = held(one.optimizer.variables) / devices
+    assert held(model.optimizer.variables) <= 1.05 * parts + 16
+    weights = held(one.variables) / (devices if shard == "weights" else 1)
+    assert 0.95 * weights <= held(model.variables) <= 1.05 * weights
+    for own, other in zip(model.variables, one.variables, strict=True):
+        assert own.shape == other.shape == np.asarray(own).shape
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shard", "options"),
+    [
+        ((1, 2, "ring"), "weights", {"optimizer": "everything"}),
+        ((1, 2, "ring"), "optimizer", {"optimizer": "clipnorm"}),
+        ((1, 2, "ring"), "weights", {"optimizer": "clipnorm"}),
+        ((2, 2, "all_to_all"), "weights", {"head": True, "remat": "block"}),
+        ((2, 2, "all_gather"), "optimizer", {"optimizer": "everything"}),
+        ((1, 2, "ring"), "weights", {"model": OwnStep}),
+        ((1, 2, "ring"), "optimizer", {"model": OwnStep}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_training_is_that_of_one_device(on_devices, sizes, shard, options):
+    count = sizes[0] * sizes[1]
+    on_devices(count, check_training, sizes, shard, options)
+
+
+def check_half_precision(policy):
+    """Scaled losses overflow on one part of a weight or another at first."""
+    keras.config.set_dtype_policy(policy)
+    try:
+        found = {
+            shard: trained(
+                keras_ring.DistributedStrategy(sequence_parallel=2, shard=shard)
+            )[1]
+            for shard in ("none", "optimizer", "weights")
+        }
+    finally:
+        keras.config.set_dtype_policy("float32")
+    np.testing.assert_allclose(found["optimizer"], found["none"], rtol=1e-3)
+    np.testing.assert_allclose(found["weights"], found["none"], rtol=1e-3)
+
+
+def test_half_precision(on_devices):
+    on_devices(2, check_half_precision, "mixed_float16")
+
+
+def check_files(folder, shard):
+    """Whole files, that load on one device and on another mesh."""
+    strategy = keras_ring.DistributedStrategy(sequence_parallel=2, shard=shard)
+    other = keras_ring.DistributedStrategy(
+        data_parallel=2, sequence_parallel=1, shard="weights"
+    )
+    x, y = data()
+    path = Path(folder) / "whole.keras"
+    model, *_ = trained(strategy)
+    with strategy.scope():
+        saving = keras.callbacks.ModelCheckpoint(str(path))
+        model.fit(x, y, batch_size=4, verbose=0, callbacks=[saving])
+        kept = [np.asarray(v) for v in model.variables]
+        slots = [np.asarray(v) for v in model.optimizer.variables]
+        losses = model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+        expected = losses.history["loss"]
+    for where in (None, other, strategy):
+        with where.scope() if where else contextlib.nullcontext():
+            loaded = keras.saving.load_model(path)
+            for own, value in zip(
+                [*loaded.variables, *loaded.optimizer.variables],
+                [*kept, *slots],
+                strict=True,
+            ):
+                assert own.shape == value.shape
+                np.testing.assert_array_equal(np.asarray(own), value)
+            if where is None and BACKEND == "torch":
+                continue  # Its file is what counts; the ring has no part in it.
+            again = loaded.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+            np.testing.assert_allclose(
+                again.history["loss"], expected, rtol=1e-5
+            )
+            loaded.load_weights(path)
+            np.testing.assert_array_equal(
+                np.asarray(loaded.variables[0]), kept[0]
+            )
+
+
+@pytest.mark.parametrize("shard", ["optimizer", "weights"])
+def test_files_are_whole(on_devices, tmp_path, shard):
+    on_devices(2, check_files, str(tmp_path), shard)
+
+
+def check_refusals():
+    """PyTorch: what cannot work on parts."""
+    strategy = keras_ring.DistributedStrategy(
+        sequence_parallel=2, shard="weights"
+    )
+    x, y = data()
+
+    def refused(match, change=None, where=None, **fit):
+        with where.scope() if where else contextlib.nullcontext():
+            model = build()
+        with strategy.scope():
+            if change:
+                change(model)
+            with pytest.raises(ValueError, match=match):
+                model.fit(x, y, verbose=0, **fit)
+
+    refused("must be built inside")
+    refused(
+        "Received: Lamb with shard='weights'",
+        lambda model: model.compile(keras.optimizers.Lamb(), "mse"),
+        strategy,
+    )
+
+    def constrain(model):
+        model.layers[-1].kernel.constraint = keras.constraints.MaxNorm()
+
+    refused("the constraint MaxNorm", constrain, strategy)
+    refused(
+        "the callback BackupAndRestore",
+        where=strategy,
+        callbacks=[keras.callbacks.BackupAndRestore("unused")],
+    )
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="JAX takes all of these")
+def test_what_cannot_work_on_parts_is_refused(on_devices):
+    on_devices(2, check_refusals)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="other optimizers are JAX's")
+@pytest.mark.parametrize("name", ["Lamb", "Adafactor", "Muon"])
+def test_optimizers_of_whole_matrices(monkeypatch, name):
+    monkeypatch.setitem(
+        OPTIMIZERS, name, lambda: getattr(keras.optimizers, name)(1e-2)
+    )
+    strategy = keras_ring.DistributedStrategy(
+        data_parallel=2, sequence_parallel=2, shard="weights"
+    )
+    _, expected, _ = trained(None, optimizer=name)
+    _, found, _ = trained(strategy, optimizer=name)
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+def compiled(shard, length):
+    """The program of a step on 2x4 devices; and its bytes that are no
+    arguments."""
+    import jax
+
+    strategy = keras_ring.DistributedStrategy(
+        data_parallel=2, sequence_parallel=4, shard=shard
+    )
+    with strategy.scope():
+        model = build()
+        batch = np.zeros((4, length), "int32")
+        model.train_on_batch(batch, batch)
+        state = tuple(
+            [v.value for v in variables]
+            for variables in (
+                model.trainable_variables,
+                model.non_trainable_variables,
+                model.optimizer.variables,
+                model.metrics_variables,
+            )
+        )
+        strategy.world.model = model
+        placed = strategy.world.place_batch((batch, batch))
+        layouts = jax.tree.map(lambda array: array.sharding, state)
+        step = jax.jit(
+            model.train_step, donate_argnums=0, out_shardings=(None, layouts)
+        )
+        return step.lower(state, placed).compile().as_text()
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="a program of JAX")
+@pytest.mark.parametrize("shard", ["optimizer", "weights"])
+def test_weights_alone_are_gathered(shard):
+    """No activation is; and each weight that the backward needs is gathered
+    once more for it."""
+    text = compiled(shard, 4 * 52)
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
+    assert gathered
+    assert not {"52", "208"} & {n for s in gathered for n in s.split(",")}
+    assert " all-to-all(" not in text
+    up = f"{WIDTH},{3 * WIDTH}"
+    assert gathered.count(up) == (2 if shard == "weights" else 1)
