@@ -1,7 +1,7 @@
 """Run the tests on each backend: `python -m tests [jax tensorflow torch]`.
 
 Keras runs on one backend per process. The files of each backend are dealt out
-to several processes, and two of all processes run at a time, whatever their
+to several processes, and three of all processes run at a time, whatever their
 backends: so no core waits for the last tests of one. What a process prints is
 shown when it has ended. A failure on one backend does not keep the others
 from running; a backend that ran no test, or skipped every one, has failed.
@@ -25,12 +25,13 @@ from typing import NamedTuple
 
 from tests.thinning import BACKENDS
 
-# Processes at a time; those of PyTorch start more.
-AT_ONCE = 2
+# Processes at a time, for two cores: one more than these, since many tests
+# wait for processes of their own.
+AT_ONCE = 3
 # Processes of a backend, in the order in which they begin.
 # TensorFlow keeps every program with a gradient of its own for as long as the
 # process lives, and so needs most.
-PARTS = {"torch": 2, "jax": 4, "tensorflow": 8}
+PARTS = {"torch": 2, "jax": 3, "tensorflow": 6}
 # Private names of Keras are looked up when a scope is entered, and used by
 # fit, evaluate and predict.
 QUICK = ["tests/test_training.py::test_a_small_model_from_fit_to_predict"]

@@ -313,6 +313,9 @@ INSIDE_SEVERAL = {
             if name in INSIDE_SEVERAL
             else extra_on("jax", "tensorflow")
             if name == "pairwise"
+            # Programs of four replicas, and "several" has most of it.
+            else extra_on("tensorflow")
+            if name != "several"
             else [],
         )
         for name in MODELS

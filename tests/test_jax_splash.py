@@ -35,7 +35,7 @@ def kernel(fallback=None):
     return splash.SplashKernel(fallback or Refusing(), interpret=not ON_TPU)
 
 
-@pytest.mark.mostly(pull=False, every=2)
+@pytest.mark.mostly(pull=False, every=4)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("pull", [False, True], ids=["in-a-ring", "pulled"])
 def test_it_is_right(name, pull):

@@ -241,12 +241,14 @@ FEW = ("masked", "shifted", "between", "safe", "stock", "along_length")
             *((1, 2), 2, 7, False, ()), id="sequence-padded", marks=WHOLE
         ),
         pytest.param(
-            *((1, 2), 2, 8, True, FEW), id="sequence", marks=extra_on("jax")
+            *((1, 2), 2, 8, True, FEW),
+            id="sequence",
+            marks=extra_on("jax", "tensorflow"),
         ),
         pytest.param(
             *((2, 1), 3, 5, False, FEW),
             id="batch-padded",
-            marks=extra_on("jax"),
+            marks=extra_on("jax", "tensorflow"),
         ),
         pytest.param((2, 2), 3, 7, True, FEW, id="both-padded"),
     ],

@@ -240,7 +240,7 @@ SIMPLE = extra_on("tensorflow")
     [
         pytest.param("accumulated", marks=SIMPLE),
         pytest.param("averaged", marks=SIMPLE),
-        "overwritten",
+        pytest.param("overwritten", marks=extra_on("tensorflow")),
         "both",
     ],
 )

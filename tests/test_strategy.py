@@ -48,6 +48,16 @@ def test_model_parallel_is_not_supported_yet():
         keras_ring.DistributedStrategy(model_parallel=2)
 
 
+def test_tensorflow_shards_nothing():
+    if keras.backend.backend() == "tensorflow":
+        with pytest.raises(NotImplementedError, match="shard='optimizer'"):
+            keras_ring.DistributedStrategy(shard="optimizer")
+    strategy = keras_ring.DistributedStrategy(shard="none")
+    assert strategy.shard == "none"
+    with pytest.raises(ValueError, match="shard='zero'"):
+        keras_ring.DistributedStrategy(shard="zero")
+
+
 def test_it_is_frozen():
     strategy = keras_ring.DistributedStrategy(sequence_parallel=2)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -142,7 +142,11 @@ def batches(lengths):
         yield tokens, tokens
 
 
-@pytest.mark.parametrize("placed", [True, False], ids=["placed", "broadcast"])
+@pytest.mark.parametrize(
+    "placed",
+    [True, pytest.param(False, marks=pytest.mark.extra)],
+    ids=["placed", "broadcast"],
+)
 def test_lengths_that_vary_share_a_program(placed):
     """One of all lengths, and one more of those that are padded."""
     # Equal lengths of a shard, too: of 7 and 8, of 11 and 12.
@@ -263,7 +267,14 @@ def test_a_gradient_searches_no_other_replica_for_variables(monkeypatch):
     assert most[1] == most[4]
 
 
-@pytest.mark.parametrize("threshold", [(700, 9, 8), (200_000, 9, 8), (0, 9, 8)])
+@pytest.mark.parametrize(
+    "threshold",
+    [
+        (700, 9, 8),
+        pytest.param((200_000, 9, 8), marks=pytest.mark.extra),
+        pytest.param((0, 9, 8), marks=pytest.mark.extra),
+    ],
+)
 def test_garbage_is_searched_for_rarely_while_a_program_is_traced(threshold):
     """And as before afterwards, also where tracing fails."""
     seen = []

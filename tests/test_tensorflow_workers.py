@@ -166,7 +166,9 @@ def test_fit_across_workers(start, tmp_path):
         np.testing.assert_allclose(result["predicted"], predicted, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize(
+    "name", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.extra)]
+)
 def test_a_lost_worker_ends_the_run(start, tmp_path, name):
     workers = start(2, "endless")
     pids = [process.pid for process in workers.processes]

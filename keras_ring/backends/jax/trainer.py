@@ -1,8 +1,8 @@
 """Keras' trainer on JAX, and what a strategy changes in it.
 
 What it places a batch by, the values that it detaches from variables while it
-runs steps, and where sharded weights are whole. Inert without a strategy. Private names of Keras' trainer on JAX
-are in this file.
+runs steps, and where sharded weights are whole. Inert without a strategy.
+Private names of Keras' trainer on JAX are in this file.
 """
 
 import functools
@@ -161,7 +161,7 @@ def _get_jax_state(current: Current, detach: Function) -> Function:
 
 def _install_value(current: Current) -> None:
     """Make a sharded weight whole where a program reads it."""
-    owner = defining(keras.Variable, "value")
+    owner: Any = defining(keras.Variable, "value")
     original: Any = vars(owner)["value"]
     if is_wrapper(original.fget):
         return
@@ -199,7 +199,7 @@ def _compute_loss(current: Current, compute: Function) -> Function:
 
 
 def _add_variable(current: Current, add: Function) -> Function:
-    """What an optimizer keeps of a weight lies in parts."""
+    """The state that an optimizer keeps of a weight lies in parts."""
 
     def add_variable(
         self: Any,

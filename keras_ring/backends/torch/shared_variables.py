@@ -234,7 +234,8 @@ def _tracking(
 def _add_slot(
     original: Callable[..., Any], current: Current
 ) -> Callable[..., Any]:
-    """What an optimizer keeps of a shared weight is as large as the part."""
+    """The state that an optimizer keeps of a shared weight is as large as the
+    part."""
 
     def add_variable_from_reference(
         self: Any, reference_variable: Any, *args: Any, **kwargs: Any

@@ -254,6 +254,7 @@ def run_step(
     previous, world.step = world.step, own
     own.start_metrics()
     try:
+        again: contextlib.AbstractContextManager[Any]
         again = contextlib.nullcontext()
         if weights.shared(world, "weights"):
             again = weights.gathering_again()

@@ -215,7 +215,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Source(NamedTuple):
-    """Where a gathered weight came from."""
+    """Origin of a gathered weight."""
 
     part: Part
     value: torch.Tensor
