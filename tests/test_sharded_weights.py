@@ -15,7 +15,7 @@ BACKEND = keras.backend.backend()
 VOCABULARY, WIDTH, LENGTH = 32, 16, 18
 pytestmark = pytest.mark.skipif(
     BACKEND == "tensorflow",
-    reason="TensorFlow keeps whole variables (test_tensorflow_replicas.py)",
+    reason="TensorFlow keeps whole variables (tests/test_strategy.py)",
 )
 
 
