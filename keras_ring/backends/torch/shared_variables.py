@@ -157,7 +157,7 @@ def install_properties() -> None:
         if part.keeps_whole:
             return found
         own = self._value
-        if own.grad is not None:
+        if own.grad is not None and not _in_backward():
             # After a backward, whose gradients somebody asks for.
             if training.keeps_parts(part.world):
                 return own
@@ -170,6 +170,8 @@ def install_properties() -> None:
             return original(self)
         return (part.stop - part.start,)
 
+    # Where it is missing Keras' trainer is not known either.
+    torch._C._current_graph_task_id()
     for name, read in (("value", value), ("shape", shape)):
         owner = defining(keras.Variable, name)
         known: Any = vars(owner)[name]
@@ -178,6 +180,12 @@ def install_properties() -> None:
                 functools.partial(read, known.fget)
             )
             setattr(owner, name, known.getter(mark(wrapper)))
+
+
+def _in_backward() -> bool:
+    """True while gradients are computed, when a block that is computed again
+    may read a weight that has some already."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _initialize(
