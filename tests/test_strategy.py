@@ -43,9 +43,15 @@ def test_too_few_devices_are_those_of_a_backend():
         strategy.mesh_shape(1)
 
 
-def test_model_parallel_is_not_supported_yet():
-    with pytest.raises(NotImplementedError, match="model_parallel=2"):
-        keras_ring.DistributedStrategy(model_parallel=2)
+def test_devices_share_heads_on_jax():
+    if keras.backend.backend() != "jax":
+        with pytest.raises(NotImplementedError, match="model_parallel=2 on"):
+            keras_ring.DistributedStrategy(model_parallel=2)
+        return
+    strategy = keras_ring.DistributedStrategy(model_parallel=2, data_parallel=2)
+    assert strategy.mesh(8).shape == (2, 2, 2)
+    with pytest.raises(ValueError, match="data_parallel=2, model_parallel=2"):
+        strategy.mesh(6)
 
 
 def test_tensorflow_shards_nothing():

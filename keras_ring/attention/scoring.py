@@ -76,6 +76,17 @@ class Scoring:
             own = own.join(Carried(shared=(drop.seed, *places)))
         return own if self.mask is None else own.join(self.mask.carried())
 
+    def by_head(self) -> Carried:
+        """True for each tensor of `carried` that has the heads: on axis 2, a
+        shared one on axis 0."""
+        own = Carried(
+            query=() if self.bias is None else (self.bias.shape[2] > 1,),
+            shared=() if self.slopes is None else (True,),
+        )
+        if self.dropout is not None:
+            own = own.join(Carried(shared=(False, False, False)))
+        return own if self.mask is None else own.join(self.mask.by_head())
+
     def replace(self, carried: Carried) -> "Scoring":
         """The same over other tensors in the same places."""
         query, key, shared = (list(side) for side in carried)

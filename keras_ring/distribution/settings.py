@@ -2,13 +2,15 @@
 
 import dataclasses
 import numbers
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_ring import arguments
-from keras_ring.distribution.mesh import BATCH, SEQUENCE, Mesh
+from keras_ring.distribution.mesh import AXES, BATCH, SEQUENCE, Mesh
 from keras_ring.distribution.placement import Choice
 
 # Ways to share the attention of a sequence.
@@ -30,6 +32,7 @@ class Settings:
     attention: str = "ring"
     heads_parallel: int | None = None
     shard: str = "none"
+    layout_map: Any = None
 
     def __post_init__(self) -> None:
         for name in ("sequence_parallel", "data_parallel", "model_parallel"):
@@ -41,11 +44,7 @@ class Settings:
                     self._keep(name, -1)
                     continue
             self._keep(name, arguments.integer(name, value, other=other))
-        if self.model_parallel != 1:
-            raise NotImplementedError(
-                "Sharding the weights over devices is not supported yet. "
-                f"Received: model_parallel={self.model_parallel}. Use 1."
-            )
+        self._check_model_parallel()
         if self.devices is not None:
             self._keep("devices", self._device_names())
         if not isinstance(self.balance, (bool, np.bool_)) and not (
@@ -65,6 +64,39 @@ class Settings:
                 f"shard={self.shard!r}. Use the backend JAX or PyTorch, or "
                 'shard="none".'
             )
+
+    def _check_model_parallel(self) -> None:
+        """Axes of weights that devices share, and the rules for them."""
+        backend = keras.backend.backend()
+        if self.model_parallel != 1 and backend != "jax":
+            raise NotImplementedError(
+                "Devices share heads and the hidden units of weights on JAX, "
+                "where the compiler splits what is computed. Received: "
+                f"model_parallel={self.model_parallel} on the backend "
+                f"{backend!r}. {_INSTEAD[backend]}"
+            )
+        if self.layout_map is None:
+            return
+        if self.model_parallel == 1:
+            raise ValueError(
+                "`layout_map` says how devices of the model axis share "
+                "weights. Received: a layout_map with model_parallel=1. Set "
+                "model_parallel, or leave layout_map out."
+            )
+        if callable(self.layout_map):
+            return
+        if not isinstance(self.layout_map, Mapping):
+            raise ValueError(
+                "`layout_map` must be a dictionary of axes by regular "
+                "expressions of variable paths, a keras.distribution."
+                "LayoutMap, or a function of a keras.distribution.DeviceMesh "
+                "that returns one, such as a KerasHub backbone's "
+                "get_layout_map. Received: layout_map="
+                f"{arguments.shown(self.layout_map)}. Pass one of these, or "
+                "None for the rules of keras_ring's layers."
+            )
+        # Not the mapping itself, which may change.
+        self._keep("layout_map", checked_rules(self.layout_map))
 
     def _check_attention(self) -> None:
         arguments.choice("attention", self.attention, WAYS)
@@ -141,16 +173,19 @@ class Settings:
         """
         available = arguments.integer("available", available)
         data, sequence = self.data_parallel, self.sequence_parallel
+        model = self.model_parallel
         if sequence == -1:
-            if available % data:
+            if available % (data * model):
+                also = "" if model == 1 else " x `model_parallel`"
+                given = "" if model == 1 else f", model_parallel={model}"
                 raise ValueError(
-                    "The devices must divide evenly into `data_parallel` "
-                    f"groups. Received: data_parallel={data} with "
+                    f"The devices must divide evenly into `data_parallel`{also}"
+                    f" groups. Received: data_parallel={data}{given} with "
                     f"{available} devices. Choose a divisor of {available}, "
                     "or set `sequence_parallel` to use fewer devices."
                 )
-            sequence = available // data
-        needed = data * sequence * self.model_parallel
+            sequence = available // (data * model)
+        needed = data * sequence * model
         if needed > available:
             backend = keras.backend.backend()
             raise ValueError(
@@ -172,6 +207,48 @@ class Settings:
         return Mesh((data, sequence, self.model_parallel))
 
 
+def checked_rules(rules: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Rules for weights as pairs of a pattern and axes.
+
+    Args:
+        rules: axes of the mesh, or a `keras.distribution.TensorLayout`, by
+            regular expressions of variable paths.
+
+    Raises:
+        ValueError: for a pattern that is none, and for other axes than those
+            of a mesh.
+    """
+    found = []
+    for pattern, layout in rules.items():
+        axes = getattr(layout, "axes", layout)
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                "`layout_map` must have regular expressions as keys. Received: "
+                f"{arguments.shown(pattern)} ({error}). Write one that matches "
+                "whole paths of variables."
+            ) from error
+        if not isinstance(axes, (tuple, list)) or not all(
+            axis is None or axis in AXES for axis in axes
+        ):
+            raise ValueError(
+                "`layout_map` must have a tuple as value, of None or an axis "
+                f"of {AXES} for each axis of a weight. Received: "
+                f"{arguments.shown(axes)} for {pattern!r}. Write "
+                "(None, 'model') to share the columns of a matrix."
+            )
+        found.append((pattern, tuple(axes)))
+    return tuple(found)
+
+
+_INSTEAD = {
+    "torch": (
+        'Use shard="weights", which keeps a part of each weight on each '
+        "process, or the backend JAX."
+    ),
+    "tensorflow": "Use the backend JAX.",
+}
 _HOW_TO_GET_DEVICES = {
     "jax": (
         ", or simulate N devices on a CPU with XLA_FLAGS="

@@ -33,8 +33,10 @@ class DistributedStrategy(Settings):
         sequence_parallel: number of devices that share one sequence, or -1
             for all the devices that are left.
         data_parallel: number of groups that each take a part of the batch.
-        model_parallel: number of devices that share the weights. Only 1 is
-            supported so far.
+        model_parallel: number of devices that share the heads of attention
+            and the hidden units of feed-forwards, and so the weights of
+            these (tensor parallelism; Shoeybi et al. 2019,
+            https://arxiv.org/abs/1909.08053). JAX only.
         devices: device names such as `"gpu:0"`, in mesh order; all devices
             of the framework's default kind if None. On PyTorch one name per
             process.
@@ -60,12 +62,19 @@ class DistributedStrategy(Settings):
             moments (ZeRO-1). "weights": that, the weights and their
             gradients as well (ZeRO-3, fully sharded data parallelism); each
             weight is gathered where it is used. Not on TensorFlow.
+        layout_map: how devices of the model axis share other weights than
+            those of this package's layers, of stock attention and of
+            embeddings: axes of the mesh by regular expressions of variable
+            paths (`{".*dense/kernel": (None, "model")}`), a
+            `keras.distribution.LayoutMap`, or a function that makes one of a
+            `keras.distribution.DeviceMesh`, such as `get_layout_map` of a
+            KerasHub backbone. Its rules go before the package's own.
 
     Raises:
         ValueError: for sizes that are no positive integers, or that do not
             fit the devices (when the strategy is first used).
-        NotImplementedError: for `model_parallel` other than 1, and for
-            `shard` on TensorFlow.
+        NotImplementedError: for `model_parallel` other than 1 on other
+            backends than JAX, and for `shard` on TensorFlow.
 
     Example:
 

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import keras
 
 from keras_ring.distribution.lengths import Lengths
-from keras_ring.distribution.mesh import BATCH, SEQUENCE, Mesh
+from keras_ring.distribution.mesh import BATCH, MODEL, SEQUENCE, Mesh
 from keras_ring.distribution.settings import Settings
 from keras_ring.distribution.transport import Transport
 
@@ -56,6 +56,11 @@ class World(abc.ABC):
     def sequence_size(self) -> int:
         """Number of devices that share one sequence."""
         return self.layout.size(SEQUENCE)
+
+    @property
+    def model_size(self) -> int:
+        """Number of devices that share the heads of one position."""
+        return self.layout.size(MODEL)
 
     @functools.cached_property
     def lengths(self) -> weakref.WeakKeyDictionary[Any, Lengths]:
@@ -122,6 +127,7 @@ class World(abc.ABC):
         tensors: list[Tensor],
         shared: Sequence[Tensor] = (),
         by_sample: bool = False,
+        by_head: Sequence[bool] = (),
     ) -> Any:
         """`function(transport, *shards, *shared)` on every member.
 
@@ -132,7 +138,17 @@ class World(abc.ABC):
         the code is not in a step, and on JAX while shapes are inferred,
         `function` gets a ring of one and the whole tensors. With `by_sample`
         a shared tensor may have an entry for each sample that a layer sees.
+
+        `by_head` tells of each of `tensors` and of `shared` whether it has the
+        heads of attention on axis 2, of `shared` on axis 0; the results have
+        them on axis 2 then. Where devices share heads `function` gets its own,
+        if all of them can be split; `head_index` tells which.
         """
+
+    def head_index(self) -> Any:
+        """Index of the part of the heads that the running code of `per_shard`
+        sees: a number below `model_size` where it sees a part, else 0."""
+        return 0
 
     @abc.abstractmethod
     def true_length(self, length: Any) -> Any:

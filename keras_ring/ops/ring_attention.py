@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -171,16 +172,34 @@ def ring_attention(
         counts=tuple(len(side) for side in carried),
         attention=attention,
     )
+    if world is not None:
+        key, value = (
+            _for_each(world.model_size, query, t) for t in (key, value)
+        )
     tensors = [query, key, value, *carried.query, *carried.key]
     if world is None:
         out, lse = function(LOCAL, *tensors, *shared)
     else:
+        flags = scoring.by_head()
         out, lse = world.per_shard(
-            function, tensors, shared, _has_samples(mask, sizes(query)[0])
+            function,
+            tensors,
+            shared,
+            _has_samples(mask, sizes(query)[0]),
+            [True] * 3 + [*flags.query, *flags.key, *flags.shared],
         )
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
     return AttentionResult(out, lse) if return_lse else out
+
+
+def _for_each(devices: int, query: Tensor, side: Tensor) -> Tensor:
+    """Keys or values with a head for each of the devices that share the heads
+    of the queries, if they share these evenly."""
+    heads = side.shape[2]
+    if query.shape[2] % devices or heads % devices == 0:
+        return side
+    return ops.repeat(side, math.lcm(heads, devices) // heads, axis=2)
 
 
 def _made_up(query: Tensor, value: Tensor) -> AttentionResult:
@@ -250,9 +269,19 @@ def _attend(
     reference = backends.load().kernel.KERNEL
     world = strategy.current()
     if world is not None and scoring.dropout is not None:
-        first_row = world.data_index() * sizes(query)[0]
-        first_row = ops.convert_to_tensor(first_row, dtype="int32")
-        dropout = dataclasses.replace(scoring.dropout, first_row=first_row)
+        places = (
+            world.data_index() * sizes(query)[0],
+            world.head_index() * query.shape[2],
+        )
+        dropout = dataclasses.replace(
+            scoring.dropout,
+            **{
+                name: ops.convert_to_tensor(first, dtype="int32")
+                for name, first in zip(
+                    ("first_row", "first_head"), places, strict=True
+                )
+            },
+        )
         scoring = dataclasses.replace(scoring, dropout=dropout)
     settings = Settings() if world is None else world.strategy
     shared = sharing.choose(

@@ -18,10 +18,16 @@ from keras import tree
 
 from keras_ring import precision
 from keras_ring.attention import selection
-from keras_ring.backends.jax import compilation_cache, trainer, weights
+from keras_ring.backends.jax import (
+    compilation_cache,
+    layouts,
+    trainer,
+    weights,
+)
 from keras_ring.backends.jax.transport import Place, RingTransport, at, place
 from keras_ring.distribution import scopes, world
-from keras_ring.distribution.mesh import AXES, BATCH, SEQUENCE
+from keras_ring.distribution.mesh import AXES, BATCH, MODEL, SEQUENCE
+from keras_ring.distribution.settings import checked_rules
 from keras_ring.distribution.strategy import DistributedStrategy
 from keras_ring.distribution.transport import LOCAL
 from keras_ring.keras_internals import in_symbolic_scope, without_values
@@ -44,6 +50,10 @@ class Distribution(keras.distribution.ModelParallel):
             auto_shard_dataset=False,
         )
         self.ring_world = ring_world
+        given = ring_world.strategy.layout_map
+        if callable(given):
+            given = checked_rules(given(mesh))
+        self.rules = layouts.Rules(given or (), ring_world.layout)
 
     def get_data_layout(self, data_shape: Any) -> Any:
         """By shape alone; `World.place_batch` knows more and goes first."""
@@ -53,6 +63,9 @@ class Distribution(keras.distribution.ModelParallel):
 
     def get_variable_layout(self, variable: Any) -> Any:
         layout = super().get_variable_layout(variable)
+        axes = self.rules.axes(variable.path, tuple(variable.shape))
+        if axes is not None:
+            layout = keras.distribution.TensorLayout(axes, self.device_mesh)
         # Counters and states of random numbers are of no use in parts.
         if self.ring_world.strategy.shard == "weights" and (
             variable.trainable or len(variable.shape) > 1
@@ -70,8 +83,10 @@ class Distribution(keras.distribution.ModelParallel):
         mesh = self.device_mesh.backend_mesh
         layout = getattr(layout, "backend_layout", layout)
         spec = PartitionSpec() if layout is None else layout.spec
-        if weights.is_shared(layout):
-            return layout
+        if self.ring_world.strategy.shard == "none" or weights.is_shared(
+            layout
+        ):
+            return NamedSharding(mesh, spec)
         return NamedSharding(mesh, weights.split(shape, spec, mesh))
 
 
@@ -79,6 +94,13 @@ class World(world.World):
     """A strategy on JAX devices."""
 
     layers_see_shards = False
+
+    @property
+    def gathers_weights(self) -> bool:
+        """True if weights may lie in parts that no layer can use."""
+        # A rule of the user's may name the data axis, as KerasHub's do.
+        given = self.strategy.layout_map is not None
+        return given or self.strategy.shard == "weights"
 
     def __init__(self, strategy: DistributedStrategy):
         names = _device_names(strategy.devices)
@@ -133,9 +155,10 @@ class World(world.World):
         tensors: list[jax.Array],
         shared: Sequence[jax.Array] = (),
         by_sample: bool = False,
+        by_head: Sequence[bool] = (),
     ) -> Any:
         if (
-            self.sequence_size == 1
+            self.sequence_size * self.model_size == 1
             or any(map(without_values, tensors))
             or in_symbolic_scope()
         ):
@@ -144,18 +167,30 @@ class World(world.World):
         # sequence alone the compiler gathers the batch around some.
         splits = not by_sample and self._splits_rows(tensors)
         rows = BATCH if splits else None
-        sharded = PartitionSpec(rows, SEQUENCE)
-        whole = PartitionSpec(None, SEQUENCE)
+        flags = list(by_head) or [False] * (len(tensors) + len(shared))
+        first, rest = flags[: len(tensors)], flags[len(tensors) :]
+        heads = MODEL if self._splits_heads(tensors, shared, flags) else None
+        if self.sequence_size == 1 and heads is None:
+            return function(LOCAL, *tensors, *shared)
         dtypes = [tensor.dtype for tensor in shared]
 
         def on_member(
-            own_place: jax.Array, own_rows: jax.Array, *shards: jax.Array
+            own_place: jax.Array,
+            own_rows: jax.Array,
+            own_heads: jax.Array,
+            *shards: jax.Array,
         ) -> Any:
             own = shards[: len(tensors)]
             same = zip(shards[len(tensors) :], dtypes, strict=True)
             same_dtypes = (t.astype(d) for t, d in same)
-            with at(Place(own_place[0], own_rows[0] if rows else 0)):
-                return function(self.ring(), *own, *same_dtypes)
+            here = Place(
+                own_place[0],
+                own_rows[0] if rows else 0,
+                own_heads[0] if heads else 0,
+            )
+            ring = self.ring() if self.sequence_size > 1 else LOCAL
+            with at(here):
+                return function(ring, *own, *same_dtypes)
 
         mapped = jax.shard_map(
             on_member,
@@ -163,17 +198,28 @@ class World(world.World):
             in_specs=(
                 PartitionSpec(SEQUENCE),
                 PartitionSpec(rows),
-                *(whole if t.shape[0] == 1 else sharded for t in tensors),
-                *(PartitionSpec() for _ in shared),
+                PartitionSpec(heads),
+                *(
+                    PartitionSpec(
+                        None if t.shape[0] == 1 else rows,
+                        SEQUENCE,
+                        *([heads] if flag else []),
+                    )
+                    for t, flag in zip(tensors, first, strict=True)
+                ),
+                *(PartitionSpec(*([heads] if flag else [])) for flag in rest),
             ),
-            out_specs=sharded,
-            axis_names={SEQUENCE, rows} - {None},
+            out_specs=PartitionSpec(
+                rows, SEQUENCE, *([heads] if any(flags) else [])
+            ),
+            axis_names={SEQUENCE, rows, heads} - {None},
             check_vma=False,
         )
         # Where the step is not compiled, its gradient fails without this.
         results = jax.jit(mapped)(
             jnp.arange(self.sequence_size, dtype="int32"),
             jnp.arange(self.data_size, dtype="int32"),
+            jnp.arange(self.model_size, dtype="int32"),
             *(self._padded(tensor) for tensor in tensors),
             *(_summed_widely(tensor) for tensor in shared),
         )
@@ -185,6 +231,27 @@ class World(world.World):
     def data_index(self) -> Any:
         own = place()
         return 0 if own is None else own.batch
+
+    def head_index(self) -> Any:
+        own = place()
+        return 0 if own is None else own.model
+
+    def _splits_heads(
+        self,
+        tensors: Sequence[jax.Array],
+        shared: Sequence[jax.Array],
+        by_head: Sequence[bool],
+    ) -> bool:
+        """True if there are heads, a part of each tensor's for each device
+        that shares them."""
+        sizes = [t.shape[2] if t.ndim > 2 else 1 for t in tensors]
+        sizes += [t.shape[0] if t.ndim else 1 for t in shared]
+        having = [n for n, flag in zip(sizes, by_head, strict=True) if flag]
+        return (
+            self.model_size > 1
+            and bool(having)
+            and all(n % self.model_size == 0 for n in having)
+        )
 
     def _splits_rows(self, tensors: list[jax.Array]) -> bool:
         """True if the batch of all tensors, or a row that all its rows share,

@@ -172,7 +172,7 @@ def _install_value(current: Current) -> None:
         if not isinstance(found, jax.core.Tracer) or weights.reads_parts():
             return found
         active = current()
-        if active is None or active.strategy.shard != "weights":
+        if active is None or not active.gathers_weights:
             return found
         layout = getattr(self, "_layout", None)
         sharding = getattr(layout, "backend_layout", layout)
@@ -191,7 +191,7 @@ def _compute_loss(current: Current, compute: Function) -> Function:
     ) -> Any:
         active = current()
         run = functools.partial(compute, self, training=training)
-        if not training or active is None or active.strategy.shard != "weights":
+        if not training or active is None or not active.gathers_weights:
             return run(*args, **kwargs)
         return weights.gathered_again(run)(*args, **kwargs)
 
@@ -226,7 +226,9 @@ def _stateless_apply(current: Current, apply: Function) -> Function:
         trainable_variables: Any,
     ) -> Any:
         active = current()
-        if active is None or active.strategy.shard == "none":
+        if active is None or not (
+            active.gathers_weights or active.strategy.shard == "optimizer"
+        ):
             return apply(self, optimizer_variables, grads, trainable_variables)
         variables = self._trainable_variables
         layouts = [getattr(variable, "_layout", None) for variable in variables]
@@ -242,6 +244,9 @@ def _stateless_apply(current: Current, apply: Function) -> Function:
                 list(map(place, grads, parts)),
                 list(map(place, trainable_variables, parts)),
             )
-        return list(map(place, updated, layouts)), kept
+        return [
+            new if layout is None else place(new, layout)
+            for new, layout in zip(updated, layouts, strict=True)
+        ], kept
 
     return stateless_apply

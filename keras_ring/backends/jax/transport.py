@@ -26,10 +26,12 @@ class Place(NamedTuple):
         sequence: of its shard of the sequence, int32 `()`.
         batch: of its part of the batch, int32 `()`, or 0 where what is traced
             sees the whole batch.
+        model: of its part of the heads, likewise.
     """
 
     sequence: jax.Array
     batch: jax.Array | int
+    model: jax.Array | int = 0
 
 
 _PLACE: ContextVar[Place | None] = ContextVar("keras_ring_place", default=None)

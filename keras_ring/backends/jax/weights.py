@@ -119,6 +119,10 @@ def _backward(
     sharding: NamedSharding, kept: None, gradient: jax.Array
 ) -> tuple[jax.Array]:
     del kept
+    # The whole first: or the compiler may split activations as the parts are.
+    gradient = jax.lax.with_sharding_constraint(
+        gradient, without_sharing(sharding)
+    )
     return (jax.lax.with_sharding_constraint(gradient, sharding),)
 
 

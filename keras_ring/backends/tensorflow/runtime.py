@@ -200,8 +200,10 @@ class World(Member):
         tensors: list[tf.Tensor],
         shared: Sequence[tf.Tensor] = (),
         by_sample: bool = False,
+        by_head: Sequence[bool] = (),
     ) -> Any:
-        del by_sample  # The code sees the samples of its part of the batch.
+        # The code sees the samples of its part of the batch, and all heads.
+        del by_sample, by_head
         if not self.inside():
             return function(LOCAL, *tensors, *shared)
         if padding.whole() and self.sequence_size > 1:

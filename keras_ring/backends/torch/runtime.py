@@ -114,8 +114,10 @@ class World(Member):
         tensors: list[torch.Tensor],
         shared: Sequence[torch.Tensor] = (),
         by_sample: bool = False,
+        by_head: Sequence[bool] = (),
     ) -> Any:
-        del by_sample  # The code sees the samples of its part of the batch.
+        # The code sees the samples of its part of the batch, and all heads.
+        del by_sample, by_head
         if not self.inside() or any(map(without_values, tensors)):
             return function(LOCAL, *tensors, *shared)
         if padding.whole() and self.sequence_size > 1:

@@ -1,5 +1,6 @@
 """Limits of an attention layer, refused with the way out."""
 
+import math
 from typing import Any
 
 from keras_ring.attention.sharing import Heads, choose_way
@@ -50,9 +51,14 @@ def check_heads(options: AttentionOptions) -> None:
     """Refuse heads that the devices cannot share as they were asked to."""
     world = strategy.current()
     if world is not None:
+        heads = Heads(options.heads.query, options.heads.key_value)
+        devices = world.model_size
+        if heads.query % devices == 0:  # Each has a part of them.
+            key = math.lcm(heads.key, devices)
+            heads = Heads(heads.query // devices, key // devices)
         choose_way(
             world.sequence_size,
-            Heads(options.heads.query, options.heads.key_value),
+            heads,
             world.sequence_size - 1,
             options.attention or world.strategy.attention,
             world.strategy.heads_parallel,
