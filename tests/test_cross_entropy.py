@@ -300,7 +300,9 @@ def check_uneven(mesh, length, rows):
         ((1, 2), LENGTH, 2 * BATCH),
         pytest.param((1, 4), LENGTH, 2 * BATCH, marks=pytest.mark.extra),
         pytest.param((1, 4), 7, 2 * BATCH, marks=pytest.mark.extra),
-        pytest.param((1, 4), 3, 2 * BATCH, marks=extra_on("tensorflow")),
+        pytest.param(
+            *((1, 4), 3, 2 * BATCH), marks=extra_on("jax", "tensorflow")
+        ),
         # In the last batch half of the devices have nothing.
         pytest.param((2, 2), 7, BATCH + 1, marks=extra_on("tensorflow")),
     ],

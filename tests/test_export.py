@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import keras_ring
+from tests.thinning import extra_on
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BACKEND = keras.backend.backend()
@@ -106,8 +107,13 @@ def test_an_exported_program_of_a_fixed_length(model, tmp_path):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="a program of TensorFlow")
-def test_a_saved_model(model, tmp_path):
+@pytest.mark.parametrize(
+    # JAX loads all of TensorFlow for it.
+    "kind",
+    [pytest.param("tf_saved_model", marks=extra_on("jax"))],
+)
+def test_a_saved_model(model, tmp_path, kind):
     tensorflow = pytest.importorskip("tensorflow")
-    model.export(tmp_path / "model", "tf_saved_model", verbose=False)
+    model.export(tmp_path / "model", kind, verbose=False)
     program = tensorflow.saved_model.load(str(tmp_path / "model"))
     check(lambda tokens: program.serve(tokens).numpy(), model)

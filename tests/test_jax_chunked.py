@@ -43,7 +43,9 @@ def compiled_step(size, remat):
         return step.lower(state, placed).compile()
 
 
-@pytest.mark.parametrize("remat", ["feed_forward", "block"])
+@pytest.mark.parametrize(
+    "remat", [pytest.param("feed_forward", marks=pytest.mark.extra), "block"]
+)
 def test_nothing_wide_is_longer_than_a_chunk(remat):
     text = compiled_step(4, remat).as_text()
     shapes = {

@@ -226,7 +226,9 @@ def check_files(folder, shard):
             )
 
 
-@pytest.mark.parametrize("shard", ["optimizer", "weights"])
+@pytest.mark.parametrize(
+    "shard", [pytest.param("optimizer", marks=extra_on("jax")), "weights"]
+)
 def test_files_are_whole(on_devices, tmp_path, shard):
     on_devices(2, check_files, str(tmp_path), shard)
 
