@@ -455,6 +455,61 @@ MUTATIONS = [
         "",
         *("tensorflow", "guard", ""),
     ),
+    # Sharded weights, heads on several devices.
+    Mutation(
+        "a part is cut from the wrong place",
+        "self.start = min(world.rank * self.size, self.numel)",
+        "self.start = min((world.rank ^ 1) * self.size, self.numel)",
+        *("torch", "sharded_weights", "training_is_that"),
+    ),
+    Mutation(
+        "PyTorch: norms are those of parts",
+        "return torch.sqrt(world.everyone.sum(torch.stack(squares)))",
+        "return torch.sqrt(torch.stack(squares))",
+        *("torch", "sharded_weights", "training_is_that"),
+    ),
+    Mutation(
+        "PyTorch: updated parts of weights are not sent",
+        "    weights.gather_updated(variables)\n",
+        "",
+        *("torch", "sharded_weights", "training_is_that"),
+    ),
+    Mutation(
+        "PyTorch: gathered weights are kept for the backward",
+        "return _View(source, tensor.size(), tensor.stride(), offset)",
+        "return tensor",
+        *("torch", "sharded_weights", "gathered_weights_go"),
+    ),
+    Mutation(
+        "PyTorch: an overflow is one on its part alone",
+        "gradients = weights.alike(world, gradients)",
+        "pass",
+        *("torch", "sharded_weights", "half_precision"),
+    ),
+    Mutation(
+        "JAX: weights are gathered once",
+        "return jax.checkpoint(function, policy=kept)",
+        "return function",
+        *("jax", "sharded_weights", "weights_alone_are_gathered"),
+    ),
+    Mutation(
+        "JAX: the optimizer keeps everything",
+        "layout = active.distribution.in_parts(layout, shape)",
+        "pass",
+        *("jax", "sharded_weights", "training_is_that"),
+    ),
+    Mutation(
+        "dropout by head forgets which heads a device has",
+        "world.head_index() * query.shape[2],",
+        "0,",
+        *("jax", "jax_model_axis", "ring"),
+    ),
+    Mutation(
+        "key heads are not copied for the devices that share heads",
+        "if query.shape[2] % devices or heads % devices == 0:",
+        "if True:",
+        *("jax", "jax_model_axis", "no_activation or training_is_that"),
+    ),
 ]
 
 

@@ -265,6 +265,157 @@ def check_refusals():
         where=strategy,
         callbacks=[keras.callbacks.BackupAndRestore("unused")],
     )
+    refused(
+        "TensorBoard with histogram_freq",
+        where=strategy,
+        callbacks=[keras.callbacks.TensorBoard("unused", histogram_freq=1)],
+    )
+
+    class Centred(keras.optimizers.Adam):
+        def apply(self, grads, trainable_variables=None):
+            return super().apply(
+                [g - g.mean() for g in grads], trainable_variables
+            )
+
+    for optimizer in (
+        Centred(),
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.Muon()),
+    ):
+        refused(
+            "Received: (Centred|Muon) with",
+            lambda model, used=optimizer: model.compile(used, "mse"),
+            strategy,
+        )
+
+    def differ(model):
+        rank = strategy.world.rank
+        model.set_weights([w + rank for w in model.get_weights()])
+
+    with strategy.scope():
+        model = build()
+        differ(model)
+        with pytest.raises(RuntimeError, match="weights of the model"):
+            model.fit(x, y, verbose=0)
+
+
+def orthogonal():
+    """A model with weights whose numbers do not lie in order."""
+    inputs = keras.Input((None, 6))
+    x = keras.layers.Dense(8, kernel_initializer="orthogonal")(inputs)
+    x = keras.layers.Dense(3, kernel_initializer="orthogonal")(x)
+    model = keras.Model(inputs, x)
+    model.compile(keras.optimizers.Adam(1e-2), "mse")
+    return model
+
+
+def check_what_users_do():
+    """Steps beside Keras' own, and layers beside the model."""
+    import torch
+
+    draw = np.random.default_rng(1)
+    x = draw.normal(size=(4, 8, 6)).astype("float32")
+    y = draw.normal(size=(4, 8, 3)).astype("float32")
+
+    def after(strategy, use):
+        keras.utils.set_random_seed(0)
+        with strategy.scope() if strategy else contextlib.nullcontext():
+            model = orthogonal()
+            with contextlib.ExitStack() as outside:
+                use(model, outside)
+            return model.get_weights()
+
+    def fit(model, outside):
+        del outside
+        model.fit(x, y, epochs=3, verbose=0)
+
+    def beside(model, outside):
+        """A loss by another model, whose weights nobody trains."""
+        del outside
+        flat = keras.layers.Dense(3, use_bias=False)
+        flat.build((None, None, 3))
+
+        def loss(true, predicted):
+            return keras.ops.mean((flat(true) - flat(predicted)) ** 2, -1)
+
+        model.compile(keras.optimizers.Adam(1e-2), loss)
+        model.fit(x, y, epochs=3, verbose=0)
+
+    def by_hand(model, outside):
+        """A loop outside of steps, on the whole batch."""
+        del outside
+        weights = model.trainable_weights
+        for _ in range(3):
+            model.zero_grad()
+            loss = ((model(torch.tensor(x)) - torch.tensor(y)) ** 2).mean()
+            loss.backward()
+            gradients = [v.value.grad for v in weights]
+            with torch.no_grad():
+                model.optimizer.apply(gradients, weights)
+
+    uses = (fit, beside, by_hand)
+    for use in uses:
+        want = after(None, use)
+        for shard in ("optimizer", "weights"):
+            strategy = keras_ring.DistributedStrategy(
+                sequence_parallel=2, shard=shard
+            )
+            for have, one in zip(after(strategy, use), want, strict=True):
+                np.testing.assert_allclose(
+                    have, one, atol=1e-5, err_msg=f"{use.__name__}, {shard}"
+                )
+    # Outside of the scope that the model was made in.
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        model = orthogonal()
+    by_hand(model, None)
+    for have, one in zip(
+        model.get_weights(), after(None, by_hand), strict=True
+    ):
+        np.testing.assert_allclose(have, one, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="JAX has no parts to see")
+def test_what_users_do(on_devices):
+    on_devices(2, check_what_users_do)
+
+
+def check_gathered_weights_go():
+    """Between forward and backward nobody holds a gathered weight."""
+    import torch
+
+    from keras_ring.backends.torch import weights
+
+    strategy = keras_ring.DistributedStrategy(
+        sequence_parallel=2, shard="weights"
+    )
+    seen = []
+
+    class Counts(keras.Model):
+        sequence_parallel_safe = True
+
+        def train_step(self, batch):
+            x, y = batch
+            self.zero_grad()
+            loss = self.compute_loss(x, y, self(x, training=True))
+            weights.forget()
+            seen.append(len(weights._GATHERED))
+            loss.backward()
+            used = self.trainable_weights
+            with torch.no_grad():
+                self.optimizer.apply([v.value.grad for v in used], used)
+            return {"loss": loss}
+
+    with strategy.scope():
+        model = build(model=Counts)
+        x, y = data()
+        model.fit(x, y, batch_size=4, verbose=0)
+    assert seen == [0, 0]
+    assert not weights._GATHERED
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="JAX's are seen in programs")
+def test_gathered_weights_go(on_devices):
+    on_devices(2, check_gathered_weights_go)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="JAX takes all of these")

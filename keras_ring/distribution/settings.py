@@ -77,6 +77,11 @@ class Settings:
             )
         if self.layout_map is None:
             return
+        if backend != "jax":
+            raise NotImplementedError(
+                "`layout_map` is for the model axis, which is JAX's. Received: "
+                f"a layout_map on the backend {backend!r}. {_INSTEAD[backend]}"
+            )
         if self.model_parallel == 1:
             raise ValueError(
                 "`layout_map` says how devices of the model axis share "
@@ -85,16 +90,6 @@ class Settings:
             )
         if callable(self.layout_map):
             return
-        if not isinstance(self.layout_map, Mapping):
-            raise ValueError(
-                "`layout_map` must be a dictionary of axes by regular "
-                "expressions of variable paths, a keras.distribution."
-                "LayoutMap, or a function of a keras.distribution.DeviceMesh "
-                "that returns one, such as a KerasHub backbone's "
-                "get_layout_map. Received: layout_map="
-                f"{arguments.shown(self.layout_map)}. Pass one of these, or "
-                "None for the rules of keras_ring's layers."
-            )
         # Not the mapping itself, which may change.
         self._keep("layout_map", checked_rules(self.layout_map))
 
@@ -218,6 +213,15 @@ def checked_rules(rules: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
         ValueError: for a pattern that is none, and for other axes than those
             of a mesh.
     """
+    if not isinstance(rules, Mapping):
+        raise ValueError(
+            "`layout_map` must be a dictionary of axes by regular expressions "
+            "of variable paths, a keras.distribution.LayoutMap, or a function "
+            "of a keras.distribution.DeviceMesh that returns one, such as a "
+            "KerasHub backbone's get_layout_map. Received: layout_map="
+            f"{arguments.shown(rules)}. Pass one of these, or None for the "
+            "rules of keras_ring's layers."
+        )
     found = []
     for pattern, layout in rules.items():
         axes = getattr(layout, "axes", layout)
@@ -230,11 +234,12 @@ def checked_rules(rules: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
                 "whole paths of variables."
             ) from error
         if not isinstance(axes, (tuple, list)) or not all(
-            axis is None or axis in AXES for axis in axes
+            axis is None or (axis in AXES and axes.count(axis) == 1)
+            for axis in axes
         ):
             raise ValueError(
                 "`layout_map` must have a tuple as value, of None or an axis "
-                f"of {AXES} for each axis of a weight. Received: "
+                f"of {AXES}, each once, for each axis of a weight. Received: "
                 f"{arguments.shown(axes)} for {pattern!r}. Write "
                 "(None, 'model') to share the columns of a matrix."
             )

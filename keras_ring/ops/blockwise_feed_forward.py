@@ -91,16 +91,23 @@ def blockwise_feed_forward(
     activate: Any = keras.activations.get(activation)
     dtype = keras.backend.standardize_dtype(inputs.dtype)
 
+    # The function lives until the backward, and must not hold the weights.
+    names, gated, by_position = (
+        list(given),
+        gate_kernel is not None,
+        dropout > 0,
+    )
+
     def function(chunk: Tensor, *others: Tensor) -> tuple[Tensor]:
-        positions, others = others[: len(places)], others[len(places) :]
-        named = dict(zip(given, others, strict=False))
+        positions, others = others[:by_position], others[by_position:]
+        named = dict(zip(names, others, strict=False))
         hidden = _dense(chunk, named, "up")
-        if gate_kernel is None:
+        if not gated:
             hidden = activate(hidden)
         else:
             hidden = activate(_dense(chunk, named, "gate")) * hidden
         if positions:
-            seed, rows = others[len(given) :]
+            seed, rows = others[len(names) :]
             rows = rows[:, None, None]
             at = positions[0][..., None]
             hidden = dropped(hidden, seed, rows, at, dropout)

@@ -24,7 +24,7 @@ RULES: tuple[tuple[str, Axes], ...] = (
     (r"(up|gate)/bias", (MODEL,)),
     (r"down/kernel", (MODEL, None)),
     # Not along the features: full-length activations would be gathered.
-    (r"embedding(_\d+)?/embeddings", (MODEL, None)),
+    (r"(token_)?embedding(_\d+)?/embeddings", (MODEL, None)),
     (r"language_model_head(_\d+)?/kernel", (None, MODEL)),
     (r"language_model_head(_\d+)?/bias", (MODEL,)),
 )
@@ -55,10 +55,18 @@ class Rules:
         """
         if self.size == 1:
             return None
-        for pattern, axes in self.given:
-            if re.fullmatch(pattern, path):
-                self._check(pattern, axes, path, shape)
-                return axes
+        own = dict(self.given)
+        fitting = [path] if path in own else []
+        fitting = fitting or [p for p in own if re.fullmatch(p, path)]
+        if len(fitting) > 1:
+            raise ValueError(
+                "A variable must fit one rule of `layout_map` at most. "
+                f"Received: the patterns {fitting} for {path!r}. Make them "
+                "exclude one another."
+            )
+        for pattern in fitting:
+            self._check(pattern, own[pattern], path, shape)
+            return own[pattern]
         for pattern, axes in RULES:
             if len(axes) == len(shape) and re.search(f"(^|/){pattern}$", path):
                 place = axes.index(MODEL)

@@ -32,10 +32,12 @@ def prepare(world: Any, model: Any) -> None:
         ValueError: for a model that lies on other devices.
     """
     devices = set(world.mesh.devices.flat)
+    optimizer = getattr(model, "optimizer", None)
+    slots = {id(v) for v in getattr(optimizer, "variables", ())}
     for variable in compiled_variables(model):
         # Made outside the scope: an optimizer, a metric.
         if set(variable.value.sharding.device_set) != devices:
-            _take_over(world, variable)
+            _take_over(world, variable, id(variable) in slots)
     for variable in model.variables:
         if set(variable.value.sharding.device_set) != devices:
             raise ValueError(
@@ -61,9 +63,13 @@ def recover(model: Any) -> None:
             variable._value = value
 
 
-def _take_over(world: Any, variable: Any) -> None:
-    """Lay a variable out on the mesh, and whatever it is assigned."""
-    variable._layout = world.distribution.get_variable_layout(variable)
+def _take_over(world: Any, variable: Any, slot: bool) -> None:
+    """Lay a variable out on the mesh, and whatever it is assigned; in parts if
+    it is a slot of an optimizer, where these are shared."""
+    layout = world.distribution.get_variable_layout(variable)
+    if slot and world.strategy.shard != "none":
+        layout = world.distribution.in_parts(layout, variable.shape)
+    variable._layout = layout
     variable.assign(variable.value)
 
 

@@ -78,6 +78,20 @@ def _check_saves(world: Member, callbacks: Sequence[Any]) -> None:
     """Refuse callbacks that save on rank 0 what processes share."""
     for callback in callbacks:
         name = type(callback).__name__
+        if isinstance(callback, keras.callbacks.TensorBoard):
+            given = [
+                option
+                for option in ("histogram_freq", "write_images")
+                if getattr(callback, option, 0)
+            ]
+            given += ["embeddings_freq"] * bool(callback.embeddings_freq)
+            if given:
+                raise ValueError(
+                    "On PyTorch TensorBoard runs on rank 0, which cannot read "
+                    "weights that processes share alone. Received: "
+                    f"TensorBoard with {', '.join(given)}, and shard="
+                    f"{world.strategy.shard!r}. Leave these out."
+                )
         if isinstance(callback, keras.callbacks.BackupAndRestore) or (
             name == "OrbaxCheckpoint"
         ):

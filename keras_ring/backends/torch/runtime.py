@@ -20,7 +20,7 @@ import torch
 from keras import tree
 
 from keras_ring.attention import selection
-from keras_ring.backends.torch import trainer
+from keras_ring.backends.torch import trainer, weights
 from keras_ring.backends.torch.member import Member
 from keras_ring.backends.torch.processes import agreement, groups
 from keras_ring.backends.torch.training import Step
@@ -87,8 +87,13 @@ class World(Member):
     def stepping(self) -> Iterator[None]:
         """Code in here sees shards."""
         self._depth += 1
+        again: contextlib.AbstractContextManager[None]
+        again = contextlib.nullcontext()
+        if self._depth == 1 and weights.shared(self, "weights"):
+            again = weights.gathering_again()
         try:
-            yield
+            with again:
+                yield
         finally:
             self._depth -= 1
 

@@ -31,6 +31,7 @@ def check(world: Member, model: Any) -> None:
     if not weights.shared(world, "optimizer"):
         return
     shard = world.strategy.shard
+    in_backward()  # Refuses a release without it.
     for variable in model.trainable_variables:
         part = weights.part_of(variable)
         if part is None and shard == "weights":
@@ -49,14 +50,15 @@ def check_optimizer(
     optimizer: Any, shard: str, variables: Sequence[Any]
 ) -> None:
     """Refuse an optimizer that cannot work on parts, see `check`."""
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
     names = ", ".join(weights.BY_ELEMENT)
-    if not _by_element(inner):
+    if not _by_element(optimizer):
         raise ValueError(
             "On PyTorch processes can share what an optimizer keeps where it "
             "updates each number of a weight by that number's gradient alone. "
-            f"Received: {type(inner).__name__} with shard={shard!r}. Use one "
-            f'of {names}, the backend JAX, or shard="none".'
+            f"Received: {type(optimizer).__name__} with shard={shard!r}. Use "
+            f'one of {names}, the backend JAX, or shard="none".'
         )
     for variable in variables:
         if variable.constraint is not None:
@@ -69,7 +71,7 @@ def check_optimizer(
             )
     if optimizer.built and any(
         len(slot.shape) and weights.part_of(slot) is None
-        for slot in inner.variables
+        for slot in optimizer.variables
     ):
         raise ValueError(
             "An optimizer whose state is shared must be built inside the "
@@ -79,13 +81,31 @@ def check_optimizer(
         )
 
 
+# Methods of an optimizer that see gradients, or weights with them.
+_UPDATES = (
+    *("apply", "apply_gradients", "update_step", "_clip_gradients"),
+    *("_apply_weight_decay", "_backend_apply_gradients"),
+    "_backend_update_step",
+)
+
+
 def _by_element(optimizer: Any) -> bool:
     """True for Keras' own optimizers of `weights.BY_ELEMENT`, and for classes
     made of them that have no update of their own."""
-    step = getattr(type(optimizer), "update_step", None)
-    return any(
-        getattr(getattr(keras.optimizers, name, None), "update_step", 0) is step
-        for name in weights.BY_ELEMENT
+    kind = type(optimizer)
+    base = next(
+        (c for c in kind.__mro__ if c.__name__ in vars(keras.optimizers)),
+        None,
+    )
+    return (
+        base is not None
+        and base.__name__ in weights.BY_ELEMENT
+        and base.__module__.partition(".")[0] == "keras"
+        and all(
+            getattr(kind, name).__module__.partition(".")[0] == "keras"
+            for name in _UPDATES
+            if hasattr(kind, name)
+        )
     )
 
 
@@ -116,6 +136,30 @@ def apply(
             variable._value.grad = None
     weights.gather_updated(variables)
     return result
+
+
+@functools.cache
+def _graph_task() -> Callable[[], int]:
+    """Function that gives the number of the backward that runs, or -1.
+
+    Raises:
+        NotImplementedError: for a release of PyTorch that has none.
+    """
+    found = getattr(torch._C, "_current_graph_task_id", None)
+    if found is None:
+        raise NotImplementedError(
+            "This release of PyTorch does not say whether a backward runs, "
+            "which weights in parts need. Received: torch "
+            f'{torch.__version__}. Use PyTorch 2.13, or shard="none".'
+        )
+    task: Callable[[], int] = found
+    return task
+
+
+def in_backward() -> bool:
+    """True while gradients are computed, when a block that is computed again
+    may read a weight that has some already."""
+    return _graph_task()() != -1
 
 
 def targets() -> list[tuple[Any, str, Callable[..., Any]]]:
@@ -157,9 +201,9 @@ def install_properties() -> None:
         if part.keeps_whole:
             return found
         own = self._value
-        if own.grad is not None and not _in_backward():
+        if own.grad is not None and not in_backward():
             # After a backward, whose gradients somebody asks for.
-            if training.keeps_parts(part.world):
+            if training.keeps_part(part.world, self):
                 return own
             return weights.with_gradient(part, own)
         return weights.gathered(part, own, found.dtype)
@@ -170,8 +214,6 @@ def install_properties() -> None:
             return original(self)
         return (part.stop - part.start,)
 
-    # Where it is missing Keras' trainer is not known either.
-    torch._C._current_graph_task_id()
     for name, read in (("value", value), ("shape", shape)):
         owner = defining(keras.Variable, name)
         known: Any = vars(owner)[name]
@@ -180,12 +222,6 @@ def install_properties() -> None:
                 functools.partial(read, known.fget)
             )
             setattr(owner, name, known.getter(mark(wrapper)))
-
-
-def _in_backward() -> bool:
-    """True while gradients are computed, when a block that is computed again
-    may read a weight that has some already."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _initialize(
@@ -197,12 +233,17 @@ def _initialize(
         original(self, *args, **kwargs)
         world = current()
         if (
-            world is not None
-            and weights.shared(world, "weights")
-            and self.trainable
-            and not weights.reads_parts()
-            and not self._value.is_meta
+            world is None
+            or not weights.shared(world, "weights")
+            or not self.trainable
+            or weights.reads_parts()
+            or self._value.is_meta
         ):
+            return
+        if args and isinstance(args[0], torch.nn.Parameter):
+            # That of a module of PyTorch's, which computes with it.
+            weights.keep_whole(self, world)
+        else:
             weights.keep_part(self, world)
 
     return initialize
@@ -219,6 +260,7 @@ def _assign(
         if part is None or (part.keeps_whole and not weights.reads_parts()):
             return original(self, value)
         if not weights.reads_parts():
+            part.remember(value)
             value = part.cut(value)
         with torch.no_grad():
             return weights.flat(self, part).copy_(value)
@@ -272,9 +314,13 @@ def _clip_gradients(
             return original(self, grads)
         present = [g for g in grads if g is not None]
         found = weights.norms(world, present)
+        factor = limit / torch.clamp(found, min=limit)
         if not self.clipnorm:
-            found = torch.linalg.vector_norm(found).expand(len(present))
-        factors = iter(limit / torch.clamp(found, min=limit))
+            norm = torch.linalg.vector_norm(found)
+            # No number where the norm is none, as in Keras.
+            factor = limit / torch.clamp(norm, min=limit) + (norm - norm)
+            factor = factor.expand(len(present))
+        factors = iter(factor)
         return [
             None if g is None else g * next(factors).to(g.dtype) for g in grads
         ]

@@ -255,26 +255,35 @@ def _apply(
 
     def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
         world = current()
-        shares = weights.shared(world, "optimizer")
-        if world is None or not (shares or (world.size > 1 and world.inside())):
-            return original(self, grads, trainable_variables)
         if trainable_variables is not None:
             # It may be gone through once only.
             trainable_variables = list(trainable_variables)
+        if world is None:
+            owner = _owner(trainable_variables or self._trainable_variables)
+            if owner is None:
+                return original(self, grads, trainable_variables)
+            with owner.scope():
+                return apply(self, grads, trainable_variables)
+        shares = weights.shared(world, "optimizer")
+        if not shares and (world.size == 1 or not world.inside()):
+            return original(self, grads, trainable_variables)
         # Optimizers nest: what was averaged is not averaged again.
         with world.applying() as outermost:
             if not outermost:
                 return original(self, grads, trainable_variables)
-            variables = trainable_variables or self._trainable_variables
-            if shares and not self.built:
-                self.build(variables)
-            grads, variables = list(grads), list(variables)
+            variables = list(trainable_variables or self._trainable_variables)
+            if shares:
+                shard = world.strategy.shard
+                shared_variables.check_optimizer(self, shard, variables)
+                if not self.built:
+                    self.build(variables)
+            grads = list(grads)
             if world.inside():
                 grads = training.reduced_gradients(
                     world, grads, variables, scales_losses(self)
                 )
             else:
-                # Shares something: of whole gradients, the same on everyone.
+                # Of the whole batch, the same on each process.
                 grads = training.own_parts(grads, variables)
             if not shares:
                 return original(self, grads, trainable_variables)
@@ -283,10 +292,17 @@ def _apply(
                 lambda own: original(self, own, trainable_variables),
                 grads,
                 variables,
-                scales_losses(self),
+                # It leaves a step out where a gradient is not finite.
+                isinstance(self, keras.optimizers.LossScaleOptimizer),
             )
 
     return apply
+
+
+def _owner(variables: Any) -> Member | None:
+    """The world whose processes share weights, outside of its scope."""
+    parts = map(weights.part_of, variables)
+    return next((part.world for part in parts if part is not None), None)
 
 
 def _scale_loss(

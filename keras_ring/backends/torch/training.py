@@ -59,6 +59,8 @@ class Step(step.Step):
             sums_metrics=model is not None,
         )
         self.results_read = False
+        # Identities of the weights that it trains, when they are asked for.
+        self.trained: set[int] | None = None
         # By the identity of a metric's variable: what it was before the step,
         # of those that count this step alone; and those that know it all.
         self._before: dict[int, tuple[Any, torch.Tensor]] = {}
@@ -207,20 +209,34 @@ def reduced_gradients(
     present = [g is not None for g in gradients]
     world.agreement.check_gradients(present, variables)
     count = 1 if summed else world.size
-    if weights.shared(world, "weights"):
-        if keeps_parts(world):
-            # The backward has added them up.
-            return [None if g is None else g / count for g in gradients]
-        scale = world.size / count  # What a step of the user's saw are means.
-        return [
-            None if g is None else g * scale
-            for g in own_parts(gradients, variables)
-        ]
-    sums = iter(_summed(world, [g for g in gradients if g is not None]))
-    means = [next(sums) / count if p else None for p in present]
-    if weights.shared(world, "optimizer"):
-        return own_parts(means, variables)
-    return means
+    pairs = list(zip(gradients, map(weights.part_of, variables), strict=True))
+    everyones = iter(
+        _summed(
+            world,
+            [g for g, part in pairs if g is not None and _is_whole(part)],
+        )
+    )
+
+    def mean(gradient: Any, part: Any, variable: Any) -> Any:
+        if gradient is None:
+            return None
+        if _is_whole(part):
+            gradient = next(everyones) / count
+            return gradient if part is None else part.cut(gradient)
+        if keeps_part(world, variable):
+            return gradient / count  # The backward has added them up.
+        # What a step of the user's saw are means.
+        return part.cut(gradient) * (world.size / count)
+
+    return [
+        mean(*pair, variable)
+        for pair, variable in zip(pairs, variables, strict=True)
+    ]
+
+
+def _is_whole(part: Any) -> bool:
+    """True for a weight of which each process has a gradient of its own."""
+    return part is None or part.keeps_whole
 
 
 def own_parts(gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
@@ -233,13 +249,31 @@ def own_parts(gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
     ]
 
 
-def keeps_parts(world: Member) -> bool:
-    """True in a step of Keras' own, which does nothing with gradients but
-    apply them: there parts of them are enough."""
-    own: Any = getattr(world.step, "model", None)
-    return own is not None and (
-        getattr(type(own), "train_step", None) is keras.Model.train_step
+def keeps_part(world: Member, variable: Any) -> bool:
+    """True for a weight in a step of Keras' own, which does nothing with its
+    gradient but apply it: there this process' part of that is enough."""
+    running: Any = world.step
+    if running is None or not _steps_of_keras(running.model):
+        return False
+    if running.trained is None:
+        running.trained = {id(v) for v in running.model.trainable_variables}
+    return id(variable) in running.trained
+
+
+def _steps_of_keras(model: Any) -> bool:
+    return model is not None and (
+        getattr(type(model), "train_step", None) is keras.Model.train_step
     )
+
+
+def _forget_gradients(model: Any) -> None:
+    """Before a step of Keras' own: of one that ended with an error parts of
+    gradients may be left, after which weights would be read as parts."""
+    if _steps_of_keras(model):
+        for variable in model.trainable_variables:
+            part = weights.part_of(variable)
+            if part is not None and not part.keeps_whole:
+                variable._value.grad = None
 
 
 def run_step(
@@ -254,15 +288,11 @@ def run_step(
     previous, world.step = world.step, own
     own.start_metrics()
     try:
-        again: contextlib.AbstractContextManager[Any]
-        again = contextlib.nullcontext()
-        if weights.shared(world, "weights"):
-            again = weights.gathering_again()
+        _forget_gradients(model)
         with (
             world.stepping(),
             step.run(own),
             world.agreement.own_seeds(model),
-            again,
         ):
             logs = function([own.local])
         return own.finish(logs)

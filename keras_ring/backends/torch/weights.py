@@ -14,6 +14,7 @@ know nothing of its shape.
 
 import contextlib
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -23,14 +24,17 @@ import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from keras_ring.backends.torch.member import Member
+from keras_ring.backends.torch.processes import groups
 
 # Optimizers whose update of a number follows from its own gradient alone.
 BY_ELEMENT = (
     *("SGD", "RMSprop", "Adam", "AdamW", "Adamax", "Nadam", "Adagrad"),
-    *("Adadelta", "Lion", "Ftrl", "LossScaleOptimizer"),
+    *("Adadelta", "Lion", "Ftrl"),
 )
 # Numbers that are gathered in one transfer after an update.
 BUCKET = 1 << 24
+# Numbers of a value that are compared between processes.
+SAMPLE = 4096
 
 _PART = "_keras_ring_part"
 _READS_PARTS: ContextVar[bool] = ContextVar(
@@ -51,6 +55,7 @@ class Part:
         keeps_whole: whether the process has the whole variable as well, as it
             does with the weights of `shard="optimizer"`.
         start, stop: of the part in the flattened variable.
+        digest: of the whole values that it was given; the same on everyone.
     """
 
     def __init__(
@@ -64,10 +69,19 @@ class Part:
         self.size = -(-self.numel // world.size)
         self.start = min(world.rank * self.size, self.numel)
         self.stop = min(self.start + self.size, self.numel)
+        self.digest = 0
 
     def cut(self, tensor: torch.Tensor) -> torch.Tensor:
         """This process' part of a whole tensor, a view if that can be."""
         return tensor.detach().reshape(-1)[self.start : self.stop]
+
+    def remember(self, whole: Any) -> None:
+        """Take note of a value that this process' part is cut from."""
+        flat = torch.as_tensor(whole).detach().reshape(-1)
+        sample = flat[:: max(flat.numel() // SAMPLE, 1)].to(
+            "cpu", torch.float64
+        )
+        self.digest = zlib.crc32(sample.numpy().tobytes(), self.digest)
 
     def padded(self, part: torch.Tensor) -> torch.Tensor:
         """A part in the size of all parts."""
@@ -111,20 +125,26 @@ def keep_part(variable: Any, world: Member) -> None:
     """Keep this process' part of a new variable, of the value that it has on
     rank 0. Every process makes the same variables in the same order."""
     parameter = variable._value
-    whole = parameter.detach().contiguous()
+    # NCCL sends from GPUs only.
+    device = groups.keras_device()
+    whole = parameter.detach().to(device).contiguous()
     everyone: Any = world.everyone
     with everyone.reporting:
         dist.broadcast(whole, src=0, group=everyone.group)
     part = Part(world, whole.shape)
     vars(variable)[_PART] = part
     variable._value = torch.nn.Parameter(
-        part.cut(whole).clone(), requires_grad=parameter.requires_grad
+        part.cut(whole).clone().to(parameter.device),
+        requires_grad=parameter.requires_grad,
     )
 
 
 def keep_whole(variable: Any, world: Member) -> None:
     """Let this process update its part of a variable that it keeps whole."""
     if part_of(variable) is None:
+        value = variable._value
+        # So that a part is a view, which can be changed in place.
+        value.data = value.data.contiguous()
         vars(variable)[_PART] = Part(world, variable.shape, keeps_whole=True)
 
 
@@ -133,7 +153,7 @@ def keep_slot(slot: Any, weight: Any) -> None:
     part = part_of(weight)
     if part is not None:
         vars(slot)[_PART] = Part(part.world, part.shape)
-        slot._shape = part.shape
+        slot._shape, slot._ndim = part.shape, len(part.shape)
 
 
 @contextlib.contextmanager
@@ -170,7 +190,9 @@ def reads_values() -> bool:
 def flat(variable: Any, part: Part) -> torch.Tensor:
     """A part's values, which can be changed in place."""
     value: torch.Tensor = variable._value
-    return part.cut(value) if part.keeps_whole else value
+    if not part.keeps_whole:
+        return value
+    return value.detach().view(-1)[part.start : part.stop]
 
 
 def gathered(
@@ -237,16 +259,26 @@ class _View(NamedTuple):
 _GATHERED: dict[StorageWeakRef, _Source] = {}
 
 
-def _remember(whole: torch.Tensor, source: _Source) -> None:
+def forget() -> None:
+    """Let go of the parts of weights that nobody holds whole."""
     for known in [known for known in _GATHERED if known.expired()]:
         del _GATHERED[known]
+
+
+def _remember(whole: torch.Tensor, source: _Source) -> None:
+    forget()
     _GATHERED[StorageWeakRef(whole.untyped_storage())] = source
 
 
-def gathering_again() -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def gathering_again() -> Iterator[None]:
     """Inside, PyTorch keeps no gathered weight for the backward, which gathers
     it again."""
-    return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+            yield
+    finally:
+        forget()
 
 
 def _pack(tensor: torch.Tensor) -> Any:

@@ -84,16 +84,17 @@ class Agreement:
         if self._check_weights and model not in self._known:
             self.broadcast(model)
             self._known.add(model)
-            self._check_weights = False
+            # Parts are not sent: they must be of the same values.
+            self._check_weights = weights.shared(self.world, "weights")
         if self._check_data or self._check_weights:
             digests = (
                 _data_digest(batch) if self._check_data else "",
                 _weights_digest(model) if self._check_weights else "",
             )
             self._check_data = self._check_weights = False
-            data, weights = zip(*self.from_all(digests), strict=True)
+            data, values = zip(*self.from_all(digests), strict=True)
             _compare(
-                weights,
+                values,
                 f"The weights of the model {model.name!r} differ between the "
                 "processes",
                 "Change weights on every rank alike (load_weights, "
@@ -264,7 +265,9 @@ def _weights_digest(model: Any) -> str:
     ):
         part = weights.part_of(variable)
         if part is not None and not part.keeps_whole:
-            continue  # No other process has the same.
+            # No other process has the same, but of the same values.
+            digest.update(str(part.digest).encode())
+            continue
         flat = variable.value.detach().reshape(-1)
         sample = flat[:: max(flat.numel() // SAMPLE, 1)]
         digest.update(str(tuple(variable.shape)).encode())
