@@ -315,8 +315,8 @@ MUTATIONS = [
     # Training.
     Mutation(
         "PyTorch: gradients are summed",
-        "return [next(sums) / count if p else None for p in present]",
-        "return [next(sums) if p else None for p in present]",
+        "gradient = next(everyones) / count",
+        "gradient = next(everyones)",
         *("torch", "training", "smaller_last_batch"),
     ),
     Mutation(
