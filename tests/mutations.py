@@ -484,7 +484,7 @@ MUTATIONS = [
         "PyTorch: an overflow is one on its part alone",
         "gradients = weights.alike(world, gradients)",
         "pass",
-        *("torch", "sharded_weights", "half_precision"),
+        *("torch", "sharded_weights", "what_users_do"),
     ),
     Mutation(
         "JAX: weights are gathered once",
@@ -508,7 +508,7 @@ MUTATIONS = [
         "key heads are not copied for the devices that share heads",
         "if query.shape[2] % devices or heads % devices == 0:",
         "if True:",
-        *("jax", "jax_model_axis", "no_activation or training_is_that"),
+        *("jax", "jax_model_axis", "no_activation"),
     ),
 ]
 

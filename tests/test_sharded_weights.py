@@ -363,6 +363,23 @@ def check_what_users_do():
                 np.testing.assert_allclose(
                     have, one, atol=1e-5, err_msg=f"{use.__name__}, {shard}"
                 )
+    # An overflow in one place is one in all parts of it.
+    with strategy.scope():
+        layer = keras.layers.Dense(4, use_bias=False)
+        layer.build((None, 3))
+        before = np.array(layer.kernel)
+        optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())
+        gradient = torch.ones(3, 4)
+        for place in ((0, 0), (2, 3)):
+            overflown = gradient.clone()
+            overflown[place] = torch.inf
+            with torch.no_grad():
+                optimizer.apply([overflown], [layer.kernel])
+            np.testing.assert_array_equal(np.array(layer.kernel), before)
+        assert float(optimizer.dynamic_scale.value) == 2.0**13
+        with torch.no_grad():
+            optimizer.apply([gradient], [layer.kernel])
+        assert (np.array(layer.kernel) < before).all()
     # Outside of the scope that the model was made in.
     with strategy.scope():
         keras.utils.set_random_seed(0)
