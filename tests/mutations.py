@@ -487,12 +487,6 @@ MUTATIONS = [
         *("torch", "sharded_weights", "what_users_do"),
     ),
     Mutation(
-        "JAX: weights are gathered once",
-        "return jax.checkpoint(function, policy=kept)",
-        "return function",
-        *("jax", "sharded_weights", "weights_alone_are_gathered"),
-    ),
-    Mutation(
         "JAX: the optimizer keeps everything",
         "layout = active.distribution.in_parts(layout, shape)",
         "pass",

@@ -100,12 +100,10 @@ def install(current: Current) -> None:
         optimizer = keras.optimizers.Optimizer
         wrappers: list[tuple[Any, str, Any]] = [
             (trainer, "_distribute_data", _distribute_data),
-            *(
-                (defining(keras.Model, name), name, wrap)
-                for name, wrap in (
-                    ("_get_jax_state", _get_jax_state),
-                    ("compute_loss_and_updates", _compute_loss),
-                )
+            (
+                defining(keras.Model, "_get_jax_state"),
+                "_get_jax_state",
+                _get_jax_state,
             ),
             *(
                 (defining(optimizer, name), name, wrap)
@@ -187,21 +185,6 @@ def _install_value(current: Current) -> None:
         return weights.gathered(found, sharding)
 
     owner.value = original.getter(mark(value))
-
-
-def _compute_loss(current: Current, compute: Function) -> Function:
-    """Gather weights once more for the gradient of a loss."""
-
-    def compute_loss_and_updates(
-        self: Any, *args: Any, training: bool = False, **kwargs: Any
-    ) -> Any:
-        active = current()
-        run = functools.partial(compute, self, training=training)
-        if not training or active is None or not active.gathers_weights:
-            return run(*args, **kwargs)
-        return weights.gathered_again(run)(*args, **kwargs)
-
-    return compute_loss_and_updates
 
 
 def _add_variable(current: Current, add: Function) -> Function:

@@ -9,22 +9,18 @@ the optimizer keeps alone.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 # Devices that share weights, and the parts of them that may do so where all
 # of them cannot split any axis of a weight.
 Axes = tuple[str, ...]
 
-_NAME = "keras_ring_gathered_weight"
-# What lies between a part of a weight and the whole one in a program.
-_GATHERS = ("sharding_constraint", "name")
 _IN_PARTS: ContextVar[bool] = ContextVar("keras_ring_in_parts", default=False)
 
 
@@ -132,23 +128,7 @@ _differentiable.defvjp(_forward, _backward)
 def _whole(value: jax.Array, sharding: NamedSharding) -> jax.Array:
     # The parts first: or the compiler may take the parts from the whole.
     value = jax.lax.with_sharding_constraint(value, sharding)
-    whole = jax.lax.with_sharding_constraint(value, without_sharing(sharding))
-    return checkpoint_name(whole, _NAME)
-
-
-def gathered_again(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose gradient gathers weights again, so that between its
-    forward and its backward they are in parts. All else is kept.
-
-    Args:
-        function: of nested arrays.
-    """
-
-    def kept(primitive: Any, *values: Any, **parameters: Any) -> bool:
-        del values, parameters
-        return primitive.name not in _GATHERS
-
-    return jax.checkpoint(function, policy=kept)
+    return jax.lax.with_sharding_constraint(value, without_sharing(sharding))
 
 
 @contextlib.contextmanager
