@@ -323,13 +323,13 @@ MUTATIONS = [
         "TensorFlow: gradients are summed",
         "operations.SUM if summed else operations.MEAN,",
         "operations.SUM,",
-        *("tensorflow", "training", "smaller_last_batch"),
+        *("tensorflow", "global_counts own_losses", "several or both-padded"),
     ),
     Mutation(
         "TensorFlow: replicas of a ring get their parts in another order",
         "world.layout.index(replica, axis) for axis in (BATCH, SEQUENCE)",
         "world.layout.index(replica, axis) for axis in (SEQUENCE, BATCH)",
-        *("tensorflow", "training", "smaller_last_batch"),
+        *("tensorflow", "global_counts own_losses", "several or both-padded"),
     ),
     Mutation(
         "PyTorch: a loss is a mean of the processes' means",
@@ -341,7 +341,7 @@ MUTATIONS = [
         "TensorFlow: a loss is a mean of the replicas' means",
         "total = self.everyones_sum(counted)",
         "total = counted * self.devices",
-        *("tensorflow", "global_counts", "masked"),
+        *("tensorflow", "global_counts own_losses", "several or both-padded"),
     ),
     Mutation(
         "padded parts weigh as much as others",
