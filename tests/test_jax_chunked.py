@@ -2,7 +2,6 @@
 
 import re
 
-import jax
 import keras
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import pytest
 import keras_ring
 from keras_ring.layers import LanguageModelHead, RingTransformerBlock
 from keras_ring.losses import ChunkedCrossEntropy
+from tests import jax_programs
 
 # Sizes that stand for nothing else in the model.
 CHUNK, HIDDEN, CLASSES, WIDTH = 13, 92, 74, 16
@@ -30,17 +30,7 @@ def compiled_step(size, remat):
         model = keras.Model(tokens, head(x))
         model.compile("sgd", ChunkedCrossEntropy(head, chunk_size=CHUNK))
         batch = np.zeros((1, LENGTH), "int32")
-        model.train_on_batch(batch, batch)
-        state = (
-            [v.value for v in model.trainable_variables],
-            [v.value for v in model.non_trainable_variables],
-            [v.value for v in model.optimizer.variables],
-            [v.value for v in model.metrics_variables],
-        )
-        strategy.world.model = model
-        placed = strategy.world.place_batch((batch, batch))
-        step = jax.jit(model.train_step, donate_argnums=0)
-        return step.lower(state, placed).compile()
+        return jax_programs.train_step(strategy, model, (batch, batch))
 
 
 @pytest.mark.parametrize(

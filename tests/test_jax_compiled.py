@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import keras_ring
+from tests import jax_programs
 
 DEVICES = 8
 CHUNK = 52
@@ -38,17 +39,7 @@ def compiled_step(attention, data=1, heads=2, key_heads=2):
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
         batch = np.zeros((2 * data, LENGTH), "int32")
-        model.train_on_batch(batch, batch)
-        state = (
-            [v.value for v in model.trainable_variables],
-            [v.value for v in model.non_trainable_variables],
-            [v.value for v in model.optimizer.variables],
-            [v.value for v in model.metrics_variables],
-        )
-        strategy.world.model = model
-        placed = strategy.world.place_batch((batch, batch))
-        step = jax.jit(model.train_step, donate_argnums=0)
-        return step.lower(state, placed).compile()
+        return jax_programs.train_step(strategy, model, (batch, batch))
 
 
 def full_length_shapes(text):

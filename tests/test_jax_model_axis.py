@@ -3,7 +3,6 @@
 import contextlib
 import re
 
-import jax
 import keras
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import pytest
 import keras_ring
 from keras_ring.backends.jax.layouts import Rules
 from keras_ring.distribution.mesh import Mesh
+from tests import jax_programs
 from tests.test_sharded_weights import held
 
 VOCABULARY, WIDTH, LENGTH = 32, 16, 18
@@ -101,23 +101,8 @@ def test_no_activation_is_gathered():
         # One key head, of which each device has a copy.
         model = build(rotary=True, num_key_value_heads=1)
         batch = np.zeros((4, length), "int32")
-        model.train_on_batch(batch, batch)
-        state = tuple(
-            [v.value for v in variables]
-            for variables in (
-                model.trainable_variables,
-                model.non_trainable_variables,
-                model.optimizer.variables,
-                model.metrics_variables,
-            )
-        )
-        strategy.world.model = model
-        placed = strategy.world.place_batch((batch, batch))
-        layouts = jax.tree.map(lambda array: array.sharding, state)
-        step = jax.jit(
-            model.train_step, donate_argnums=0, out_shardings=(None, layouts)
-        )
-        text = step.lower(state, placed).compile().as_text()
+        step = jax_programs.train_step(strategy, model, (batch, batch))
+    text = step.as_text()
     gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", text)
     assert not {"52", "104"} & {n for s in gathered for n in s.split(",")}
     assert " all-to-all(" not in text

@@ -18,16 +18,18 @@ pytestmark = pytest.mark.skipif(
     reason="TensorFlow keeps whole variables (tests/test_strategy.py)",
 )
 
+OWN_STEPS = pytest.mark.skipif(
+    BACKEND == "jax", reason="the step is one of PyTorch's"
+)
+
 
 class OwnStep(keras.Model):
-    """With a step of the user's, that changes the gradients."""
+    """With a step of the user's on PyTorch, that changes the gradients."""
 
-    def train_step(self, *arguments):
-        if BACKEND == "jax":
-            return super().train_step(*arguments)
+    def train_step(self, batch):
         import torch
 
-        x, y = arguments[0]
+        x, y = batch
         self.zero_grad()
         loss = self.compute_loss(x, y, self(x, training=True))
         loss.backward()
@@ -150,12 +152,10 @@ def check_training(sizes, shard, options):
             marks=extra_on("jax"),
         ),
         pytest.param(
-            *((1, 2, "ring"), "weights", {"model": OwnStep}),
-            marks=extra_on("jax"),
+            *((1, 2, "ring"), "weights", {"model": OwnStep}), marks=OWN_STEPS
         ),
         pytest.param(
-            *((1, 2, "ring"), "optimizer", {"model": OwnStep}),
-            marks=extra_on("jax"),
+            *((1, 2, "ring"), "optimizer", {"model": OwnStep}), marks=OWN_STEPS
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -363,6 +363,18 @@ def check_what_users_do():
                 np.testing.assert_allclose(
                     have, one, atol=1e-5, err_msg=f"{use.__name__}, {shard}"
                 )
+    # Norms of float64 are not those of float32.
+    with strategy.scope():
+        layer = keras.layers.Dense(4, use_bias=False, dtype="float64")
+        layer.build((None, 3))
+        before = np.array(layer.kernel)
+        optimizer = keras.optimizers.SGD(1.0, clipnorm=1e-3)
+        gradient = torch.tensor(draw.normal(size=(3, 4)))
+        with torch.no_grad():
+            optimizer.apply([gradient], [layer.kernel])
+        gradient = gradient.numpy()
+        want = before - gradient * (1e-3 / np.linalg.norm(gradient))
+        np.testing.assert_allclose(np.array(layer.kernel), want, rtol=1e-14)
     # An overflow in one place is one in all parts of it.
     with strategy.scope():
         layer = keras.layers.Dense(4, use_bias=False)
@@ -462,9 +474,8 @@ def test_optimizers_of_whole_matrices(monkeypatch, name):
 
 
 def compiled(shard, length):
-    """The program of a step on 2x4 devices; and its bytes that are no
-    arguments."""
-    import jax
+    """The program of a step on 2x4 devices."""
+    from tests import jax_programs
 
     strategy = keras_ring.DistributedStrategy(
         data_parallel=2, sequence_parallel=4, shard=shard
@@ -472,23 +483,8 @@ def compiled(shard, length):
     with strategy.scope():
         model = build()
         batch = np.zeros((4, length), "int32")
-        model.train_on_batch(batch, batch)
-        state = tuple(
-            [v.value for v in variables]
-            for variables in (
-                model.trainable_variables,
-                model.non_trainable_variables,
-                model.optimizer.variables,
-                model.metrics_variables,
-            )
-        )
-        strategy.world.model = model
-        placed = strategy.world.place_batch((batch, batch))
-        layouts = jax.tree.map(lambda array: array.sharding, state)
-        step = jax.jit(
-            model.train_step, donate_argnums=0, out_shardings=(None, layouts)
-        )
-        return step.lower(state, placed).compile().as_text()
+        step = jax_programs.train_step(strategy, model, (batch, batch))
+        return step.as_text()
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="a program of JAX")

@@ -9,6 +9,7 @@ the optimizer keeps alone.
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -17,9 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-# Devices that share weights, and the parts of them that may do so where all
-# of them cannot split any axis of a weight.
+from keras_ring.distribution.mesh import BATCH, SEQUENCE
+
 Axes = tuple[str, ...]
+# Along these devices share weights.
+SHARED: Axes = (BATCH, SEQUENCE)
 
 _IN_PARTS: ContextVar[bool] = ContextVar("keras_ring_in_parts", default=False)
 
@@ -51,38 +54,32 @@ def split(
 
 def _by_size(mesh: jax.sharding.Mesh) -> list[Axes]:
     """Sets of axes of devices that share weights, the largest first."""
-    ways: list[Axes] = [("batch", "seq"), ("seq",), ("batch",)]
+    ways: list[Axes] = [SHARED, (SEQUENCE,), (BATCH,)]
     return sorted(ways, key=lambda axes: -_size(mesh, axes))
 
 
 def _size(mesh: jax.sharding.Mesh, axes: Axes) -> int:
-    size = 1
-    for axis in axes:
-        size *= mesh.shape[axis]
-    return size
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def without_sharing(sharding: NamedSharding) -> NamedSharding:
     """The partition of a weight where it is used: whole on all devices that
     share weights; along the model axis it stays as it is."""
-    axes = [
-        None if set(_names(entry)) & {"batch", "seq"} else entry
-        for entry in sharding.spec
-    ]
+    axes = [None if _is_shared(entry) else entry for entry in sharding.spec]
     return NamedSharding(sharding.mesh, PartitionSpec(*axes))
-
-
-def _names(entry: Any) -> Axes:
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)
 
 
 def is_shared(sharding: Any) -> bool:
     """True if an array with this partition is not whole where it is used."""
     return isinstance(sharding, NamedSharding) and any(
-        {"batch", "seq"} & set(_names(entry)) for entry in sharding.spec
+        map(_is_shared, sharding.spec)
     )
+
+
+def _is_shared(entry: Any) -> bool:
+    """True for an entry of a partition that names an axis of `SHARED`."""
+    names = entry if isinstance(entry, tuple) else (entry,)
+    return any(name in SHARED for name in names)
 
 
 def gathered(value: jax.Array, sharding: NamedSharding) -> jax.Array:

@@ -14,6 +14,7 @@ import torch
 
 from keras_ring.backends.torch import training, weights
 from keras_ring.backends.torch.member import Member
+from keras_ring.backends.torch.weights import Reading
 from keras_ring.keras_internals import defining
 from keras_ring.wrapping import is_wrapper, mark
 
@@ -128,11 +129,10 @@ def apply(
     gradients = list(gradients)
     if scaled:
         gradients = weights.alike(world, gradients)
-    with weights.reading_parts():
+    with weights.reading(Reading.PART):
         result = update(gradients)
     for variable in variables:
-        part = weights.part_of(variable)
-        if part is not None and not part.keeps_whole:
+        if weights.lies_in_parts(variable):
             variable._value.grad = None
     weights.gather_updated(variables)
     return result
@@ -194,9 +194,9 @@ def install_properties() -> None:
             get_stateless_scope().get_current_value(self) is not None
         ):
             return found
-        if weights.reads_parts():
+        if weights.reads(Reading.PART):
             return weights.flat(self, part)
-        if weights.reads_values():
+        if weights.reads(Reading.KEPT):
             return self._value
         if part.keeps_whole:
             return found
@@ -210,7 +210,7 @@ def install_properties() -> None:
 
     def shape(original: Callable[[Any], Any], self: Any) -> Any:
         part = weights.part_of(self)
-        if part is None or not weights.reads_parts():
+        if part is None or not weights.reads(Reading.PART):
             return original(self)
         return (part.stop - part.start,)
 
@@ -236,7 +236,7 @@ def _initialize(
             world is None
             or not weights.shared(world, "weights")
             or not self.trainable
-            or weights.reads_parts()
+            or weights.reads(Reading.PART)
             or self._value.is_meta
         ):
             return
@@ -257,9 +257,11 @@ def _assign(
 
     def direct_assign(self: Any, value: Any) -> Any:
         part = weights.part_of(self)
-        if part is None or (part.keeps_whole and not weights.reads_parts()):
+        if part is None or (
+            part.keeps_whole and not weights.reads(Reading.PART)
+        ):
             return original(self, value)
-        if not weights.reads_parts():
+        if not weights.reads(Reading.PART):
             part.remember(value)
             value = part.cut(value)
         with torch.no_grad():
@@ -275,7 +277,7 @@ def _tracking(
     del current
 
     def track(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with weights.reading_values():
+        with weights.reading(Reading.KEPT):
             return original(self, *args, **kwargs)
 
     return track
@@ -293,7 +295,7 @@ def _add_slot(
         world = current()
         if world is not None and weights.shared(world, "optimizer"):
             weights.keep_whole(reference_variable, world)
-        with weights.reading_parts():
+        with weights.reading(Reading.PART):
             slot = original(self, reference_variable, *args, **kwargs)
         weights.keep_slot(slot, reference_variable)
         return slot
@@ -310,7 +312,7 @@ def _clip_gradients(
     def clip_gradients(self: Any, grads: Any) -> Any:
         world = current()
         limit = self.clipnorm or self.global_clipnorm
-        if world is None or not weights.reads_parts() or not limit:
+        if world is None or not weights.reads(Reading.PART) or not limit:
             return original(self, grads)
         present = [g for g in grads if g is not None]
         found = weights.norms(world, present)

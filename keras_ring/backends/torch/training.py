@@ -271,8 +271,7 @@ def _forget_gradients(model: Any) -> None:
     gradients may be left, after which weights would be read as parts."""
     if _steps_of_keras(model):
         for variable in model.trainable_variables:
-            part = weights.part_of(variable)
-            if part is not None and not part.keeps_whole:
+            if weights.lies_in_parts(variable):
                 variable._value.grad = None
 
 

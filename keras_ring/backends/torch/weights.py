@@ -13,12 +13,14 @@ know nothing of its shape.
 """
 
 import contextlib
+import enum
 import math
 import zlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -33,16 +35,29 @@ BY_ELEMENT = (
 )
 # Numbers that are gathered in one transfer after an update.
 BUCKET = 1 << 24
-# Numbers of a value that are compared between processes.
+# Values of one variable that are compared between processes.
 SAMPLE = 4096
 
 _PART = "_keras_ring_part"
-_READS_PARTS: ContextVar[bool] = ContextVar(
-    "keras_ring_reads_parts", default=False
-)
 
-_READS_VALUES: ContextVar[bool] = ContextVar(
-    "keras_ring_reads_values", default=False
+
+class Reading(enum.Enum):
+    """Values that a variable of which the process keeps a part may have.
+
+    Attributes:
+        WHOLE: the whole of it; everywhere but in what follows.
+        PART: this process' part, and the shape of that: for optimizers, also
+            of a weight that is whole on each process.
+        KEPT: what the process keeps: for PyTorch's parameters of a layer.
+    """
+
+    WHOLE = "whole"
+    PART = "part"
+    KEPT = "kept"
+
+
+_READING: ContextVar[Reading] = ContextVar(
+    "keras_ring_reading", default=Reading.WHOLE
 )
 
 
@@ -77,11 +92,8 @@ class Part:
 
     def remember(self, whole: Any) -> None:
         """Take note of a value that this process' part is cut from."""
-        flat = torch.as_tensor(whole).detach().reshape(-1)
-        sample = flat[:: max(flat.numel() // SAMPLE, 1)].to(
-            "cpu", torch.float64
-        )
-        self.digest = zlib.crc32(sample.numpy().tobytes(), self.digest)
+        values = sample(torch.as_tensor(whole))
+        self.digest = zlib.crc32(values.tobytes(), self.digest)
 
     def padded(self, part: torch.Tensor) -> torch.Tensor:
         """A part in the size of all parts."""
@@ -106,10 +118,24 @@ class Part:
         return everyone.sum_of_parts(flat)[: self.stop - self.start]
 
 
+def sample(tensor: torch.Tensor) -> np.ndarray:
+    """Numbers of a tensor that tell it from another one."""
+    flat = tensor.detach().reshape(-1)
+    few = flat[:: max(flat.numel() // SAMPLE, 1)]
+    values: np.ndarray = few.to("cpu", torch.float64).contiguous().numpy()
+    return values
+
+
 def part_of(variable: Any) -> Part | None:
     """The part of a variable that this process keeps; None for one that every
     process has for itself."""
     return vars(variable).get(_PART)
+
+
+def lies_in_parts(variable: Any) -> bool:
+    """True for a variable that no process has whole."""
+    part = part_of(variable)
+    return part is not None and not part.keeps_whole
 
 
 def shared(world: Member | None, level: str) -> bool:
@@ -157,34 +183,18 @@ def keep_slot(slot: Any, weight: Any) -> None:
 
 
 @contextlib.contextmanager
-def reading_parts() -> Iterator[None]:
-    """Inside, variables have their parts as values, and the shapes of these:
-    an optimizer works on these."""
-    token = _READS_PARTS.set(True)
+def reading(kind: Reading) -> Iterator[None]:
+    """Inside, variables have this as their values."""
+    token = _READING.set(kind)
     try:
         yield
     finally:
-        _READS_PARTS.reset(token)
+        _READING.reset(token)
 
 
-def reads_parts() -> bool:
-    """True inside of `reading_parts`."""
-    return _READS_PARTS.get()
-
-
-@contextlib.contextmanager
-def reading_values() -> Iterator[None]:
-    """Inside, variables have as values what this process keeps of them."""
-    token = _READS_VALUES.set(True)
-    try:
-        yield
-    finally:
-        _READS_VALUES.reset(token)
-
-
-def reads_values() -> bool:
-    """True inside of `reading_values`."""
-    return _READS_VALUES.get()
+def reads(kind: Reading) -> bool:
+    """True inside of `reading` of a kind."""
+    return _READING.get() is kind
 
 
 def flat(variable: Any, part: Part) -> torch.Tensor:
@@ -362,5 +372,8 @@ def alike(world: Member, gradients: Sequence[Any]) -> list[Any]:
 
 def norms(world: Member, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """The norm of each whole gradient, of the parts of it."""
-    squares = [torch.sum(g.to(torch.float32) ** 2) for g in gradients]
+    squares = [
+        torch.sum(g.to(torch.promote_types(g.dtype, torch.float32)) ** 2)
+        for g in gradients
+    ]
     return torch.sqrt(world.everyone.sum(torch.stack(squares)))

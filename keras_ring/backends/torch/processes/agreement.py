@@ -27,9 +27,6 @@ from keras_ring.backends.torch.processes import groups
 from keras_ring.backends.torch.transport import RingTransport
 from keras_ring.distribution import padding
 
-# Values of one variable that enter its fingerprint.
-SAMPLE = 1024
-
 
 class Agreement:
     """Keeps the processes of one world in step.
@@ -143,8 +140,7 @@ class Agreement:
             variables += optimizer.variables
         device = groups.keras_device()
         for variable in variables:
-            part = weights.part_of(variable)
-            if part is not None and not part.keeps_whole:
+            if weights.lies_in_parts(variable):
                 continue  # It is that of rank 0 from the start.
             value = variable.value.detach()
             # NCCL sends from GPUs only.
@@ -268,12 +264,6 @@ def _weights_digest(model: Any) -> str:
             # No other process has the same, but of the same values.
             digest.update(str(part.digest).encode())
             continue
-        flat = variable.value.detach().reshape(-1)
-        sample = flat[:: max(flat.numel() // SAMPLE, 1)]
         digest.update(str(tuple(variable.shape)).encode())
-        digest.update(
-            np.ascontiguousarray(
-                keras.ops.convert_to_numpy(sample.to(torch.float64))
-            ).tobytes()
-        )
+        digest.update(weights.sample(variable.value).tobytes())
     return digest.hexdigest()
